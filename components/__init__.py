@@ -1,0 +1,1 @@
+"""What runs inside the containers: the stages, and what they stand on. Imports nothing of `pipeline`."""

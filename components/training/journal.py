@@ -1,0 +1,48 @@
+"""What long work tells while it runs, and where it keeps its checkpoints: two small contracts, and their plain forms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+
+class Journal(Protocol):
+    """Takes what a stage has to say. A stage's runner sends it to MLflow and to the person's terminal."""
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Record numbers at a step of the work (a curve), such as `loss` at an optimizer step."""
+
+    def progress(self, done: int, total: int, **shown: float) -> None:
+        """Say that `done` of `total` equal parts are done, with a few numbers to show beside the bar."""
+
+
+class Checkpoints(Protocol):
+    """Keeps folders so that killed work goes on where it was."""
+
+    def save(self, folder: Path, step: int) -> None:
+        """Keep the folder's files as the checkpoint of `step`; older ones may be dropped once it is whole."""
+
+    def latest(self, folder: Path) -> int | None:
+        """Put the newest whole checkpoint's files into `folder` and return its step, or None where there is none."""
+
+
+class Silent:
+    """A journal that says nothing, for a researcher's own loop and for tests."""
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Drop the numbers."""
+
+    def progress(self, done: int, total: int, **shown: float) -> None:
+        """Drop the progress."""
+
+
+class NoCheckpoints:
+    """Keeps nothing."""
+
+    def save(self, folder: Path, step: int) -> None:
+        """Drop the folder."""
+
+    def latest(self, folder: Path) -> int | None:
+        """Return None: there is never one."""
+        return None

@@ -1,0 +1,1 @@
+"""What the person holds: the command line, the DAGs, and where they run."""
