@@ -1,0 +1,1 @@
+"""The prune stage: cut, export, verify, and say in the model card what was done."""

@@ -1,0 +1,1 @@
+"""The register stage: the verdict, the report, and the registered version."""

@@ -1,0 +1,76 @@
+"""What the evaluation measured of each model, read back from `evaluation.json`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+from components.errors import Refusal
+
+
+def finite(value: Any) -> Any:
+    """Return the value, or None for a NaN or an infinity: what is not a finite number was not measured."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Metric = Annotated[float | None, BeforeValidator(finite)]
+"""A measured number, None where there is none. NaN and infinities become None, so that a report is plain JSON."""
+
+
+class Throughput(BaseModel):
+    """Speed of one phase at one batch size."""
+
+    model_config = ConfigDict(frozen=True)
+
+    tokens_per_second: Metric = None
+    latency_ms_p50: Metric = None
+    latency_ms_p90: Metric = None
+
+
+class Measured(BaseModel):
+    """One model's numbers. Fields the report does not know are left out of it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    parameters: int
+    bytes: int
+    layers: int
+    perplexity: dict[str, Metric] = {}
+    """By the text's name."""
+    tasks: dict[str, Any] = {}
+    """By the task's name, as the evaluation wrote it."""
+    speed: dict[str, dict[str, Throughput]] = {}
+    """By phase (`prefill`, `decode`), then by batch size."""
+
+    def tokens_per_second(self, phase: str, batch: str) -> float | None:
+        """Return the throughput of a phase at a batch size, or None where it was not measured."""
+        measured = self.speed.get(phase, {}).get(batch)
+        return measured.tokens_per_second if measured else None
+
+
+def ratio(value: float | None, base: float | None) -> float | None:
+    """Return value / base, or None where either is missing, not finite or not above 0."""
+    if value is None or base is None or not (0 < value < math.inf and 0 < base < math.inf):
+        return None
+    return value / base
+
+
+def read_evaluation(folder: Path) -> dict[str, Measured]:
+    """Read the models of `folder/evaluation.json` by name: dense, candidate, and those of champion and the controls there are.
+
+    Raises:
+        Refusal: the dense model or the candidate is missing.
+    """
+    models: Mapping[str, Any] = json.loads((folder / "evaluation.json").read_text())["models"]
+    measured = {name: Measured.model_validate(model) for name, model in models.items() if model is not None}
+    for name in ("dense", "candidate"):
+        if name not in measured:
+            raise Refusal(
+                f"{folder / 'evaluation.json'} measured {', '.join(measured) or 'nothing'} but no {name!r} model: run the evaluation again"
+            )
+    return measured

@@ -1,0 +1,180 @@
+"""The report of a run: every number with what it is compared with, as `report.json` and as a page (`page.py`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from components.recipe import Recipe
+from components.register.measured import Measured, finite, read_evaluation
+from components.register.verdict import Verdict, judge
+from components.transformer.selection import Selection
+
+CONTROLS = ("pruned-first", "dense-trained")
+
+
+class Release(BaseModel):
+    """What was recompressed, pinned."""
+
+    model_config = ConfigDict(frozen=True)
+
+    source: str
+    """As the person named it."""
+    revision: str | None
+    """The commit or version it was pinned to; None where the source has none (a folder)."""
+    digest: str
+    """sha256 of the snapshot's manifest."""
+
+
+class Registered(BaseModel):
+    """The registered version."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    version: str | int
+    aliases: tuple[str, ...] = ()
+    source: str
+    """Where the checkpoint lies."""
+
+
+class Report(BaseModel):
+    """What `report.json` holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    release: Release
+    recipe: dict[str, Any]
+    """Every field with the value that was used, defaults included; `Recipe.model_validate` takes it."""
+    selection: Selection
+    dense: Measured
+    candidate: Measured
+    champion: Measured | None
+    controls: dict[str, Measured]
+    verdict: Verdict
+    registered: Registered | None
+    """None where nothing was registered."""
+    timing: dict[str, float]
+    """Seconds by stage, in the order they ran."""
+    environment: dict[str, Any]
+    """Library versions, hardware, code version, seed, data digests, context length."""
+
+    def models(self) -> dict[str, Measured]:
+        """Every measured model by name: dense and candidate first, then the champion and the controls there are."""
+        champion = {"champion": self.champion} if self.champion else {}
+        return {"dense": self.dense, "candidate": self.candidate, **champion, **self.controls}
+
+    def to_json(self) -> str:
+        """Return the report as strict JSON: a number that is not finite is null."""
+        return self.model_dump_json(indent=2) + "\n"
+
+    @classmethod
+    def load(cls, path: Path) -> Report:
+        """Read `report.json`."""
+        return cls.model_validate_json(path.read_text())
+
+
+Curve = list[tuple[int, float]]
+"""(step, value), in the order of the steps."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """A line of `trajectory.jsonl`: where the gates stood after a step of a round."""
+
+    round: int
+    step: int
+    gates: tuple[float | None, ...]
+    """One a layer; None for a layer that is masked."""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What was recorded over the steps: drawn on the page, not repeated in `report.json`."""
+
+    gates: list[Round] = field(default_factory=list)
+    regularize: dict[str, Curve] = field(default_factory=dict)
+    recover: dict[str, Curve] = field(default_factory=dict)
+
+
+def build(
+    *,
+    release: Mapping[str, Any],
+    recipe: Recipe,
+    selection: Path,
+    evaluation: Path,
+    registered: Mapping[str, Any] | None,
+    timing: Mapping[str, float],
+    environment: Mapping[str, Any],
+) -> Report:
+    """Assemble the report, the verdict judged anew from the evaluation.
+
+    Args:
+        release: `source`, `revision` and `digest`.
+        recipe: the recipe of the run.
+        selection: the folder of `selection.json`.
+        evaluation: the folder of `evaluation.json`.
+        registered: `name`, `version`, `aliases` and `source`, or None where nothing is registered.
+        timing: seconds by stage.
+        environment: library versions, hardware, code version, seed, data digests, context length; JSON values.
+
+    Raises:
+        Refusal: the evaluation lacks the dense model or the candidate.
+    """
+    models = read_evaluation(evaluation)
+    return Report(
+        release=Release.model_validate(dict(release)),
+        recipe=settings(recipe),
+        selection=Selection.load(selection),
+        dense=models["dense"],
+        candidate=models["candidate"],
+        champion=models.get("champion"),
+        controls={name: models[name] for name in CONTROLS if name in models},
+        verdict=judge(models, recipe),
+        registered=Registered.model_validate(dict(registered)) if registered else None,
+        timing=dict(timing),
+        environment=dict(environment),
+    )
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """Return every field of the recipe with its value. Gates that a method does not learn are not told."""
+    dumped = recipe.model_dump(mode="json")
+    if recipe.method != "trsp" and "gates" not in recipe.model_fields_set:
+        del dumped["gates"]
+    return dumped
+
+
+def read_curves(*, selection: Path, regularize: Path | None = None, recover: Path | None = None) -> Curves:
+    """Read what the stages recorded. A folder or a file that is not there gives no curve: not every method has each.
+
+    Args:
+        selection: the folder of `trajectory.jsonl`.
+        regularize: the folder of the training's `metrics.jsonl`.
+        recover: the folder of the recovery's `metrics.jsonl`.
+    """
+    rounds = [
+        Round(line["round"], line["step"], tuple(finite(gate) for gate in line["gates"]))
+        for line in _lines(selection / "trajectory.jsonl")
+    ]
+    return Curves(rounds, _curves(regularize), _curves(recover))
+
+
+def _curves(folder: Path | None) -> dict[str, Curve]:
+    """Turn lines of {"step": 3, "loss": 4.2, "lm": 3.9} into a curve a name. A step told twice keeps its last telling."""
+    points: dict[str, dict[int, float]] = {}
+    for line in _lines(folder / "metrics.jsonl") if folder else ():
+        for name, value in line.items():
+            # A stage that was killed and went on from its checkpoint tells some steps a second time.
+            if name != "step" and isinstance(value, int | float) and finite(float(value)) is not None:
+                points.setdefault(name, {})[line["step"]] = float(value)
+    return {name: sorted(curve.items()) for name, curve in points.items()}
+
+
+def _lines(path: Path) -> Sequence[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.is_file() else []
