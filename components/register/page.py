@@ -1,0 +1,377 @@
+"""The report as one self-contained page: no request, no script; for a screen, a phone, paper and Kubeflow's frame."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup
+
+from components.recipe import Promote, Recipe
+from components.register import figures
+from components.register.measured import Measured, ratio
+from components.register.report import Curve, Curves, Report
+from components.register.verdict import Rule
+
+ABSENT = "–"
+
+SCORES = {
+    "gate": "the gate each layer ended with",
+    "block_influence": "Block Influence, 1 − mean cosine between what enters the layer and what leaves it",
+    "perplexity": "perplexity on the calibration text with this layer removed",
+}
+"""What a method's scores are; a name that is not here stands for itself. In each, the lowest leaves first."""
+
+MODELS = {
+    "dense": "the release as it came",
+    "candidate": "the pruned model this report is about",
+    "champion": "the model in service now",
+    "pruned-first": "control: the same layers cut first, then trained as the candidate was",
+    "dense-trained": "control: nothing cut, trained as the candidate was",
+}
+
+BACKSTAGE = ("learning_rate", "lr", "grad_norm", "gradient_norm", "seconds", "tokens_per_second")
+"""Metrics that say how the training ran rather than what came of it: left to MLflow."""
+
+
+class Cell(NamedTuple):
+    """A number, and beneath it the comparison it is to be read with."""
+
+    number: str
+    beside: str = ""
+
+
+class Layer(NamedTuple):
+    """A box of the strip of layers."""
+
+    index: int
+    score: str
+    height: int
+    """Per cent of the tallest."""
+    removed: int | None
+    """1 for the first layer removed; None for a layer that stays."""
+
+
+def render(report: Report, curves: Curves) -> str:
+    """Return the page. The same report and curves give the same page."""
+    recipe = Recipe.model_validate(report.recipe)
+    return _template().render(
+        report=report,
+        title=f"{report.registered.name} version {report.registered.version}"
+        if report.registered
+        else "Not registered",
+        headline=headline(report),
+        texts=list(_union(model.perplexity for model in report.models().values())),
+        models=report.models(),
+        about=MODELS,
+        rules=[(rule, _rule_help(rule)) for rule in report.verdict.rules],
+        quality=quality(report.models()),
+        speed=speed(report.models()),
+        notes=list(notes(report, recipe)),
+        pareto=_pareto(report),
+        layers=layers(report),
+        scored=SCORES.get(_scored(report) or "", _scored(report)),
+        gates=_gates(report, curves),
+        training=_training(curves.regularize, _mark(recipe)),
+        recovery=_training(curves.recover, None),
+        total=sum(report.timing.values()),
+        environment=list(_flat(report.environment)),
+        recipe=yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True),
+    )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(number=number, count=count, times=times, seconds=seconds)
+    return environment.get_template("report.html.j2")
+
+
+# Numbers as a person reads them
+
+
+def number(value: float | None) -> str:
+    """Four significant digits, thousands apart: 59.38, 227.1, 12,345.
+
+    >>> number(7.0801), number(1234.5), number(None)
+    ('7.080', '1,234', '–')
+    """
+    if value is None or not math.isfinite(value):
+        return ABSENT
+    digits = max(0, 3 - math.floor(math.log10(abs(value)))) if value else 0
+    return f"{value:,.{min(digits, 6)}f}"
+
+
+def count(value: float) -> str:
+    """A count or a size with its decimal prefix: 10.82 M.
+
+    >>> count(10_815_744), count(999), count(6.74e9)
+    ('10.82 M', '999', '6.740 G')
+    """
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{number(value / size)} {prefix}"
+    return f"{value:g}"
+
+
+def times(value: float | None, digits: int = 3) -> str:
+    """A ratio: 0.988×."""
+    return ABSENT if value is None else f"{value:.{digits}f}×"
+
+
+def seconds(value: float) -> str:
+    """A duration: 8.2 s, 3 min 05 s, 2 h 14 min.
+
+    >>> seconds(8.21), seconds(185), seconds(8040)
+    ('8.2 s', '3 min 05 s', '2 h 14 min')
+    """
+    if value < 60:
+        return f"{value:.1f} s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+# The parts of the page
+
+
+def headline(report: Report) -> dict[str, Any]:
+    """The verdict in a word and a sentence, and the numbers that matter with what they are compared with."""
+    dense, candidate = report.dense, report.candidate
+    return {
+        "word": "Pass" if report.verdict.passed else "Fail",
+        "sentence": verdict_sentence(report),
+        "size": Cell(
+            times(ratio(candidate.parameters, dense.parameters)),
+            f"{count(candidate.parameters)} parameters, dense {count(dense.parameters)}",
+        ),
+        "bytes": f"{count(candidate.bytes)}B, dense {count(dense.bytes)}B",
+        "perplexity": {
+            text: Cell(
+                times(ratio(value, dense.perplexity.get(text))),
+                f"{number(value)}, dense {number(dense.perplexity.get(text))}",
+            )
+            for text, value in candidate.perplexity.items()
+        },
+        "speed": {phase: _speedups(report, phase) for phase in candidate.speed},
+    }
+
+
+def verdict_sentence(report: Report) -> str:
+    """Say which rules decided."""
+    rules, failed = report.verdict.rules, report.verdict.failed
+    if not rules:
+        return "no rules were asked for"
+    if not failed:
+        return "holds the one rule" if len(rules) == 1 else f"holds all {len(rules)} rules"
+    return f"fails {len(failed)} of {len(rules)} {'rule' if len(rules) == 1 else 'rules'}: {', '.join(rule.name for rule in failed)}"
+
+
+def _speedups(report: Report, phase: str) -> Cell:
+    """The span of a phase's speed-ups over the batch sizes."""
+    batches = list(report.candidate.speed[phase])
+    found = [
+        ratio(report.candidate.tokens_per_second(phase, batch), report.dense.tokens_per_second(phase, batch))
+        for batch in batches
+    ]
+    measured = [value for value in found if value is not None]
+    span = sorted({times(value, 2) for value in (min(measured), max(measured))}) if measured else [ABSENT]
+    return Cell(" to ".join(span), f"{phase}, batch {', '.join(batches)}")
+
+
+def _rule_help(rule: Rule) -> str:
+    field = Promote.model_fields.get(rule.name.partition("[")[0])
+    return (field.description or "") if field else ""
+
+
+def quality(models: Mapping[str, Measured]) -> list[tuple[str, dict[str, Cell]]]:
+    """The rows of the quality table: a model, and its cells by column, each number with its ratio to the dense model's."""
+    dense = models["dense"]
+    texts = list(_union(model.perplexity for model in models.values()))
+    tasks = list(_union(model.tasks for model in models.values()))
+    return [
+        (
+            name,
+            {
+                "layers": Cell(str(model.layers), f"of {dense.layers}"),
+                "parameters": Cell(count(model.parameters), times(ratio(model.parameters, dense.parameters))),
+                "size": Cell(f"{count(model.bytes)}B", times(ratio(model.bytes, dense.bytes))),
+            }
+            | {text: _compared(model.perplexity.get(text), dense.perplexity.get(text)) for text in texts}
+            | {task: _accuracy(model.tasks.get(task), dense.tasks.get(task)) for task in tasks},
+        )
+        for name, model in models.items()
+    ]
+
+
+def _compared(value: float | None, base: float | None) -> Cell:
+    return Cell(number(value), times(ratio(value, base)) if value is not None else "")
+
+
+def _accuracy(found: Any, base: Any) -> Cell:
+    """A task's accuracy in per cent, and the points it lies above or below the dense model's."""
+    value, dense = task_accuracy(found), task_accuracy(base)
+    if value is None:
+        return Cell(ABSENT)
+    return Cell(f"{value:.1%}", f"{100 * (value - dense):+.1f} points" if dense is not None else "")
+
+
+def task_accuracy(found: Any) -> float | None:
+    """Return a task's accuracy, whether it is written as a number or among others by name; normalised where there is one."""
+    if isinstance(found, Mapping):
+        found = next((found[name] for name in ("accuracy", "acc_norm", "acc") if found.get(name) is not None), None)
+    return float(found) if isinstance(found, int | float) and math.isfinite(found) else None
+
+
+def speed(models: Mapping[str, Measured]) -> list[tuple[str, list[str], list[tuple[str, list[Cell]]]]]:
+    """The speed tables: a phase, its batch sizes, and a row a model that was measured."""
+    dense = models["dense"]
+    tables = []
+    for phase in _union(model.speed for model in models.values()):
+        batches = list(_union(model.speed.get(phase, {}) for model in models.values()))
+        rows = [
+            (name, [_pace(model, dense, phase, batch) for batch in batches])
+            for name, model in models.items()
+            if model.speed.get(phase)
+        ]
+        tables.append((phase, batches, rows))
+    return tables
+
+
+def _pace(model: Measured, dense: Measured, phase: str, batch: str) -> Cell:
+    found = model.speed[phase].get(batch)
+    if found is None:
+        return Cell(ABSENT)
+    speedup = times(ratio(found.tokens_per_second, dense.tokens_per_second(phase, batch)), 2)
+    return Cell(
+        f"{number(found.tokens_per_second)}",
+        f"{speedup} · {number(found.latency_ms_p50)} / {number(found.latency_ms_p90)} ms",
+    )
+
+
+def notes(report: Report, recipe: Recipe) -> Iterator[str]:
+    """What a reader must know before believing the numbers (the paper's missing controls); only what applies here."""
+    trained = recipe.regularize.schedule != "none" or recipe.recover.enabled
+    if trained:
+        yield from _adaptation(report, recipe)
+    if trained and "pruned-first" not in report.controls:
+        yield (
+            "No control was trained with the same layers cut first, so nothing here tells what training before the cut "
+            "brought over training after it: add pruned-first to evaluate.controls."
+        )
+    if len(report.candidate.perplexity) == 1:
+        yield "Only one text was measured: nothing here tells how the model does on text of another domain."
+
+
+def _adaptation(report: Report, recipe: Recipe) -> Iterator[str]:
+    """Training on a text also adapts the model to it; the dense model with the same training shows by how much."""
+    control = report.controls.get("dense-trained")
+    near = [name for name, text in recipe.evaluate.perplexity.items() if _same_source(recipe, name)]
+    if control is None:
+        where = f"({', '.join(near)} here) " if near else ""
+        yield (
+            f"Training on the calibration text also adapts the model to text of its kind, so a low perplexity there {where}"
+            "alone proves little. The control that would show how much, the dense model with the same training, was not "
+            "asked for: add dense-trained to evaluate.controls."
+        )
+        return
+    moved = {text: ratio(value, report.dense.perplexity.get(text)) for text, value in control.perplexity.items()}
+    told = ", ".join(f"{times(value)} on {text}" for text, value in moved.items() if value is not None)
+    if told:
+        yield (
+            f"The same training moves the dense model's own perplexity to {told}. Below 1 is adaptation to text like the "
+            "calibration text, above 1 is forgetting; the candidate's numbers contain both."
+        )
+
+
+def _same_source(recipe: Recipe, name: str) -> bool:
+    """Whether a text lies beside the calibration text or in the same Hub data set, hence of its domain."""
+    text, calibration = recipe.evaluate.perplexity[name], recipe.calibration.data
+    if text.hub or calibration.hub:
+        return text.hub == calibration.hub and text.config == calibration.config
+    return Path(text.path or "").parent == Path(calibration.path or "").parent
+
+
+def layers(report: Report) -> list[Layer]:
+    """The strip: every layer of the dense model with its score, and the order in which the removed ones went."""
+    scored = _scored(report)
+    scores: Sequence[float | None] = report.selection.scores[scored] if scored else [None] * report.dense.layers
+    order = {layer: place for place, layer in enumerate(report.selection.order, start=1)}
+    return [
+        Layer(index, number(score) if score is not None else "", height, order.get(index))
+        for index, (score, height) in enumerate(zip(scores, _heights(scores), strict=True))
+    ]
+
+
+def _scored(report: Report) -> str | None:
+    """The name of the score the strip shows: the first that has a number for each layer."""
+    scores = report.selection.scores
+    return next((name for name, values in scores.items() if len(values) == report.dense.layers), None)
+
+
+def _heights(scores: Sequence[float | None]) -> list[int]:
+    """Bars from 8 to 100 per cent; over logarithms where one score dwarfs the others, as the first layer's often does."""
+    known = [score for score in scores if score is not None and math.isfinite(score)]
+    if not known:
+        return [0] * len(scores)
+    logarithmic = min(known) > 0 and max(known) > 20 * min(known)
+    scale = math.log if logarithmic else float
+    low, high = scale(min(known)), scale(max(known))
+    return [
+        round(8 + 92 * (scale(score) - low) / ((high - low) or 1)) if score is not None and math.isfinite(score) else 0
+        for score in scores
+    ]
+
+
+def _pareto(report: Report) -> list[Markup]:
+    texts = [text for text in report.dense.perplexity if ratio(report.dense.perplexity[text], 1.0)]
+    return [Markup(figures.pareto(report.models(), text)) for text in texts]
+
+
+def _gates(report: Report, curves: Curves) -> Markup | None:
+    return Markup(figures.gates(curves.gates, report.selection.removed)) if curves.gates else None
+
+
+def _training(curves: Mapping[str, Curve], mark: tuple[float, str] | None) -> list[Markup]:
+    """A panel a metric, the loss first; a metric that never changes has nothing to show."""
+    shown = [name for name in curves if name not in BACKSTAGE and len({value for _, value in curves[name]}) > 1]
+    return [
+        Markup(figures.curve(name, curves[name], mark=mark)) for name in sorted(shown, key=lambda name: name != "loss")
+    ]
+
+
+def _mark(recipe: Recipe) -> tuple[float, str] | None:
+    """The step from which the regularisation is at its full strength."""
+    regularize = recipe.regularize
+    if regularize.schedule == "anneal":
+        return regularize.anneal * regularize.steps, "gates at 0"
+    if regularize.schedule == "penalty" and regularize.ramp:
+        return regularize.ramp * regularize.steps, "full penalty"
+    return None
+
+
+def _union(keys: Any) -> dict[str, None]:
+    """The keys of several mappings, each once, in the order they are first met."""
+    return {key: None for mapping in keys for key in mapping}
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    """Flatten nested settings into (name, value) pairs: ("versions torch", "2.13.0")."""
+    for key, value in values.items():
+        name = f"{above} {key}".strip().replace("_", " ")
+        if isinstance(value, Mapping):
+            yield from _flat(value, name)
+        elif isinstance(value, list | tuple):
+            yield name, ", ".join(map(str, value))
+        else:
+            yield name, ABSENT if value is None else str(value)

@@ -1,0 +1,184 @@
+"""A run as it comes: the folders the stages leave, with the numbers of a small Llama cut from 12 layers to 9."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.recipe import Recipe
+from components.register.report import Curves, Report, build, read_curves
+from components.transformer.selection import Selection
+
+BATCHES = ("1", "8", "64")
+REMOVED = (9, 7, 4)
+BLOCK_INFLUENCE = (0.61, 0.22, 0.14, 0.12, 0.071, 0.098, 0.084, 0.058, 0.081, 0.052, 0.096, 0.33)
+
+
+def speed(prefill: float, decode: float, noise: random.Random) -> dict[str, Any]:
+    """Throughput by phase and batch, given tokens a second at batch 1 of each."""
+    phases = {"prefill": (prefill, 512), "decode": (decode, 32)}
+    return {
+        phase: {batch: throughput(base, tokens, int(batch), noise) for batch in BATCHES}
+        for phase, (base, tokens) in phases.items()
+    }
+
+
+def throughput(base: float, tokens: int, batch: int, noise: random.Random) -> dict[str, float]:
+    rate = base * batch**0.55 * noise.uniform(0.985, 1.015)
+    latency = 1000 * tokens * batch / rate
+    return {"tokens_per_second": rate, "latency_ms_p50": latency, "latency_ms_p90": latency * 1.04}
+
+
+def model(layers: int, perplexity: dict[str, float], pace: float) -> dict[str, Any]:
+    parameters = 2_097_408 + layers * 722_432
+    return {
+        "parameters": parameters,
+        "bytes": 2 * parameters,
+        "layers": layers,
+        "perplexity": perplexity,
+        "tasks": {},
+        "speed": speed(9_800 * pace, 41 * pace, random.Random(layers + int(1000 * pace))),
+    }
+
+
+def measurements() -> dict[str, Any]:
+    """The `models` of an evaluation, as the run of the reference model has them."""
+    return {
+        "dense": model(12, {"wikitext2": 59.41, "technical": 227.3}, 1.0),
+        "candidate": model(9, {"wikitext2": 58.72, "technical": 259.1}, 1.29),
+        "champion": model(10, {"wikitext2": 63.05, "technical": 251.8}, 1.17),
+        "pruned-first": model(9, {"wikitext2": 60.24, "technical": 269.0}, 1.288),
+        "dense-trained": model(12, {"wikitext2": 56.83, "technical": 231.4}, 1.001),
+    }
+
+
+RECIPE = """
+method: trsp
+target: {ratio: 0.25}
+calibration: {data: data/wikitext2/calibration.txt, samples: 128, length: 256}
+regularize: {steps: 100}
+evaluate:
+  perplexity: {wikitext2: data/wikitext2/test.txt, technical: data/technical/heldout.txt}
+  controls: [pruned-first, dense-trained]
+promote:
+  perplexity_over_dense: 1.15
+  perplexity_over_control: 1.0
+  perplexity_over_champion: 1.02
+  parameters_over_dense: 0.8
+  prefill_speedup: 1.2
+"""
+
+RELEASE = {"source": "models/reference-llama", "revision": None, "digest": "sha256:" + "3f9a41c27be0" * 5 + "77d1"}
+REGISTERED = {
+    "name": "reference-llama-25",
+    "version": "3",
+    "aliases": ("challenger",),
+    "source": "s3://espalier/prune/7be03f9a41c2/model",
+}
+TIMING = {"pin": 0.6, "calibrate": 2.1, "learn_gates": 61.3, "regularize": 204.8, "prune": 6.2, "evaluate": 148.0}
+ENVIRONMENT = {
+    "versions": {"torch": "2.13.0", "transformers": "5.23.0", "espalier": "0.1.0"},
+    "hardware": "2 cores, Intel Xeon (AMX), 24 GiB",
+    "code": "860b5e5",
+    "seed": 0,
+    "length": 256,
+    "data": {"calibration": "sha256:" + "ab" * 32, "wikitext2": "sha256:" + "cd" * 32},
+}
+
+
+def trajectory() -> list[dict[str, Any]]:
+    """Three rounds of twelve steps: gates fall from 1, the chosen one of each round fastest; it is then masked."""
+    noise, gates, lines = random.Random(1), [1.0] * 12, []
+    for number, chosen in enumerate(REMOVED):
+        gone = REMOVED[:number]
+        for step in range(12):
+            for layer in range(12):
+                pull = 0.075 if layer == chosen else 0.005 + 0.02 * (0.6 - BLOCK_INFLUENCE[layer])
+                gates[layer] = max(0.0, gates[layer] - pull * noise.uniform(0.6, 1.4))
+            lines.append(
+                {"round": number, "step": step, "gates": [0.0 if i in gone else g for i, g in enumerate(gates)]}
+            )
+    return lines
+
+
+def losses(steps: int, start: float, end: float, names: tuple[str, ...], seed: int) -> list[dict[str, float]]:
+    noise = random.Random(seed)
+    return [
+        {"step": step, "learning_rate": 1e-4 * (1 - step / steps)}
+        | {
+            name: (end + (start - end) * math.exp(-step / 18)) / (i + 1) + noise.gauss(0, 0.06)
+            for i, name in enumerate(names)
+        }
+        for step in range(1, steps + 1)
+    ]
+
+
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_run(folder: Path, models: dict[str, Any] | None = None) -> Path:
+    """Leave what the stages leave, in a folder each."""
+    for name in ("selection", "evaluation"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    gates = tuple(trajectory()[-1]["gates"])
+    Selection(
+        method="trsp",
+        removed=tuple(sorted(REMOVED)),
+        order=REMOVED,
+        scores={"block_influence": BLOCK_INFLUENCE, "gate": gates},
+    ).save(folder / "selection")
+    write_lines(folder / "selection" / "trajectory.jsonl", trajectory())
+    write_lines(folder / "regularize" / "metrics.jsonl", losses(100, 4.62, 4.05, ("loss", "lm", "kl", "state"), 2))
+    write_lines(folder / "recover" / "metrics.jsonl", losses(60, 4.1, 4.02, ("loss", "validation_loss"), 3))
+    found = {"models": measurements() if models is None else models}
+    (folder / "evaluation" / "evaluation.json").write_text(json.dumps(found))
+    return folder
+
+
+def build_report(folder: Path, recipe: str = RECIPE, **changed: Any) -> Report:
+    given: dict[str, Any] = {
+        "release": RELEASE,
+        "registered": REGISTERED,
+        "timing": TIMING,
+        "environment": ENVIRONMENT,
+        "recipe": Recipe.from_yaml(recipe),
+        "selection": folder / "selection",
+        "evaluation": folder / "evaluation",
+    }
+    return build(**(given | changed))
+
+
+def curves_of(folder: Path) -> Curves:
+    return read_curves(selection=folder / "selection", regularize=folder / "regularize", recover=folder / "recover")
+
+
+@pytest.fixture
+def models() -> dict[str, Any]:
+    """The measurements, to be changed at will."""
+    return measurements()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The folders of a run: selection, regularize, recover, evaluation."""
+    return write_run(tmp_path)
+
+
+@pytest.fixture
+def report(run: Path) -> Report:
+    """The run's report."""
+    return build_report(run)
+
+
+@pytest.fixture
+def rewrite(run: Path) -> Callable[[dict[str, Any]], Report]:
+    """Give the run other measurements, and report it anew."""
+    return lambda models: build_report(write_run(run, models))
