@@ -1,0 +1,300 @@
+"""Plain Hugging Face checkpoints out, and the proof that they are what they should be."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from components.errors import Refusal
+from components.transformer.checkpoint import Checkpoint, Stored, load_model
+from components.transformer.families import cut_config
+from components.transformer.gates import blocks, skipped
+from components.transformer.surgery import carry, renumbered, written_out
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class VerificationError(Exception):
+    """An exported checkpoint is not the model it should be."""
+
+
+def save_model(
+    model: PreTrainedModel, source: Path, out: Path, removed: Sequence[int] = (), remote_code: bool = False
+) -> None:
+    """Write a model as a plain Hugging Face checkpoint: safetensors of at most 5 GB, in the dtype of its source.
+
+    The config, tokenizer, chat template and generation config are the source's own files, so that what reads the release
+    reads this. A model of another dtype (fp32 masters of a bf16 release) is cast in place, parameter by parameter, so
+    that no second copy is held: afterwards it computes what the checkpoint computes.
+
+    Args:
+        model: a causal language model, peft adapters merged.
+        source: the checkpoint it comes from.
+        out: the folder to fill.
+        removed: the layers of the source that the model no longer has.
+        remote_code: whether the source's own code travels.
+
+    Raises:
+        ValueError: the model still has adapters, or other layers than the source without `removed`.
+    """
+    checkpoint = Checkpoint.open(source, remote_code)
+    if hasattr(model, "peft_config"):
+        raise ValueError("the model still has adapters: call merge_and_unload() first")
+    if len(blocks(model)) != checkpoint.layers - len(set(removed)):
+        raise ValueError(
+            f"the model has {len(blocks(model))} layers, but {source} has {checkpoint.layers} of which {len(set(removed))} are removed"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    _cast(model, getattr(torch, checkpoint.dtype))
+    _save_weights(model, out)
+    config = checkpoint.config
+    if removed:
+        config = cut_config(written_out(config, checkpoint.family), checkpoint.family, removed)
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    carry(source, out, remote_code)
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast the parameters, and not the buffers: rotary frequencies stay fp32, as a fresh load has them."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _save_weights(model: PreTrainedModel, out: Path) -> None:
+    """Save through transformers, which knows tied weights and how experts are laid out on disk."""
+    from transformers import GenerationConfig
+
+    # Releases carry generation configs that transformers reads but refuses to write; the source's file is carried instead.
+    generation, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        model.save_pretrained(out, max_shard_size="5GB")
+    finally:
+        model.generation_config = generation
+    (out / "generation_config.json").unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model says to a few fixed prompts, kept on the CPU: small, so that two models need not be in memory to be compared."""
+
+    logits: tuple[Tensor, ...]
+    """One (real tokens, vocabulary) tensor a batch of prompts; padding is left out."""
+    cache_difference: float
+    """Largest difference between cached and uncached logits in greedy generation, relative to the largest logit."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked of an export, and held."""
+
+    removed: tuple[int, ...]
+    layers: int
+    tensors: int
+    parameters: int
+    bytes: int
+    dtype: str
+    device: str
+    tokens: int
+    """Real tokens whose logits were compared."""
+    max_difference: float
+    """Largest difference between the two models' logits."""
+    cache_difference: float
+    """Largest difference between cached and uncached logits, relative to the largest logit: rounding only."""
+
+    def save(self, folder: Path) -> None:
+        """Write `verification.json`."""
+        (folder / "verification.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def verify_cut(
+    source: Path,
+    out: Path,
+    layers: Sequence[int],
+    device: str | torch.device | None = None,
+    remote_code: bool = False,
+) -> Verification:
+    """Prove that `out` is `source` without `layers`.
+
+    1. Every tensor on disk is, byte for byte, the source's tensor of the layer it stands for; none is missing or left over.
+    2. The reloaded model's logits equal, bit for bit, those of the source with the layers skipped by hooks: the same operations on
+       the same numbers on the same device, so nothing but equality is right. Left-padded batches are among the prompts.
+    3. Cached greedy generation equals a full pass over its own text, within rounding (the two multiply matrices of other shapes).
+
+    One model is in memory at a time.
+
+    Args:
+        source: the checkpoint that was cut.
+        out: the cut one.
+        layers: the layers that were removed.
+        device: where the models run; the CPU when None. Their dtype is the release's.
+        remote_code: whether the model's own code may run.
+
+    Raises:
+        VerificationError: one of the three does not hold.
+    """
+    _verify_tensors(Checkpoint.open(source, remote_code), _opened(out, remote_code), layers)
+    model = load_model(source, device=device, remote_code=remote_code)
+    with skipped(model, layers):
+        expected = answers(model)
+    del model
+    return verify_export(expected, out, layers, device, remote_code)
+
+
+def verify_export(
+    expected: Answers,
+    out: Path,
+    removed: Sequence[int] = (),
+    device: str | torch.device | None = None,
+    remote_code: bool = False,
+) -> Verification:
+    """Prove that the checkpoint `out` answers as the model did whose `answers` are given, on the same device and in the same dtype.
+
+    Raises:
+        VerificationError: `out` does not load whole, its logits are others, or its cached generation is not its uncached one.
+    """
+    checkpoint = _opened(out, remote_code)
+    gc.collect()
+    try:
+        model = load_model(out, device=device, remote_code=remote_code)
+    except Refusal as refusal:
+        raise VerificationError(str(refusal)) from None
+    found = answers(model)
+    difference = max(_difference(*pair) for pair in zip(expected.logits, found.logits, strict=True))
+    if not all(torch.equal(*pair) for pair in zip(expected.logits, found.logits, strict=True)):
+        raise VerificationError(
+            f"{out} does not compute what it was exported from: its logits differ by up to {difference:.3g}"
+        )
+    allowed = _ROUNDING[model.dtype]
+    if not found.cache_difference <= allowed:
+        raise VerificationError(
+            f"{out} generates other text with its key-value cache than without: logits differ by {found.cache_difference:.3g} of the largest, rounding explains {allowed}"
+        )
+    return Verification(
+        removed=tuple(sorted(set(removed))),
+        layers=checkpoint.layers,
+        tensors=len(checkpoint.tensors),
+        parameters=checkpoint.parameters,
+        bytes=checkpoint.bytes,
+        dtype=checkpoint.dtype,
+        device=str(model.device),
+        tokens=sum(len(logits) for logits in found.logits),
+        max_difference=difference,
+        cache_difference=found.cache_difference,
+    )
+
+
+# What another order of summation may change in a logit, relative to the largest: some tens of units in the last place.
+_ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@torch.inference_mode()
+def answers(model: PreTrainedModel) -> Answers:
+    """Return what a model says to a few short batches of random tokens, padded on the left and not."""
+    logits, differences = [], []
+    for tokens, mask in _prompts(model):
+        said = model(input_ids=tokens, attention_mask=mask).logits  # (batch, length, vocabulary)
+        logits.append(said[mask.bool()].cpu())
+        differences.append(_cache_difference(model, tokens, mask))
+    return Answers(tuple(logits), max(differences))
+
+
+def _prompts(model: PreTrainedModel, length: int = 24) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (tokens, attention mask), each (batch, length): a full batch, and one padded on the left."""
+    length = min(length, getattr(model.config, "max_position_embeddings", length) // 2)
+    draw = torch.Generator().manual_seed(0)
+    for padding in ([0, 0], [0, length // 3, length // 2]):
+        tokens = torch.randint(model.config.vocab_size, (len(padding), length), generator=draw)
+        mask = torch.arange(length).expand_as(tokens) >= torch.tensor(padding)[:, None]
+        yield tokens.to(model.device), mask.long().to(model.device)
+
+
+def _cache_difference(model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> float:
+    """Return the largest difference between the logits of cached and uncached greedy generation, relative to the largest logit.
+
+    A row is compared as long as both have chosen the same tokens; where they part, the difference of that step has been counted.
+    """
+    cached, cached_logits = _generate(model, tokens, mask, use_cache=True)
+    uncached, uncached_logits = _generate(model, tokens, mask, use_cache=False)
+    # (batch, steps): whether everything before a step is equal.
+    same = torch.cumprod((cached == uncached).long(), dim=1).roll(1, dims=1)
+    same[:, 0] = 1
+    difference = (cached_logits - uncached_logits).abs().amax(dim=-1)[same.bool()]
+    return (difference.max() / uncached_logits.abs().max()).item()
+
+
+def _generate(
+    model: PreTrainedModel, tokens: Tensor, mask: Tensor, use_cache: bool, steps: int = 8
+) -> tuple[Tensor, Tensor]:
+    """Return the greedily generated tokens, (batch, steps), and the logits they come from, (batch, steps, vocabulary), in fp32."""
+    generate: Any = model.generate
+    with _greedy(model):
+        said = generate(
+            tokens,
+            attention_mask=mask,
+            max_new_tokens=steps,
+            use_cache=use_cache,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    return said.sequences[:, -steps:], torch.stack(said.logits, dim=1).float()
+
+
+@contextmanager
+def _greedy(model: PreTrainedModel) -> Iterator[None]:
+    """Set the release's own generation settings aside: no sampling, and no end of text."""
+    from transformers import GenerationConfig
+
+    own, model.generation_config = model.generation_config, GenerationConfig(do_sample=False, pad_token_id=0)
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _opened(out: Path, remote_code: bool) -> Checkpoint:
+    try:
+        return Checkpoint.open(out, remote_code)
+    except Refusal as refusal:
+        raise VerificationError(str(refusal)) from None
+
+
+def _verify_tensors(source: Checkpoint, out: Checkpoint, layers: Sequence[int]) -> None:
+    """Hold every tensor of `out` against the source's, byte for byte and one at a time."""
+    base = f"{source.family.blocks.split('.')[0]}."
+    expected = {name.removeprefix(base): tensor for name, tensor in renumbered(source, layers).items()}
+    found = {name.removeprefix(base): tensor for name, tensor in out.tensors.items()}
+    wrong = sorted(set(expected) ^ set(found))
+    if wrong:
+        raise VerificationError(
+            f"{out.folder} {'lacks' if wrong[0] in expected else 'holds the left-over'} tensor {wrong[0]} (and {len(wrong) - 1} more are wrong)"
+        )
+    for name, tensor in expected.items():
+        if not _same_bytes(tensor, found[name]):
+            raise VerificationError(f"{out.folder} holds another {name} than {source.folder}")
+
+
+def _same_bytes(a: Stored, b: Stored, piece: int = 1 << 24) -> bool:
+    """Whether two stored tensors have the same dtype, shape and bytes."""
+    if (a.dtype, a.shape, a.size) != (b.dtype, b.shape, b.size):
+        return False
+    with a.file.open("rb") as one, b.file.open("rb") as other:
+        one.seek(a.start)
+        other.seek(b.start)
+        return all(
+            one.read(min(piece, a.size - done)) == other.read(min(piece, a.size - done))
+            for done in range(0, a.size, piece)
+        )
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    """Largest absolute difference; infinite for other shapes."""
+    return (a.float() - b.float()).abs().max().item() if a.shape == b.shape else float("inf")
