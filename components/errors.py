@@ -1,4 +1,4 @@
-"""The one exception a person is meant to read."""
+"""The exceptions that the command line puts into words."""
 
 
 class Refusal(Exception):
@@ -7,3 +7,7 @@ class Refusal(Exception):
     The message is one sentence that names the field or the file, the value found there, and the cure. The command line
     prints it without a traceback; every other exception is a fault of ours or of the machine, and keeps its traceback.
     """
+
+
+class StageFailed(Exception):
+    """A stage of the pipeline ended in a fault that is not the person's to put right."""

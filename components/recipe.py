@@ -19,6 +19,7 @@ from components.errors import Refusal
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -196,7 +197,7 @@ class Speed(Section):
 class Evaluate(Section):
     """What is measured, of every model in the same run."""
 
-    perplexity: dict[str, Text] = Field(
+    perplexity: dict[Name, Text] = Field(
         description="The texts to report perplexity on, by name: one at least, and one of another domain says more.",
         min_length=1,
     )

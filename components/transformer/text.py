@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from components.errors import Refusal
@@ -258,3 +259,8 @@ def consecutive_windows(stream: Tensor, length: int) -> Tensor:
 def windows_possible(stream: Tensor, length: int) -> int:
     """How many windows of `length` tokens the stream gives without overlap."""
     return len(stream) // length
+
+
+def load_windows(folder: Path) -> Tensor:
+    """Read the windows that calibrate left in `folder`: token ids (N, L), int64."""
+    return load_file(folder / "windows.safetensors")["windows"].long()

@@ -1,0 +1,19 @@
+"""The Kubeflow face of calibrate."""
+
+from components.face import component
+
+
+@component
+def calibrate(release: str, recipe: str, run: str) -> str:
+    """Draw windows of the calibration text. Takes and returns references."""
+    from components.recipe import Recipe
+    from components.stage import stage
+
+    text = Recipe.from_yaml(recipe).calibration.data.path or ""
+    inputs = {"release": release, "text": text}
+    with stage("calibrate", run=run, recipe=recipe, sections=["calibration"], inputs=inputs) as this:
+        if this.pending:
+            from components.calibrate.windows import calibrate
+
+            this.perform(calibrate)
+        return this.reference

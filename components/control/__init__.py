@@ -1,0 +1,1 @@
+"""The controls: what the same training does without regularising first."""

@@ -1,0 +1,60 @@
+"""What the same training does without regularising first: the comparison that the papers leave out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from components.recipe import Recover, Regularize
+from components.training import regularize as training
+from components.training.journal import Checkpoints, Journal
+from components.training.recover import recover as fine_tune
+from components.transformer.checkpoint import load_model
+from components.transformer.export import save_model
+from components.transformer.selection import Selection
+from components.transformer.surgery import drop_layers
+from components.transformer.text import load_windows
+
+
+class SeveralCheckpoints(Checkpoints, Protocol):
+    """Checkpoints of several trainings in one stage."""
+
+    def within(self, name: str) -> Checkpoints:
+        """The checkpoints of the training called `name`."""
+
+
+def control(
+    release: Path,
+    windows: Path,
+    selection: Path,
+    *,
+    kind: str,
+    regularize: Regularize,
+    recover: Recover,
+    out: Path,
+    journal: Journal,
+    checkpoints: SeveralCheckpoints,
+) -> None:
+    """Leave the control in `out/model`: the candidate's tokens, steps and trainable parameters, nothing regularised.
+
+    Args:
+        release: the folder of the dense model's artifact.
+        windows: the folder of the calibration windows.
+        selection: the folder of the selection.
+        kind: `pruned-first` (the selected layers are removed before the training) or `dense-trained` (none is).
+        regularize: the recipe's section; its objective and optimisation are used, its schedule is not.
+        recover: the recipe's section: where the candidate is fine-tuned, so is the control.
+        out: the folder to fill.
+        journal: takes the losses.
+        checkpoints: where the trainings keep their places.
+    """
+    removed = Selection.load(selection).removed if kind == "pruned-first" else ()
+    data = load_windows(windows)
+    model = drop_layers(load_model(release / "model"), removed)
+    teacher = load_model(release / "model") if training.needs_teacher(regularize, ()) else None
+    model = training.regularize(
+        model, teacher, data, (), regularize, checkpoints=checkpoints.within("regularize"), journal=journal
+    )
+    if recover.enabled:
+        model = fine_tune(model, data, recover, checkpoints=checkpoints.within("recover"), journal=journal)
+    save_model(model, release / "model", out / "model", removed)

@@ -1,0 +1,1 @@
+"""Closes the run, whatever became of it."""

@@ -1,0 +1,15 @@
+"""The Kubeflow face of finish."""
+
+from kfp.dsl import PipelineTaskFinalStatus
+
+from components.face import component
+
+
+@component
+def finish(run: str, status: PipelineTaskFinalStatus) -> None:
+    """End the run in MLflow with the state that Kubeflow reports."""
+    from components.stage import telling
+    from components.tracking import close_parent
+
+    with telling("finish"):
+        close_parent(run, succeeded=status.state == "SUCCEEDED")

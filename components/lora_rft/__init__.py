@@ -1,0 +1,1 @@
+"""LoRA recovery fine-tuning of the pruned model."""

@@ -1,0 +1,39 @@
+"""Fine-tune the pruned model with low-rank adapters, merged at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from components.recipe import Recover
+from components.training.journal import Checkpoints, Journal
+from components.training.recover import recover as fine_tune
+from components.transformer.checkpoint import load_model
+from components.transformer.device import best_device
+from components.transformer.export import answers, save_model, verify_export
+from components.transformer.text import load_windows
+
+
+def lora_rft(
+    model: Path, windows: Path, *, recover: Recover, out: Path, journal: Journal, checkpoints: Checkpoints
+) -> None:
+    """Leave the fine-tuned model in `out/model`, and `verification.json`.
+
+    Args:
+        model: the folder of the pruned model's artifact.
+        windows: the folder of the calibration windows.
+        recover: the recipe's section.
+        out: the folder to fill.
+        journal: takes the losses.
+        checkpoints: where the training keeps its place.
+
+    Raises:
+        VerificationError: the exported checkpoint does not compute what was trained.
+    """
+    tuned = fine_tune(
+        load_model(model / "model"), load_windows(windows), recover, checkpoints=checkpoints, journal=journal
+    )
+    save_model(tuned, model / "model", out / "model")
+    device = best_device()
+    expected = answers(tuned.to(device).eval())
+    del tuned
+    verify_export(expected, out / "model", device=device).save(out)

@@ -1,0 +1,1 @@
+"""Pins what a run starts from: the release, its texts and the present champion."""

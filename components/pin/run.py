@@ -1,0 +1,30 @@
+"""Pin everything that a run reads, and open the run."""
+
+from __future__ import annotations
+
+from components import tracking
+from components.pin.pin import pin_release, pin_text
+from components.recipe import Recipe
+from components.stage import telling
+from components.store import Store
+
+
+def pin_run(release: str, recipe: str, name: str, run: str) -> tuple[str, str, str]:
+    """Return the release's reference, the pinned recipe's YAML, and the champion's reference (empty where there is none)."""
+    with telling("pin"):
+        store = Store.from_environment()
+        parsed = Recipe.from_yaml(recipe)
+        texts = {dotted: str(pin_text(text, store)) for dotted, text in parsed.texts()}
+        reference = pin_release(release, parsed, store)
+        pinned = parsed.with_texts(texts)
+        made = store.manifest(reference).metadata
+        tags = {
+            "espalier.release": str(made.get("source")),
+            "espalier.revision": str(made.get("revision")),
+            "espalier.digest": reference.digest,
+            "espalier.name": name,
+            **{f"espalier.text.{dotted}": text for dotted, text in texts.items()},
+        }
+        tracking.open_parent(run, tags, pinned.model_dump(mode="json"))
+        champion = tracking.aliased(name, "champion")
+        return str(reference), pinned.to_yaml(), str(champion.reference) if champion else ""

@@ -1,0 +1,1 @@
+"""Moves the alias champion to a version whose files are whole."""

@@ -1,0 +1,43 @@
+"""Move the alias `champion` to a version whose files are whole, and keep the way back."""
+
+from __future__ import annotations
+
+from components import tracking
+from components.errors import Refusal
+from components.store import Store
+from components.tracking import Version
+
+
+def promote(name: str, version: str = "", force: bool = False) -> Version:
+    """Make a registered version champion, after its files were read again and match their digests.
+
+    Args:
+        name: the registered model.
+        version: its version; the challenger when empty.
+        force: promote a version whose verdict was fail.
+
+    Raises:
+        Refusal: no such version, a verdict that is not pass, or a file that is missing or differs.
+    """
+    candidate = tracking.version_of(name, version) if version else _challenger(name)
+    verdict = candidate.tags.get("espalier.verdict", "missing")
+    if verdict != "pass" and not force:
+        raise Refusal(
+            f"version {candidate.version} of {name} has the verdict {verdict}: pass --force to promote it all the same"
+        )
+    Store.from_environment().verify(candidate.reference)
+    champion = tracking.aliased(name, "champion")
+    if champion and champion.version != candidate.version:
+        tracking.set_alias(name, "previous", champion.version)
+    tracking.set_alias(name, "champion", candidate.version)
+    tracking.drop_alias(name, "challenger", candidate.version)
+    return tracking.version_of(name, candidate.version)
+
+
+def _challenger(name: str) -> Version:
+    challenger = tracking.aliased(name, "challenger")
+    if challenger is None:
+        raise Refusal(
+            f"the registered model {name!r} has no challenger: name a version (--version), or run a recompression whose rules hold"
+        )
+    return challenger

@@ -1,0 +1,20 @@
+"""The Kubeflow face of prune."""
+
+from kfp.dsl import Model, Output
+
+from components.face import component
+
+
+@component
+def prune(release: str, model: str, selection: str, recipe: str, run: str, checkpoint: Output[Model]) -> str:
+    """Cut the selected layers, export and verify. Takes and returns references; `checkpoint` shows them in the UI."""
+    from components.stage import stage
+
+    inputs = {"release": release, "model": model, "selection": selection}
+    with stage("prune", run=run, recipe=recipe, sections=["method", "target"], inputs=inputs) as this:
+        if this.pending:
+            from components.prune.prune import prune
+
+            this.perform(prune)
+        this.show(checkpoint)
+        return this.reference

@@ -1,0 +1,207 @@
+"""Write the report, register the candidate, and make it challenger where the rules hold."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from components import tracking
+from components.recipe import Recipe
+from components.register.page import render
+from components.register.report import Report, build, read_curves
+from components.stage import code_version, telling
+from components.store import Manifest, Reference, Store
+
+SMALL = {
+    "selection": ["selection.json", "trajectory.jsonl"],
+    "evaluation": ["evaluation.json"],
+    "regularized": ["metrics.jsonl"],
+    "candidate": ["metrics.jsonl"],
+}
+"""What the report is drawn from, of each stage's output: never a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The references of the run's stages, empty where the recipe did without one."""
+
+    release: str
+    windows: str
+    selection: str
+    regularized: str
+    pruned: str
+    candidate: str
+    pruned_first: str
+    dense_trained: str
+    evaluation: str
+
+    def references(self) -> dict[str, Reference]:
+        """The outputs that there are, by name, each once: a stage that handed its input on made none."""
+        found: dict[str, Reference] = {}
+        for field in fields(self):
+            text = getattr(self, field.name)
+            if text and Reference.parse(text) not in found.values():
+                found[field.name] = Reference.parse(text)
+        return found
+
+
+def register_run(name: str, run: str, recipe: str, outputs: Outputs, page: str) -> str:
+    """Register what a run made, and leave its report in the store, in MLflow and at `page`.
+
+    Registering is idempotent: the same checkpoint is the same version, whose evidence is brought up to date.
+
+    Args:
+        name: the registered model's name.
+        run: the run's label; the report lies at `runs/<run>/` in the store.
+        recipe: the pinned recipe's YAML.
+        outputs: the stages' references.
+        page: where the HTML report is written, for Kubeflow's user interface.
+
+    Returns:
+        `pass` or `fail`.
+    """
+    with telling("register") as tell, tempfile.TemporaryDirectory(prefix="espalier-") as scratch:
+        tell("started")
+        began = time.perf_counter()
+        store = Store.from_environment()
+        references = outputs.references()
+        manifests = {output: store.manifest(reference) for output, reference in references.items()}
+        folders = {output: _small(store, output, outputs, Path(scratch)) for output in SMALL}
+        parsed = Recipe.from_yaml(recipe)
+        facts = {
+            "release": _release(references["release"], manifests["release"]),
+            "recipe": parsed,
+            "selection": folders["selection"],
+            "evaluation": folders["evaluation"],
+            "timing": _timing(run, manifests),
+            "environment": _environment(parsed, folders["evaluation"], manifests),
+        }
+        draft = build(**facts, registered=None)
+        registered = _register(
+            name, run, Reference.parse(outputs.candidate), Reference.parse(outputs.evaluation), draft
+        )
+        report = build(**facts, registered=registered)
+        html = render(report, read_curves(**_curve_folders(folders, outputs)))
+        _leave(store, run, report, html, page)
+        tracking.record_reused(run, _made_by_stages(manifests))
+        verdict = "pass" if report.verdict.passed else "fail"
+        tell("done", seconds=round(time.perf_counter() - began, 1), verdict=verdict)
+        return verdict
+
+
+def _small(store: Store, output: str, outputs: Outputs, scratch: Path) -> Path:
+    """Fetch the named output's small files, those of them that it has."""
+    reference = Reference.parse(getattr(outputs, output))
+    have = {file.name for file in store.manifest(reference).files}
+    wanted = [file for file in SMALL[output] if file in have]
+    folder = scratch / output
+    if wanted:
+        return store.get(reference, folder, wanted)
+    folder.mkdir()
+    return folder
+
+
+def _curve_folders(folders: Mapping[str, Path], outputs: Outputs) -> dict[str, Path | None]:
+    return {
+        "selection": folders["selection"],
+        "regularize": folders["regularized"],
+        "recover": folders["candidate"] if outputs.candidate != outputs.pruned else None,
+    }
+
+
+def _release(reference: Reference, manifest: Manifest) -> dict[str, Any]:
+    return {
+        "source": manifest.metadata["source"],
+        "revision": manifest.metadata["revision"],
+        "digest": reference.digest,
+    }
+
+
+def _made_by_stages(manifests: Mapping[str, Manifest]) -> dict[str, dict[str, Any]]:
+    made = [manifest.metadata for manifest in manifests.values() if "stage" in manifest.metadata]
+    return {f"{one['stage']} {one['variant']}".strip(): one for one in made}
+
+
+def _timing(run: str, manifests: Mapping[str, Manifest]) -> dict[str, float]:
+    """Seconds of each stage's work when it was made, and of this run from its first stage until now."""
+    timing = {name: float(made["seconds"]) for name, made in _made_by_stages(manifests).items()}
+    parent = tracking.find_parent(run)
+    total = time.time() - parent.info.start_time / 1000 if parent else sum(timing.values())
+    return {**timing, "total": round(total, 3)}
+
+
+def _environment(recipe: Recipe, evaluation: Path, manifests: Mapping[str, Manifest]) -> dict[str, Any]:
+    context = json.loads((evaluation / "evaluation.json").read_text()).get("context", {})
+    texts = {dotted: text.path for dotted, text in recipe.texts()}
+    code = {name: made["code"] for name, made in _made_by_stages(manifests).items()}
+    return {**context, "texts": texts, "code": {**code, "register": code_version("register")}}
+
+
+def _register(name: str, run: str, candidate: Reference, evaluation: Reference, report: Report) -> dict[str, Any]:
+    """Register the version, set or take away `challenger`, and tie its numbers to their data sets."""
+    parent = tracking.find_parent(run)
+    run_id = parent.info.run_id if parent else ""
+    version = tracking.register_version(name, candidate, run_id, _evidence(run, evaluation, report))
+    if version.tags.get("espalier.evaluation") != evaluation.digest or "espalier.logged_model" not in version.tags:
+        model_id = tracking.log_model_evidence(name, run_id, {"espalier.version": version.version}, _measured(report))
+        tracking.tag_version(version, {"espalier.evaluation": evaluation.digest, "espalier.logged_model": model_id})
+    if not report.verdict.passed:
+        tracking.drop_alias(name, "challenger", version.version)
+    elif "champion" not in version.aliases:
+        tracking.set_alias(name, "challenger", version.version)
+    version = tracking.version_of(name, version.version)
+    return {"name": name, "version": version.version, "aliases": version.aliases, "source": version.source}
+
+
+def _evidence(run: str, evaluation: Reference, report: Report) -> dict[str, str]:
+    """What a version's tags tell: where it comes from, how to make it again, and how it was judged."""
+    ratios = {
+        f"perplexity.{text}": f"{value:.4g} (dense {report.dense.perplexity.get(text) or float('nan'):.4g})"
+        for text, value in report.candidate.perplexity.items()
+        if value is not None
+    }
+    return {
+        "espalier.run": run,
+        "espalier.release": report.release.source,
+        "espalier.revision": str(report.release.revision),
+        "espalier.release_digest": report.release.digest,
+        "espalier.method": report.selection.method,
+        "espalier.removed": f"{report.selection.axis} {', '.join(map(str, report.selection.removed))}",
+        "espalier.verdict": "pass" if report.verdict.passed else "fail",
+        "espalier.evaluation_reference": str(evaluation),
+        "espalier.recipe": json.dumps(report.recipe)[:4900],
+        **ratios,
+    }
+
+
+def _measured(report: Report) -> dict[str, tuple[float, str, str]]:
+    """The candidate's perplexities with the data sets they were measured on."""
+    digests = {name: str(text).rpartition(":")[2] for name, text in report.environment["texts"].items()}
+    return {
+        f"perplexity.{text}": (value, text, digests[f"evaluate.perplexity.{text}"])
+        for text, value in report.candidate.perplexity.items()
+        if value is not None
+    }
+
+
+def _leave(store: Store, run: str, report: Report, html: str, page: str) -> None:
+    """Put the report where it is looked for: the store, the parent run in MLflow, and Kubeflow's artifact."""
+    store.write_text(f"runs/{run}/report.json", report.to_json())
+    store.write_text(f"runs/{run}/report.html", html)
+    Path(page).parent.mkdir(parents=True, exist_ok=True)
+    Path(page).write_text(html)
+    tracking.leave_report(run, {"report.json": report.to_json(), "report.html": html}, _summary(report))
+
+
+def _summary(report: Report) -> dict[str, float]:
+    """The parent run's metrics: each model's size and perplexities."""
+    summary: dict[str, float] = {}
+    for name, model in report.models().items():
+        summary[f"{name}/parameters"] = model.parameters
+        summary |= {f"{name}/perplexity.{text}": value for text, value in model.perplexity.items() if value is not None}
+    return summary

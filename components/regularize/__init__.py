@@ -1,0 +1,1 @@
+"""The second regularisation: what the chosen layers knew moves to the others."""

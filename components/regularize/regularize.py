@@ -1,0 +1,46 @@
+"""Train the dense model so that the selected layers can go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from components.recipe import Regularize
+from components.training import regularize as training
+from components.training.journal import Checkpoints, Journal
+from components.transformer.checkpoint import load_model
+from components.transformer.export import save_model
+from components.transformer.selection import Selection
+from components.transformer.text import load_windows
+
+
+def regularize(
+    release: Path,
+    windows: Path,
+    selection: Path,
+    *,
+    regularize: Regularize,
+    out: Path,
+    journal: Journal,
+    checkpoints: Checkpoints,
+) -> None:
+    """Leave the regularised model, all its layers still there, in `out/model`.
+
+    Args:
+        release: the folder of the dense model's artifact.
+        windows: the folder of the calibration windows.
+        selection: the folder of the selection.
+        regularize: the recipe's section.
+        out: the folder to fill.
+        journal: takes the loss and its parts.
+        checkpoints: where the training keeps its place.
+
+    Raises:
+        Refusal: the loss is not finite.
+    """
+    layers = Selection.load(selection).removed
+    model = load_model(release / "model")
+    teacher = load_model(release / "model") if training.needs_teacher(regularize, layers) else None
+    trained = training.regularize(
+        model, teacher, load_windows(windows), layers, regularize, checkpoints=checkpoints, journal=journal
+    )
+    save_model(trained, release / "model", out / "model")

@@ -1,0 +1,70 @@
+"""The pipeline: a model release goes in, a smaller model that was measured against it comes out, registered.
+
+    release ─▶ pin ─▶ calibrate ─▶ learn gates ─▶ regularize ─▶ prune ─▶ LoRA-RFT ─▶ evaluate ─▶ register
+
+The stages hand on references (a URI and a digest), never files, and a stage whose output is in the store does nothing: the
+same pipeline started again takes up where the last one ended, here or on a cluster.
+"""
+
+from kfp import dsl
+
+from components.calibrate.component import calibrate
+from components.control.component import control
+from components.evaluate.component import evaluate
+from components.finish.component import finish
+from components.learn_gates.component import learn_gates
+from components.lora_rft.component import lora_rft
+from components.pin.component import pin
+from components.prune.component import prune
+from components.register.component import register
+from components.regularize.component import regularize
+
+
+@dsl.pipeline(name="recompress", description="Recompress a model release: regularise, prune, measure, register.")
+def recompress(release: str, recipe: str, name: str, run: str):  # type: ignore[no-untyped-def]  # kfp reads the return type as an output
+    """Recompress `release` as the recipe says, and register the result under `name`.
+
+    Args:
+        release: a Hub id with an optional @revision, an s3:// prefix, models:/name@alias, or a reference.
+        recipe: the recipe's YAML.
+        name: the registered model's name.
+        run: a label of this run, which its stages share.
+    """
+    with dsl.ExitHandler(finish(run=run)):
+        pinned = pin(release=release, recipe=recipe, name=name, run=run)
+        dense, champion = pinned.outputs["release"], pinned.outputs["champion"]
+        shared = {"recipe": pinned.outputs["recipe"], "run": run}
+
+        windows = calibrate(release=dense, **shared).output
+        selection = learn_gates(release=dense, windows=windows, **shared).output
+
+        regularized = regularize(release=dense, windows=windows, selection=selection, **shared).output
+        pruned = prune(release=dense, model=regularized, selection=selection, **shared).outputs["Output"]
+        candidate = lora_rft(model=pruned, windows=windows, **shared).outputs["Output"]
+
+        # What a sceptic asks for: the same training without regularising first, and without cutting at all.
+        trained = {"release": dense, "windows": windows, "selection": selection, **shared}
+        pruned_first = control(kind="pruned-first", **trained).output
+        dense_trained = control(kind="dense-trained", **trained).output
+
+        evaluation = evaluate(
+            dense=dense,
+            candidate=candidate,
+            champion=champion,
+            pruned_first=pruned_first,
+            dense_trained=dense_trained,
+            **shared,
+        ).outputs["Output"]
+        register(
+            name=name,
+            release=dense,
+            windows=windows,
+            selection=selection,
+            regularized=regularized,
+            pruned=pruned,
+            candidate=candidate,
+            pruned_first=pruned_first,
+            dense_trained=dense_trained,
+            evaluation=evaluation,
+            **shared,
+        )

@@ -1,0 +1,149 @@
+"""Run the pipeline on this machine: checks first, then kfp.local, then the report."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from components import tracking
+from components.errors import Refusal, StageFailed
+from components.pin.pin import check_checkpoint, check_text, pin_folder, pin_text
+from components.recipe import Recipe, Text
+from components.register.report import Report
+from components.store import Store
+from pipeline.follow import following
+from pipeline.local import services
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves for the person."""
+
+    report: Report
+    folder: Path
+    """Holds report.html, report.json and log.txt."""
+
+
+def run(recipe: Recipe, release: str, name: str, home: Path, console: Console) -> Result:
+    """Recompress `release` as the recipe says and register it under `name`, on this machine.
+
+    Args:
+        recipe: the recipe, its texts as the person named them.
+        release: a folder, an s3:// prefix, a Hub id with an optional @revision, or models:/name@alias.
+        name: the registered model's name.
+        home: where all state lies.
+        console: where progress is shown.
+
+    Raises:
+        Refusal: something the person can put right, most of it found before any work.
+        StageFailed: a stage broke; what was finished before it is kept.
+    """
+    check(recipe, release, name)
+    label = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    folder = home / "runs" / label
+    with services(home) as environment, in_environment(environment):
+        store = Store.from_environment()
+        store.check()
+        tracking.check()
+        arguments = {
+            "release": to_store(release, recipe, store),
+            "recipe": texts_to_store(recipe, store).to_yaml(),
+            "name": name,
+            "run": label,
+        }
+        _run_local(arguments, folder / "log.txt", console)
+        return Result(_fetch_report(store, label, folder), folder)
+
+
+def check(recipe: Recipe, release: str, name: str) -> None:
+    """Refuse, before anything is started, what is wrong with a release or a text on this machine."""
+    if is_local(release):
+        check_checkpoint(Path(release).expanduser(), recipe)
+    for _, text in recipe.texts():
+        if _is_local_text(text):
+            check_text(text.path or "")
+    # kfp.local puts the interpreter's path in the place of this word, wherever it stands in an argument.
+    if "python3" in f"{name} {'' if is_local(release) else release}":
+        raise Refusal(
+            f"the name {name!r} or the release {release!r} holds the word 'python3', which kfp.local rewrites: use another name"
+        )
+
+
+def is_local(release: str) -> bool:
+    """Whether the release is a folder of this machine: there is one, or it is written as only a path is."""
+    return Path(release).expanduser().is_dir() or release.startswith((".", "/", "~"))
+
+
+def to_store(release: str, recipe: Recipe, store: Store) -> str:
+    """Put a release that is a folder into the store and return its reference; name every other release as it is."""
+    return str(pin_folder(Path(release).expanduser(), recipe, store)) if is_local(release) else release
+
+
+def texts_to_store(recipe: Recipe, store: Store) -> Recipe:
+    """Put the recipe's local texts into the store, and references in their places."""
+    return recipe.with_texts(
+        {dotted: str(pin_text(text, store)) for dotted, text in recipe.texts() if _is_local_text(text)}
+    )
+
+
+def _is_local_text(text: Text) -> bool:
+    return text.path is not None and not text.path.startswith("s3://")
+
+
+def _run_local(arguments: dict[str, str], log: Path, console: Console) -> None:
+    from kfp import local
+
+    from pipeline.recompress import recompress
+
+    # A folder of its own for each run, whose path holds no word that kfp.local rewrites; nothing in it outlives the run.
+    with (
+        tempfile.TemporaryDirectory(prefix="espalier-kfp-") as root,
+        following(log, _stages(recompress), console) as follower,
+    ):
+        local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=root)
+        try:
+            recompress(**arguments)
+        except RuntimeError as error:
+            if follower.refused:
+                raise Refusal(follower.refused) from None
+            raise StageFailed(f"{follower.failed or error} (the whole log: {log})") from None
+
+
+def _stages(pipeline: Any) -> int:
+    """How many tasks the pipeline has, the ones inside its exit handler counted, the handler itself not."""
+    dags = [component.dag for component in pipeline.pipeline_spec.components.values() if component.HasField("dag")]
+    return sum(len(dag.tasks) for dag in [pipeline.pipeline_spec.root.dag, *dags]) - len(dags)
+
+
+def _fetch_report(store: Store, label: str, folder: Path) -> Report:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("report.json", "report.html"):
+        text = store.read_text(f"runs/{label}/{name}")
+        if text is None:
+            raise StageFailed(f"the run {label} left no {name} in the store (the whole log: {folder / 'log.txt'})")
+        (folder / name).write_text(text)
+    return Report.load(folder / "report.json")
+
+
+@contextmanager
+def in_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for the block, for this process and the stages it starts."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
