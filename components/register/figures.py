@@ -24,6 +24,9 @@ from components.register.report import Curve, Round
 SIZE = (4.6, 2.9)
 """Inches of a panel, 72 SVG units each; the page scales a panel to its column."""
 
+PLOT_HEIGHT = 0.75
+"""The part of a panel's height that the axes take, nearly: labels are moved apart by it."""
+
 INK, MUTED, RULE, ACCENT, PAPER = "#010101", "#020202", "#030303", "#040404", "#050505"
 """Stand-ins for the page's colours."""
 
@@ -65,35 +68,40 @@ def gates(rounds: Sequence[Round], removed: Iterable[int]) -> str:
     """Draw every layer's gate over the steps of all rounds; the removed layers in colour, named where they left."""
     chosen = set(removed)
     curves = {
-        layer: [(step, line.gates[layer]) for step, line in enumerate(rounds) if line.gates[layer] is not None]
+        layer: _until_gone([(step, g) for step, line in enumerate(rounds, 1) if (g := line.gates[layer]) is not None])
         for layer in range(len(rounds[0].gates))
     }
 
     def draw(axes: Axes) -> None:
-        for layer, curve in curves.items():
+        for layer, points in curves.items():
             style = {"color": ACCENT, "zorder": 3} if layer in chosen else {"color": MUTED, "linewidth": 0.9}
-            axes.plot(*_columns(curve), **style)
-        for step, (before, line) in enumerate(pairwise(rounds)):
+            axes.plot(*_columns(points), **style)
+            if layer in chosen:
+                axes.plot(*_columns(points[-1:]), "o", color=ACCENT, markersize=4, zorder=3)
+        for step, (before, line) in enumerate(pairwise(rounds), 1):
             if line.round != before.round:
                 axes.axvline(step + 0.5, color=RULE, linewidth=0.7, zorder=1)
-        _label(axes, {f"layer {layer}": curves[layer][-1] for layer in chosen if curves[layer]}, ACCENT)
+        axes.set_xlim(0, 1.2 * len(rounds))
+        ends = {f"layer {layer}": curves[layer][-1] for layer in sorted(chosen) if curves.get(layer)}
+        _label(axes, ends, left_of=1)
 
     return _panel(draw, "optimizer step, all rounds", "gate", f"Gates of {len(curves)} layers over {len(rounds)} steps")
 
 
-def curve(name: str, points: Curve, *, mark: tuple[float, str] | None = None) -> str:
+def curve(points: Curve, name: str, *, mark: tuple[float, str] | None = None) -> str:
     """Draw a metric over the optimizer steps: every step thin, and where there are many, their running mean thick.
 
     Args:
-        name: the metric's name, the vertical axis' label.
         points: (step, value), finite.
+        name: what the vertical axis says.
         mark: a step to draw a line at, and what happens there.
     """
-    window = len(points) // 20
+    window = len(points) // 12
     smooth = _running_mean(points, window) if window > 1 else []
 
     def draw(axes: Axes) -> None:
-        axes.plot(*_columns(points), **({"color": MUTED, "linewidth": 0.7} if smooth else {"color": ACCENT}))
+        thin = {"color": MUTED, "linewidth": 0.7, "alpha": 0.6}
+        axes.plot(*_columns(points), **(thin if smooth else {"color": ACCENT, "marker": "o", "markersize": 3}))
         axes.plot(*_columns(smooth), color=ACCENT)
         if mark:
             axes.axvline(mark[0], color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
@@ -123,7 +131,7 @@ def pareto(models: Mapping[str, Measured], text: str) -> str:
         axes.margins(0.3, 0.25)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2f}×"))
-        _label(axes, points, INK)
+        _label(axes, points)
 
     return _panel(draw, "parameters, of dense", f"perplexity on {text}, of dense", f"Size and perplexity on {text}")
 
@@ -155,20 +163,41 @@ def _top(group: Sequence[int], positions: Sequence[float], gap: float) -> float:
     return _bottom(group, positions, gap) + gap * (len(group) - 1)
 
 
-def _label(axes: Axes, points: Mapping[str, tuple[float, float]], colour: str) -> None:
-    """Name points to their right (to their left in the right half), names near each other moved apart."""
-    axes.figure.draw_without_rendering()
+def _label(axes: Axes, points: Mapping[str, tuple[float, float]], left_of: float = 0.5) -> None:
+    """Name points beside them, names near each other moved apart.
+
+    Args:
+        axes: where the points are drawn, its limits final.
+        points: (x, y) by name.
+        left_of: points beyond this part of the width have their names to the left, the others to the right.
+    """
     left, right = axes.get_xlim()
     bottom, top = axes.get_ylim()
-    line = (top - bottom) * 11 / (SIZE[1] * 72 * 0.75)
-    for on_right in (False, True):
-        side = {name: point for name, point in points.items() if (point[0] > (left + right) / 2) == on_right}
-        heights = spread([y for _, y in side.values()], line)
-        for (name, (x, y)), height in zip(side.items(), heights, strict=True):
-            offset = (height - y) / (top - bottom) * SIZE[1] * 72 * 0.75
-            place = (-9 if on_right else 9, offset)
-            aligned = {"ha": "right" if on_right else "left", "va": "center_baseline"}
-            axes.annotate(name, (x, y), place, textcoords="offset points", color=colour, **aligned)
+    unit = (top - bottom) / (SIZE[1] * 72 * PLOT_HEIGHT)
+    for near in _columns_of(points, (right - left) / 5):
+        heights = spread([points[name][1] for name in near], 11 * unit)
+        beyond = max(points[name][0] for name in near) - left > left_of * (right - left)
+        aligned = {"ha": "right" if beyond else "left", "va": "center_baseline"}
+        for name, height in zip(near, heights, strict=True):
+            offset = (-8 if beyond else 8, (height - points[name][1]) / unit)
+            axes.annotate(name, points[name], offset, textcoords="offset points", **aligned)
+
+
+def _columns_of(points: Mapping[str, tuple[float, float]], width: float) -> list[list[str]]:
+    """Group names whose points stand one above the other: each within `width` of the one to its left."""
+    groups: list[list[str]] = []
+    for name in sorted(points, key=lambda name: points[name][0]):
+        if groups and points[name][0] - points[groups[-1][-1]][0] < width:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return groups
+
+
+def _until_gone(points: Curve) -> Curve:
+    """Cut a gate's curve where its layer goes: from there on it is at 0."""
+    last = next((i for i in range(len(points) - 1, -1, -1) if points[i][1] != 0), 0)
+    return points[: last + 1]
 
 
 def _running_mean(points: Curve, window: int) -> Curve:
@@ -180,9 +209,8 @@ def _running_mean(points: Curve, window: int) -> Curve:
     ]
 
 
-def _columns(points: Iterable[tuple[float, float | None]]) -> tuple[list[float], list[float | None]]:
-    pairs = list(points)
-    return [x for x, _ in pairs], [y for _, y in pairs]
+def _columns(points: Curve) -> tuple[list[int], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
 
 
 def _panel(draw: Callable[[Axes], None], x: str, y: str, alt: str) -> str:
@@ -192,8 +220,8 @@ def _panel(draw: Callable[[Axes], None], x: str, y: str, alt: str) -> str:
         axes = figure.add_subplot()
         axes.set_xlabel(x)
         axes.set_title(y, loc="left", color=MUTED, fontsize=9.5)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         draw(axes)
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})

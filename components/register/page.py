@@ -12,7 +12,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from components.recipe import Promote, Recipe
+from components.recipe import Recipe
 from components.register import figures
 from components.register.measured import Measured, ratio
 from components.register.report import Curve, Curves, Report
@@ -21,13 +21,22 @@ from components.register.verdict import Rule
 ABSENT = "–"
 
 SCORES = {
-    "gate": "the gate each layer ended with",
-    "block_influence": "Block Influence, 1 − mean cosine between what enters the layer and what leaves it",
-    "perplexity": "perplexity on the calibration text with this layer removed",
+    "gate": "the layer's gate, when it went or at the end",
+    "block_influence": "the layer's Block Influence (1 − mean cosine between what enters and what leaves it)",
+    "perplexity": "perplexity on the calibration text without the layer, when last measured",
 }
-"""What a method's scores are; a name that is not here stands for itself. In each, the lowest leaves first."""
+"""What a method's score of a layer is; a name that is not here stands for itself. In each, low is little needed."""
 
-MODELS = {
+METRICS = {
+    "lm": "LM loss",
+    "kl": "KL divergence from the dense model",
+    "state": "distance to the dense model's final state",
+    "penalty": "relative norm of f(x) − x, removed layers",
+    "validation": "perplexity on the held-out windows",
+}
+"""What a curve shows; a name that is not here stands for itself."""
+
+ABOUT = {
     "dense": "the release as it came",
     "candidate": "the pruned model this report is about",
     "champion": "the model in service now",
@@ -35,7 +44,7 @@ MODELS = {
     "dense-trained": "control: nothing cut, trained as the candidate was",
 }
 
-BACKSTAGE = ("learning_rate", "lr", "grad_norm", "gradient_norm", "seconds", "tokens_per_second")
+BACKSTAGE = ("learning_rate", "gradient_norm")
 """Metrics that say how the training ran rather than what came of it: left to MLflow."""
 
 
@@ -50,7 +59,7 @@ class Layer(NamedTuple):
     """A box of the strip of layers."""
 
     index: int
-    score: str
+    scores: list[str]
     height: int
     """Per cent of the tallest."""
     removed: int | None
@@ -62,27 +71,35 @@ def render(report: Report, curves: Curves) -> str:
     recipe = Recipe.model_validate(report.recipe)
     return _template().render(
         report=report,
-        title=f"{report.registered.name} version {report.registered.version}"
-        if report.registered
-        else "Not registered",
+        title=_title(report),
         headline=headline(report),
-        texts=list(_union(model.perplexity for model in report.models().values())),
-        models=report.models(),
-        about=MODELS,
-        rules=[(rule, _rule_help(rule)) for rule in report.verdict.rules],
-        quality=quality(report.models()),
+        rules=[(rule, rule.note or _against(rule)) for rule in report.verdict.rules],
+        about=ABOUT,
+        columns=columns(report),
+        quality=quality(report),
         speed=speed(report.models()),
         notes=list(notes(report, recipe)),
         pareto=_pareto(report),
         layers=layers(report),
-        scored=SCORES.get(_scored(report) or "", _scored(report)),
+        scored=[SCORES.get(name, name) for name in _scored(report)],
         gates=_gates(report, curves),
         training=_training(curves.regularize, _mark(recipe)),
         recovery=_training(curves.recover, None),
-        total=sum(report.timing.values()),
-        environment=list(_flat(report.environment)),
+        stages=sum(_stages(report).values()),
+        timing=_stages(report),
+        environment=[(name, list(_flat(value))) for name, value in report.environment.items()],
         recipe=yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True),
     )
+
+
+def _title(report: Report) -> str:
+    registered = report.registered
+    return f"{registered.name} version {registered.version}" if registered else "Not registered"
+
+
+def _stages(report: Report) -> dict[str, float]:
+    """Seconds by stage, without the run's total."""
+    return {stage: took for stage, took in report.timing.items() if stage != "total"}
 
 
 @cache
@@ -101,16 +118,16 @@ def _template() -> Template:
 # Numbers as a person reads them
 
 
-def number(value: float | None) -> str:
-    """Four significant digits, thousands apart: 59.38, 227.1, 12,345.
+def number(value: float | None, digits: int = 4) -> str:
+    """Significant digits, four unless told, thousands apart: 59.38, 227.1, 12,345.
 
-    >>> number(7.0801), number(1234.5), number(None)
-    ('7.080', '1,234', '–')
+    >>> number(7.0801), number(1234.5), number(0.058, 3), number(None)
+    ('7.080', '1,234', '0.0580', '–')
     """
     if value is None or not math.isfinite(value):
         return ABSENT
-    digits = max(0, 3 - math.floor(math.log10(abs(value)))) if value else 0
-    return f"{value:,.{min(digits, 6)}f}"
+    decimals = digits - 1 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:,.{min(max(0, decimals), 6)}f}"
 
 
 def count(value: float) -> str:
@@ -153,13 +170,13 @@ def headline(report: Report) -> dict[str, Any]:
         "sentence": verdict_sentence(report),
         "size": Cell(
             times(ratio(candidate.parameters, dense.parameters)),
-            f"{count(candidate.parameters)} parameters, dense {count(dense.parameters)}",
+            f"{count(candidate.parameters)} parameters against {count(dense.parameters)}",
         ),
-        "bytes": f"{count(candidate.bytes)}B, dense {count(dense.bytes)}B",
+        "bytes": f"{count(candidate.bytes)}B against {count(dense.bytes)}B",
         "perplexity": {
             text: Cell(
                 times(ratio(value, dense.perplexity.get(text))),
-                f"{number(value)}, dense {number(dense.perplexity.get(text))}",
+                f"{number(value)} against {number(dense.perplexity.get(text))}",
             )
             for text, value in candidate.perplexity.items()
         },
@@ -173,8 +190,8 @@ def verdict_sentence(report: Report) -> str:
     if not rules:
         return "no rules were asked for"
     if not failed:
-        return "holds the one rule" if len(rules) == 1 else f"holds all {len(rules)} rules"
-    return f"fails {len(failed)} of {len(rules)} {'rule' if len(rules) == 1 else 'rules'}: {', '.join(rule.name for rule in failed)}"
+        return "the one rule holds" if len(rules) == 1 else f"all {len(rules)} rules hold"
+    return f"{len(failed)} of {len(rules)} rules broken: {', '.join(rule.name for rule in failed)}"
 
 
 def _speedups(report: Report, phase: str) -> Cell:
@@ -189,29 +206,49 @@ def _speedups(report: Report, phase: str) -> Cell:
     return Cell(" to ".join(span), f"{phase}, batch {', '.join(batches)}")
 
 
-def _rule_help(rule: Rule) -> str:
-    field = Promote.model_fields.get(rule.name.partition("[")[0])
-    return (field.description or "") if field else ""
+def _against(rule: Rule) -> str:
+    """The two numbers a rule compares: "58.72 against 59.41 (dense)"."""
+    (_, value), (opponent, base) = rule.compared.items()
+    return f"{_whole(value)} against {_whole(base)} ({opponent})"
 
 
-def quality(models: Mapping[str, Measured]) -> list[tuple[str, dict[str, Cell]]]:
-    """The rows of the quality table: a model, and its cells by column, each number with its ratio to the dense model's."""
-    dense = models["dense"]
-    texts = list(_union(model.perplexity for model in models.values()))
-    tasks = list(_union(model.tasks for model in models.values()))
+def _whole(value: float | None) -> str:
+    return count(value) if value is not None and value >= 1e6 else number(value)
+
+
+def columns(report: Report) -> list[Cell]:
+    """The heads of the quality table: a name, and beneath it what the number is."""
+    texts, tasks = _measured_on(report)
+    return [
+        *(Cell(name) for name in ("layers", "parameters", "size")),
+        *(Cell(text, "perplexity") for text in texts),
+        *(Cell(task, "accuracy") for task in tasks),
+    ]
+
+
+def quality(report: Report) -> list[tuple[str, list[Cell]]]:
+    """The rows of the quality table: a model, and its numbers in the order of `columns`, each beside the dense model's."""
+    texts, tasks = _measured_on(report)
+    dense = report.dense
     return [
         (
             name,
-            {
-                "layers": Cell(str(model.layers), f"of {dense.layers}"),
-                "parameters": Cell(count(model.parameters), times(ratio(model.parameters, dense.parameters))),
-                "size": Cell(f"{count(model.bytes)}B", times(ratio(model.bytes, dense.bytes))),
-            }
-            | {text: _compared(model.perplexity.get(text), dense.perplexity.get(text)) for text in texts}
-            | {task: _accuracy(model.tasks.get(task), dense.tasks.get(task)) for task in tasks},
+            [
+                Cell(str(model.layers), f"of {dense.layers}"),
+                Cell(count(model.parameters), times(ratio(model.parameters, dense.parameters))),
+                Cell(f"{count(model.bytes)}B", times(ratio(model.bytes, dense.bytes))),
+                *(_compared(model.perplexity.get(text), dense.perplexity.get(text)) for text in texts),
+                *(_accuracy(model.tasks.get(task), dense.tasks.get(task)) for task in tasks),
+            ],
         )
-        for name, model in models.items()
+        for name, model in report.models().items()
     ]
+
+
+def _measured_on(report: Report) -> tuple[list[str], list[str]]:
+    """The names of the texts and of the tasks that any model was measured on."""
+    models = report.models().values()
+    return list(_union(model.perplexity for model in models)), list(_union(model.tasks for model in models))
 
 
 def _compared(value: float | None, base: float | None) -> Cell:
@@ -299,24 +336,25 @@ def _same_source(recipe: Recipe, name: str) -> bool:
     text, calibration = recipe.evaluate.perplexity[name], recipe.calibration.data
     if text.hub or calibration.hub:
         return text.hub == calibration.hub and text.config == calibration.config
-    return Path(text.path or "").parent == Path(calibration.path or "").parent
+    path, beside = text.path or "", calibration.path or ""
+    # An object's place in the store is its digest: nothing of where it came from.
+    return path == beside or ("s3://" not in path + beside and Path(path).parent == Path(beside).parent)
 
 
 def layers(report: Report) -> list[Layer]:
-    """The strip: every layer of the dense model with its score, and the order in which the removed ones went."""
-    scored = _scored(report)
-    scores: Sequence[float | None] = report.selection.scores[scored] if scored else [None] * report.dense.layers
+    """The strip: every layer of the dense model with its scores, and the order in which the removed ones went."""
+    scores = [[score or None for score in report.selection.scores[name]] for name in _scored(report)]
+    heights = _heights(scores[0]) if scores else [0] * report.dense.layers
     order = {layer: place for place, layer in enumerate(report.selection.order, start=1)}
     return [
-        Layer(index, number(score) if score is not None else "", height, order.get(index))
-        for index, (score, height) in enumerate(zip(scores, _heights(scores), strict=True))
+        Layer(index, [number(score[index], 3) for score in scores], height, order.get(index))
+        for index, height in enumerate(heights)
     ]
 
 
-def _scored(report: Report) -> str | None:
-    """The name of the score the strip shows: the first that has a number for each layer."""
-    scores = report.selection.scores
-    return next((name for name, values in scores.items() if len(values) == report.dense.layers), None)
+def _scored(report: Report) -> list[str]:
+    """The names of the scores the strip shows: those with a number for each layer."""
+    return [name for name, values in report.selection.scores.items() if len(values) == report.dense.layers]
 
 
 def _heights(scores: Sequence[float | None]) -> list[int]:
@@ -345,9 +383,8 @@ def _gates(report: Report, curves: Curves) -> Markup | None:
 def _training(curves: Mapping[str, Curve], mark: tuple[float, str] | None) -> list[Markup]:
     """A panel a metric, the loss first; a metric that never changes has nothing to show."""
     shown = [name for name in curves if name not in BACKSTAGE and len({value for _, value in curves[name]}) > 1]
-    return [
-        Markup(figures.curve(name, curves[name], mark=mark)) for name in sorted(shown, key=lambda name: name != "loss")
-    ]
+    shown.sort(key=lambda name: name != "loss")
+    return [Markup(figures.curve(curves[name], METRICS.get(name, name), mark=mark)) for name in shown]
 
 
 def _mark(recipe: Recipe) -> tuple[float, str] | None:
@@ -365,13 +402,12 @@ def _union(keys: Any) -> dict[str, None]:
     return {key: None for mapping in keys for key in mapping}
 
 
-def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
-    """Flatten nested settings into (name, value) pairs: ("versions torch", "2.13.0")."""
-    for key, value in values.items():
-        name = f"{above} {key}".strip().replace("_", " ")
-        if isinstance(value, Mapping):
-            yield from _flat(value, name)
-        elif isinstance(value, list | tuple):
-            yield name, ", ".join(map(str, value))
-        else:
-            yield name, ABSENT if value is None else str(value)
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Flatten a setting into (name, value) pairs; a plain value has no name."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name} {key}".strip())
+    elif isinstance(value, list | tuple):
+        yield name, ", ".join(map(str, value))
+    else:
+        yield name, ABSENT if value is None else str(value)

@@ -25,7 +25,9 @@ class Rule(BaseModel):
     name: str
     """The field of `promote`, and what it was applied to: `perplexity_over_dense[wikitext2]`, `prefill_speedup[8]`."""
     value: float | None
-    """The candidate's ratio; None where it could not be formed."""
+    """The candidate's number over the other model's; None where it could not be formed."""
+    compared: dict[str, float | None] = {}
+    """The two numbers, by model."""
     threshold: float
     bound: Bound
     passed: bool
@@ -104,12 +106,16 @@ def _perplexity(models: Mapping[str, Measured], model: str, text: str) -> float 
 def _rule(name: str, found: Mapping[str, float | None], threshold: float, bound: Bound, what: str) -> Rule:
     """Judge the ratio of the two numbers of `found`, the candidate's first."""
     value = ratio(*found.values())
-    if value is None:
-        missing = [model for model, number in found.items() if ratio(number, 1.0) is None]
-        note = f"not measured: {what} of {' and of '.join(missing)}"
-        return Rule(name=name, value=None, threshold=threshold, bound=bound, passed=False, note=note)
-    passed = value <= threshold if bound == "at most" else value >= threshold
-    return Rule(name=name, value=value, threshold=threshold, bound=bound, passed=passed)
+    missing = [model for model, number in found.items() if ratio(number, 1.0) is None]
+    return Rule(
+        name=name,
+        value=value,
+        compared=dict(found),
+        threshold=threshold,
+        bound=bound,
+        passed=value is not None and (value <= threshold if bound == "at most" else value >= threshold),
+        note=f"not measured: {what} of {' and of '.join(missing)}" if value is None else "",
+    )
 
 
 def _holds_without(name: str, threshold: float, why: str) -> Rule:
