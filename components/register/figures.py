@@ -12,6 +12,7 @@ import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -38,7 +39,7 @@ _CSS = {
     PAPER: "var(--paper)",
 }
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "espalier",
     "font.family": "sans-serif",
@@ -74,7 +75,9 @@ def gates(rounds: Sequence[Round], removed: Iterable[int]) -> str:
 
     def draw(axes: Axes) -> None:
         for layer, points in curves.items():
-            style = {"color": ACCENT, "zorder": 3} if layer in chosen else {"color": MUTED, "linewidth": 0.9}
+            style: dict[str, Any] = (
+                {"color": ACCENT, "zorder": 3} if layer in chosen else {"color": MUTED, "linewidth": 0.9}
+            )
             axes.plot(*_columns(points), **style)
             if layer in chosen:
                 axes.plot(*_columns(points[-1:]), "o", color=ACCENT, markersize=4, zorder=3)
@@ -100,7 +103,7 @@ def curve(points: Curve, name: str, *, mark: tuple[float, str] | None = None) ->
     smooth = _running_mean(points, window) if window > 1 else []
 
     def draw(axes: Axes) -> None:
-        thin = {"color": MUTED, "linewidth": 0.7, "alpha": 0.6}
+        thin: dict[str, Any] = {"color": MUTED, "linewidth": 0.7, "alpha": 0.6}
         axes.plot(*_columns(points), **(thin if smooth else {"color": ACCENT, "marker": "o", "markersize": 3}))
         axes.plot(*_columns(smooth), color=ACCENT)
         if mark:
@@ -126,7 +129,7 @@ def pareto(models: Mapping[str, Measured], text: str) -> str:
     def draw(axes: Axes) -> None:
         axes.axhline(1, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
         for name, point in points.items():
-            filled = {"markerfacecolor": ACCENT if name == "candidate" else PAPER}
+            filled: dict[str, Any] = {"markerfacecolor": ACCENT if name == "candidate" else PAPER}
             axes.plot(*point, "o", markersize=7, markeredgecolor=ACCENT if name == "candidate" else INK, **filled)
         axes.margins(0.3, 0.25)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
@@ -177,7 +180,7 @@ def _label(axes: Axes, points: Mapping[str, tuple[float, float]], left_of: float
     for near in _columns_of(points, (right - left) / 5):
         heights = spread([points[name][1] for name in near], 11 * unit)
         beyond = max(points[name][0] for name in near) - left > left_of * (right - left)
-        aligned = {"ha": "right" if beyond else "left", "va": "center_baseline"}
+        aligned: dict[str, Any] = {"ha": "right" if beyond else "left", "va": "center_baseline"}
         for name, height in zip(near, heights, strict=True):
             offset = (-8 if beyond else 8, (height - points[name][1]) / unit)
             axes.annotate(name, points[name], offset, textcoords="offset points", **aligned)

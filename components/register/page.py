@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,9 +54,11 @@ class Cell(NamedTuple):
 
     number: str
     beside: str = ""
+    more: str = ""
 
 
-class Layer(NamedTuple):
+@dataclass(frozen=True)
+class Layer:
     """A box of the strip of layers."""
 
     index: int
@@ -290,10 +293,8 @@ def _pace(model: Measured, dense: Measured, phase: str, batch: str) -> Cell:
     if found is None:
         return Cell(ABSENT)
     speedup = times(ratio(found.tokens_per_second, dense.tokens_per_second(phase, batch)), 2)
-    return Cell(
-        f"{number(found.tokens_per_second)}",
-        f"{speedup} · {number(found.latency_ms_p50)} / {number(found.latency_ms_p90)} ms",
-    )
+    latency = f"{number(found.latency_ms_p50)} / {number(found.latency_ms_p90)} ms"
+    return Cell(number(found.tokens_per_second), speedup, latency)
 
 
 def notes(report: Report, recipe: Recipe) -> Iterator[str]:
