@@ -1,0 +1,39 @@
+"""SLEB (arXiv 2402.09025): remove, one at a time, the layer whose removal costs the least perplexity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from components.recipe import Gates
+from components.training.journal import Journal
+from components.training.penalty import bypassed
+from components.transformer.gates import blocks
+from components.transformer.perplexity import perplexity
+from components.transformer.selection import Selection
+
+
+def choose(
+    model: PreTrainedModel, windows: Tensor, count: int, gates: Gates, *, journal: Journal, out: Path | None
+) -> Selection:
+    """Choose greedily: each round measures every layer that is left on all windows, with those gone before it skipped.
+
+    `scores["perplexity"]` is, for each layer, the perplexity without it in the last round that measured it.
+    """
+    layers = range(len(blocks(model)))
+    total = sum(len(layers) - gone for gone in range(count))
+    order: list[int] = []
+    scores = dict.fromkeys(layers, 0.0)
+    done = 0
+    for _ in range(count):
+        for layer in (layer for layer in layers if layer not in order):
+            with bypassed(model, [*order, layer]):
+                scores[layer] = perplexity(model, windows, gates.batch_size)
+            done += 1
+            journal.progress(done, total, perplexity=scores[layer])
+        order.append(min((layer for layer in layers if layer not in order), key=scores.__getitem__))
+    return Selection(
+        method="sleb", removed=tuple(sorted(order)), order=tuple(order), scores={"perplexity": tuple(scores.values())}
+    )
