@@ -33,7 +33,7 @@ def perplexity(
         model: a causal language model, used as it stands: its mode, type and device are left alone.
         windows: (N, L) token ids, on any device, L at least 2.
         batch_size: windows a forward pass, at most.
-        done: called after each forward pass with the number of windows it took.
+        done: called after each forward pass with the number of tokens it read.
     """
     nll, tokens = negative_log_likelihood(model, windows, batch_size, done)
     try:
@@ -60,7 +60,7 @@ def negative_log_likelihood(
     for batch in windows.split(size):
         total += _batch_nll(model, batch.to(model.device, torch.long))
         if done:
-            done(len(batch))
+            done(batch.numel())
     return total.item(), count * (length - 1)
 
 
@@ -78,4 +78,4 @@ def _batch_nll(model: PreTrainedModel, ids: Tensor) -> Tensor:
         F.cross_entropy(some.float(), target, ignore_index=IGNORED, reduction="none")
         for some, target in zip(logits.split(rows), targets.split(rows), strict=True)
     ]
-    return torch.cat(losses).to("cpu", torch.float64).sum()
+    return torch.cat(losses).cpu().double().sum()

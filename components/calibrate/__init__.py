@@ -1,0 +1,1 @@
+"""Calibrate: draw the windows that a method chooses and trains on."""

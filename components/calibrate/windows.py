@@ -1,0 +1,63 @@
+"""Draw the calibration windows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from components.errors import Refusal
+from components.recipe import Calibration
+from components.training.journal import Journal
+from components.transformer.checkpoint import Checkpoint, load_tokenizer
+from components.transformer.text import (
+    draw_windows,
+    longest_context,
+    read_documents,
+    text_file,
+    token_stream,
+    windows_possible,
+)
+
+
+def calibrate(release: Path, text: Path, *, calibration: Calibration, out: Path, journal: Journal) -> None:
+    """Draw N windows of L tokens from the calibration text, tokenised by the release's own tokenizer.
+
+    Leaves `windows.safetensors`, one int32 tensor `windows` (N, L), and `calibration.json`, which tells what they were drawn from.
+
+    Args:
+        release: folder with the checkpoint in `model/`.
+        text: folder with the text's one file, or the file.
+        calibration: how many windows, how long, which seed, and the column of the text.
+        out: an empty folder.
+        journal: told when the text is tokenised and when the windows are written.
+
+    Raises:
+        Refusal: a window is longer than the model reads, the text is too short for the windows, or it cannot be read.
+    """
+    _require_length(release / "model", calibration.length)
+    documents = read_documents(text_file(text), calibration.data.field)
+    stream = token_stream(documents, load_tokenizer(release / "model"))
+    journal.progress(1, 2)
+    windows = draw_windows(stream, calibration.samples, calibration.length, calibration.seed)
+    save_file({"windows": windows.to(torch.int32)}, out / "windows.safetensors")
+    facts = {
+        "documents": len(documents),
+        "tokens": len(stream),
+        "windows_possible": windows_possible(stream, calibration.length),
+        "samples": calibration.samples,
+        "length": calibration.length,
+        "seed": calibration.seed,
+    }
+    (out / "calibration.json").write_text(json.dumps(facts, indent=2) + "\n")
+    journal.progress(2, 2)
+
+
+def _require_length(model: Path, length: int) -> None:
+    longest = longest_context(Checkpoint.open(model).config)
+    if longest is not None and length > longest:
+        raise Refusal(
+            f"calibration.length is {length}, and the model reads {longest} tokens at most: set calibration.length to {longest} or less"
+        )

@@ -1,0 +1,1 @@
+"""Evaluate: measure quality, size and speed of every model in one environment."""

@@ -1,0 +1,271 @@
+"""Measure every model of a run in one process and one environment: quality, size, speed.
+
+A number never travels alone: the dense model's stands beside the candidate's, made from the same texts and windows on the
+same machine, and the context says which.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from components.errors import Refusal
+from components.evaluate.context import device, machine
+from components.evaluate.speed import measure_speed, prefill_flops
+from components.evaluate.tasks import ZeroShot
+from components.recipe import Evaluate
+from components.training.journal import Journal
+from components.transformer.checkpoint import Checkpoint, load_model, load_tokenizer
+from components.transformer.perplexity import perplexity
+from components.transformer.text import (
+    SEPARATOR,
+    consecutive_windows,
+    longest_context,
+    read_documents,
+    text_file,
+    token_stream,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+REFERENCE = "dense"
+"""The model whose tokenizer reads the texts for all."""
+SEED = 0
+PROBE = 20_000
+"""Characters of each text on which a model's tokenizer is compared with the reference's."""
+TOGETHER = 0.25
+"""The part of the free memory that all models' weights may take to be timed in turns; caches and activations need the rest."""
+
+
+def evaluate(
+    models: Mapping[str, Path],
+    texts: Mapping[str, Path],
+    *,
+    evaluate: Evaluate,
+    out: Path,
+    journal: Journal,
+    model_digests: Mapping[str, str] | None = None,
+    text_digests: Mapping[str, str] | None = None,
+) -> None:
+    """Measure the models and leave `evaluation.json`.
+
+    It holds `models` (name → parameters, bytes, layers, dtype, perplexity, tasks, speed, prefill_flops, notes) and the
+    `context` of the numbers. A number that is not finite is null there, and a note says what it was. Bytes are those of the
+    stored weights; prefill_flops are those of one sequence of `speed.prompt` tokens.
+
+    Args:
+        models: folders with a checkpoint in `model/`, by name: dense (always), candidate, champion, pruned-first, dense-trained.
+        texts: a folder with one text file, or the file, for each name in `evaluate.perplexity`.
+        evaluate: what is measured, and how; its length is set.
+        out: an empty folder.
+        journal: told the progress, in tokens, and each perplexity.
+        model_digests: models with the same digest are measured once.
+        text_digests: kept in the context.
+
+    Raises:
+        Refusal: a text, a length or a task that cannot be measured, or a checkpoint that cannot be opened; all of it before
+            anything is measured.
+    """
+    twins = _twins(models, model_digests or {})
+    subjects = {name: Subject.open(name, models[name] / "model") for name in dict.fromkeys(twins.values())}
+    _require_lengths(subjects.values(), evaluate)
+    read = {name: _read(folder, name, subjects[REFERENCE], evaluate) for name, folder in texts.items()}
+    zero_shot = ZeroShot(evaluate.tasks, evaluate.task_limit, SEED) if evaluate.tasks else None
+    progress = Progress(journal, len(subjects) * _tokens_per_model(read, evaluate))
+
+    together = _fit_together(subjects.values())
+    measured = {name: _quality(subject, read, zero_shot, evaluate, progress) for name, subject in subjects.items()}
+    for group in _groups(subjects, together) if evaluate.speed.enabled else ():
+        for name, figures in _speed(group, read, evaluate, progress).items():
+            measured[name] |= figures
+    context = _context(evaluate, read, text_digests or {}, together)
+    _save({"models": {name: measured[twin] for name, twin in twins.items()}, "context": context}, out)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to measure."""
+
+    name: str
+    checkpoint: Checkpoint
+    tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def open(cls, name: str, folder: Path) -> Subject:
+        """Open a checkpoint's headers and its tokenizer."""
+        return cls(name, Checkpoint.open(folder), load_tokenizer(folder))
+
+    def load(self) -> PreTrainedModel:
+        """Load the model onto the device, in the type it is stored in, once what earlier ones held is let go."""
+        gc.collect()
+        return load_model(self.checkpoint.folder, device=device())
+
+
+@dataclass(frozen=True)
+class Read:
+    """A text as the reference's tokenizer reads it."""
+
+    probe: str
+    """Its first characters."""
+    windows: Tensor
+    """(N, length)."""
+    probed: Tensor
+    """The tokens of the probe."""
+
+    def is_read_alike_by(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether another tokenizer makes the same tokens of it, as far as the probe shows."""
+        return torch.equal(token_stream([self.probe], tokenizer), self.probed)
+
+
+class Progress:
+    """Counts tokens, and tells the journal."""
+
+    def __init__(self, journal: Journal, total: int) -> None:
+        """Start at none of `total` tokens."""
+        self.journal, self.total, self.tokens = journal, total, 0
+
+    def advance(self, tokens: int) -> None:
+        """Count `tokens` more."""
+        self.tokens += tokens
+        self.journal.progress(self.tokens, self.total)
+
+
+def _twins(models: Mapping[str, Path], digests: Mapping[str, str]) -> dict[str, str]:
+    """Return for each model the first one that has its digest: itself, where none before it has."""
+    first: dict[str, str] = {}
+    return {name: first.setdefault(digests.get(name, f"only {name}"), name) for name in models}
+
+
+def _require_lengths(subjects: Iterable[Subject], evaluate: Evaluate) -> None:
+    """Refuse lengths beyond what a model reads."""
+    speed = evaluate.speed
+    wanted = {"evaluate.length": evaluate.length or 0}
+    if speed.enabled:
+        wanted["evaluate.speed.prompt + generate"] = speed.prompt + speed.generate
+    for subject in subjects:
+        longest = longest_context(subject.checkpoint.config)
+        for field, length in wanted.items():
+            if longest is not None and length > longest:
+                raise Refusal(
+                    f"{field} is {length}, and the model {subject.name!r} reads {longest} tokens at most: set it to {longest} or less"
+                )
+
+
+def _read(folder: Path, name: str, reference: Subject, evaluate: Evaluate) -> Read:
+    if evaluate.length is None:
+        raise Refusal("evaluate.length is not set: set it to the tokens of a window, such as 2048")
+    documents = read_documents(text_file(folder), evaluate.perplexity[name].field)
+    windows = consecutive_windows(token_stream(documents, reference.tokenizer), evaluate.length)
+    probe = SEPARATOR.join(documents)[:PROBE]
+    return Read(probe, windows, token_stream([probe], reference.tokenizer))
+
+
+def _tokens_per_model(read: Mapping[str, Read], evaluate: Evaluate) -> int:
+    """The work on one model in tokens read and written; a task is taken to be as long as the texts."""
+    texts = sum(text.windows.numel() for text in read.values())
+    speed = evaluate.speed
+    passes = (speed.repeats + 1) * sum(speed.batches) * (speed.prompt + speed.generate) if speed.enabled else 0
+    return texts * (1 + len(evaluate.tasks)) + passes
+
+
+def _quality(
+    subject: Subject, read: Mapping[str, Read], zero_shot: ZeroShot | None, evaluate: Evaluate, progress: Progress
+) -> dict[str, Any]:
+    """Measure everything of a model but its speed."""
+    checkpoint = subject.checkpoint
+    model = subject.load()
+    perplexities, notes = _perplexities(subject, model, read, evaluate.batch_size, progress)
+    tasks = zero_shot(model, subject.tokenizer, evaluate.batch_size) if zero_shot else {}
+    progress.advance(len(evaluate.tasks) * sum(text.windows.numel() for text in read.values()))
+    return {
+        "parameters": checkpoint.parameters,
+        "bytes": checkpoint.bytes,
+        "layers": checkpoint.layers,
+        "dtype": checkpoint.dtype,
+        "perplexity": perplexities,
+        "tasks": tasks,
+        "speed": {"prefill": {}, "decode": {}},
+        "notes": notes,
+    }
+
+
+def _perplexities(
+    subject: Subject, model: PreTrainedModel, read: Mapping[str, Read], batch_size: int, progress: Progress
+) -> tuple[dict[str, float | None], list[str]]:
+    """Return the perplexity by text, and what is to be said of those that are no plain number."""
+    found: dict[str, float | None] = {}
+    notes = []
+    for name, text in read.items():
+        if not text.is_read_alike_by(subject.tokenizer):
+            # A mean over other tokens is another quantity: no ratio of the two means anything.
+            found[name] = None
+            notes.append(f"perplexity on {name} is not comparable: the tokenizer differs from the dense model's")
+            progress.advance(text.windows.numel())
+            continue
+        value = perplexity(model, text.windows, batch_size, done=progress.advance)
+        found[name] = value
+        progress.journal.metrics({f"{subject.name}.perplexity.{name}": value}, step=0)
+        if not math.isfinite(value):
+            notes.append(f"perplexity on {name} is {value}")
+    return found, notes
+
+
+def _fit_together(subjects: Iterable[Subject]) -> bool:
+    weights = sum(subject.checkpoint.bytes for subject in subjects)
+    free = torch.cuda.mem_get_info()[0] if device().type == "cuda" else psutil.virtual_memory().available
+    return weights <= TOGETHER * free
+
+
+def _groups(subjects: Mapping[str, Subject], together: bool) -> list[dict[str, Subject]]:
+    """All models at once, or one after the other where their weights do not fit beside each other."""
+    return [dict(subjects)] if together else [{name: subject} for name, subject in subjects.items()]
+
+
+def _speed(
+    group: Mapping[str, Subject], read: Mapping[str, Read], evaluate: Evaluate, progress: Progress
+) -> dict[str, dict[str, Any]]:
+    """Time a group of models in turns."""
+    tokens = next(iter(read.values())).windows.flatten()
+    models = {name: subject.load() for name, subject in group.items()}
+    figures = measure_speed(models, evaluate.speed, tokens, done=progress.advance)
+    flops = {name: prefill_flops(model, evaluate.speed.prompt) for name, model in models.items()}
+    return {name: {"speed": figures[name], "prefill_flops": flops[name]} for name in group}
+
+
+def _context(
+    evaluate: Evaluate, read: Mapping[str, Read], digests: Mapping[str, str], together: bool
+) -> dict[str, Any]:
+    """What the numbers were made from, by and on."""
+    return {
+        "length": evaluate.length,
+        "tokens": {name: text.windows.numel() for name, text in read.items()},
+        "digests": dict(digests),
+        "batch_size": evaluate.batch_size,
+        "seed": SEED,
+        "task_limit": evaluate.task_limit,
+        "speed": evaluate.speed.model_dump(mode="json") | {"interleaved": together},
+        **machine(),
+    }
+
+
+def _save(result: dict[str, Any], out: Path) -> None:
+    (out / "evaluation.json").write_text(json.dumps(_finite(result), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """Put None in place of every NaN and infinity: JSON has neither, and no rule may hold by one."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

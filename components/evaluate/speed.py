@@ -1,0 +1,191 @@
+"""Speed of prefill and decode, and how much of it the removed compute promises.
+
+Machines are noisy and ratios are what counts, so the models take turns inside each repetition: what slows the machine down
+for a second slows all of them down. Prefill is one forward pass over (batch, prompt) that makes the last position's logits
+only, as generation does; decode is greedy steps with the key-value cache after it. Weights stay in the type they are in.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from components.recipe import Speed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Figures = dict[str, float | str | None]
+"""`tokens_per_second`, `latency_ms_p50` and `latency_ms_p90`; all None, and a `reason`, where the batch did not fit in memory."""
+
+SpeedOf = dict[str, dict[str, Figures]]
+"""Phase (`prefill`, `decode`) → batch size as a string → figures."""
+
+
+@dataclass
+class _Timings:
+    """Seconds of one model at one batch size."""
+
+    prefill: list[float] = field(default_factory=list)
+    """One a repetition."""
+    decode: list[float] = field(default_factory=list)
+    """One a decoded token, over all repetitions."""
+    failure: str | None = None
+
+
+def measure_speed(
+    models: Mapping[str, PreTrainedModel],
+    speed: Speed,
+    tokens: Tensor,
+    done: Callable[[int], None] | None = None,
+) -> dict[str, SpeedOf]:
+    """Time the models against one another.
+
+    Prefill latency is that of a whole pass, decode latency that of one step (a token of every sequence); throughput is
+    taken from the medians. A batch that does not fit in memory has None for figures, with a reason.
+
+    Args:
+        models: in evaluation mode, all on one device.
+        speed: batch sizes, prompt, tokens to generate, repetitions; each batch size has one warm-up more.
+        tokens: (any number,), the text that the prompts repeat.
+        done: called after each pass with the number of tokens it read and wrote.
+    """
+    results: dict[str, SpeedOf] = {name: {"prefill": {}, "decode": {}} for name in models}
+    for batch in speed.batches:
+        prompts = _prompts(tokens, batch, speed.prompt)
+        timings = {name: _Timings() for name in models}
+        for repetition in range(speed.repeats + 1):
+            for name, model in models.items():
+                _time(model, prompts, speed.generate, timings[name], warm_up=repetition == 0)
+                if done:
+                    done(batch * (speed.prompt + speed.generate))
+        for name, timing in timings.items():
+            results[name]["prefill"][str(batch)] = _figures(timing.prefill, batch * speed.prompt, timing.failure)
+            results[name]["decode"][str(batch)] = _figures(timing.decode, batch, timing.failure)
+    return results
+
+
+def _prompts(tokens: Tensor, batch: int, prompt: int) -> Tensor:
+    """Fill (batch, prompt) with the text, from its start again where it ends."""
+    return tokens.repeat(-(-batch * prompt // len(tokens)))[: batch * prompt].view(batch, prompt)
+
+
+def _time(model: PreTrainedModel, prompts: Tensor, generate: int, timings: _Timings, warm_up: bool) -> None:
+    """Add one repetition to the timings, unless it is the warm-up or one before it ran out of memory."""
+    if timings.failure:
+        return
+    try:
+        # A champion of another vocabulary may lack some ids: which tokens it reads is of no matter for its speed.
+        ids = prompts.to(model.device) % model.get_input_embeddings().weight.shape[0]
+        prefill, *decode = time_generation(model, ids, generate)
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+            raise
+        timings.failure = f"a batch of {len(prompts)} ran out of memory"
+    else:
+        if not warm_up:
+            timings.prefill.append(prefill)
+            timings.decode.extend(decode)
+        return
+    # Outside the handler, where the exception no longer holds the frames with the activations.
+    _free_memory()
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@torch.inference_mode()
+def time_generation(model: PreTrainedModel, prompts: Tensor, generate: int) -> list[float]:
+    """Return the seconds of the prefill, then of each greedy step after it: 1 + `generate` numbers.
+
+    Args:
+        model: in evaluation mode.
+        prompts: (batch, prompt) token ids on the model's device.
+        generate: decoding steps.
+    """
+    clock = _CudaClock() if model.device.type == "cuda" else _Clock()
+    output = model(input_ids=prompts, use_cache=True, **_last_logits_only(model))
+    clock.mark()
+    for _ in range(generate):
+        token = output.logits[:, -1:].argmax(-1)  # (batch, 1)
+        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        clock.mark()
+    return clock.seconds()
+
+
+def _last_logits_only(model: PreTrainedModel) -> dict[str, Any]:
+    takes = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": 1} if takes else {}
+
+
+class _Clock:
+    """Seconds between marks, for work that is finished when its call returns."""
+
+    def __init__(self) -> None:
+        self._marks = [time.perf_counter()]
+
+    def mark(self) -> None:
+        self._marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        return [after - before for before, after in zip(self._marks, self._marks[1:], strict=False)]
+
+
+class _CudaClock:
+    """Seconds between marks in the GPU's own queue: nothing waits for the GPU between two steps, as in real decoding."""
+
+    def __init__(self) -> None:
+        torch.cuda.synchronize()
+        self._marks: list[torch.cuda.Event] = []
+        self.mark()
+
+    def mark(self) -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._marks.append(event)
+
+    def seconds(self) -> list[float]:
+        torch.cuda.synchronize()
+        return [before.elapsed_time(after) / 1000 for before, after in zip(self._marks, self._marks[1:], strict=False)]
+
+
+def _figures(seconds: list[float], tokens: int, failure: str | None) -> Figures:
+    """Sum up the seconds of passes that read or write `tokens` tokens each."""
+    if failure:
+        return {"tokens_per_second": None, "latency_ms_p50": None, "latency_ms_p90": None, "reason": failure}
+    p50, p90 = (
+        torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.5, 0.9], dtype=torch.float64)).tolist()
+    )
+    return {"tokens_per_second": tokens / p50, "latency_ms_p50": 1000 * p50, "latency_ms_p90": 1000 * p90}
+
+
+def prefill_flops(model: PreTrainedModel, prompt: int) -> int:
+    """Count the floating-point operations of the prefill of one sequence of `prompt` tokens; a batch takes them per sequence.
+
+    Matrix products and attention are counted, two operations a multiply-add, attention over the full square. The embedding
+    is a look-up and counts nothing, the head counts for the one position it is computed for. Counted on a copy without
+    memory, as fused attention kernels on real tensors hide their operations from the counter.
+    """
+    with torch.device("meta"):
+        hollow = type(model)(model.config).eval()
+        ids = torch.zeros(1, prompt, dtype=torch.long)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        hollow(input_ids=ids, use_cache=True, **_last_logits_only(model))
+    return counter.get_total_flops()
+
+
+def promised_speedup(dense: PreTrainedModel, candidate: PreTrainedModel, prompt: int) -> float:
+    """Return the prefill speed-up that the removed compute promises: the dense model's operations over the candidate's."""
+    return prefill_flops(dense, prompt) / prefill_flops(candidate, prompt)
