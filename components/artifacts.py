@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from components.errors import Refusal
+from components.errors import Refusal, Unavailable
 
 MANIFEST = "manifest.json"
 """Name of the manifest beside the files. It is written last: where it is, the files are."""
@@ -119,7 +119,7 @@ def need_space(folder: Path, size: int) -> None:
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < size:
-        raise Refusal(
+        raise Unavailable(
             f"{folder} needs {size / 1e9:.3g} GB and its disk has {free / 1e9:.3g} GB free: make room, or use another folder"
         )
 

@@ -9,5 +9,12 @@ class Refusal(Exception):
     """
 
 
+class Unavailable(Refusal):
+    """A refusal that may pass by itself: a service that does not answer, a disk that is full, access not yet granted.
+
+    Every other refusal lasts until the release, the recipe or the code changes, so a watcher does not try it again.
+    """
+
+
 class StageFailed(Exception):
     """A stage of the pipeline ended in a fault that is not the person's to put right."""

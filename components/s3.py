@@ -29,7 +29,7 @@ from botocore.exceptions import (
 from s3transfer.exceptions import RetriesExceededError
 from s3transfer.manager import TransferManager
 
-from components.errors import Refusal
+from components.errors import Refusal, Unavailable
 
 _UNREACHABLE = (
     ConnectionError,
@@ -136,14 +136,14 @@ def is_missing(error: ClientError) -> bool:
 
 @contextlib.contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Turn what a person can put right into a Refusal that names `what`; let every other error through as it is."""
+    """Turn what a person can put right into an Unavailable that names `what`; let every other error through as it is."""
     try:
         yield
     except (BotoCoreError, ClientError, Boto3Error, RetriesExceededError, OSError) as error:
         sentence = _sentence(what, error)
         if sentence is None:
             raise
-        raise Refusal(sentence) from error
+        raise Unavailable(sentence) from error
 
 
 def _sentence(what: str, error: Exception) -> str | None:

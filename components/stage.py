@@ -28,6 +28,7 @@ from typing import Any, Protocol
 
 from components.errors import Refusal
 from components.recipe import Recipe
+from components.runs import leave_failure
 from components.store import PrefixCheckpoints, Reference, Store
 
 EVENT = "@espalier "
@@ -43,8 +44,11 @@ class Tell(Protocol):
 
 
 @contextmanager
-def telling(label: str) -> Iterator[Tell]:
-    """Tell a follower, by lines on standard output, what the stage `label` is at, and how it ended if it did not end well."""
+def telling(label: str, run: str = "") -> Iterator[Tell]:
+    """Tell a follower, by lines on standard output, what the stage `label` is at, and how it ended if it did not end well.
+
+    The end is kept in the store too, where a `run` is named: on a cluster nobody reads these lines.
+    """
 
     def tell(event: str, **details: Any) -> None:
         print(EVENT + json.dumps({"stage": label, "event": event, **details}), flush=True)
@@ -53,9 +57,11 @@ def telling(label: str) -> Iterator[Tell]:
         yield tell
     except Refusal as error:
         tell("refused", message=str(error))
+        leave_failure(run, label, error)
         raise
     except BaseException as error:
         tell("failed", message=f"{type(error).__name__}: {error}")
+        leave_failure(run, label, error)
         raise
 
 
@@ -73,7 +79,7 @@ def stage(
         inputs: references by name; an empty one is an input that this run does without.
         variant: tells apart runs of one stage with the same inputs, such as the two controls.
     """
-    with telling(f"{name} {variant}".strip()) as tell:
+    with telling(f"{name} {variant}".strip(), run) as tell:
         tell("opened")
         opened = Stage(name, run, Recipe.from_yaml(recipe), sections, inputs, variant, tell)
         if not opened.pending:

@@ -15,6 +15,7 @@ import io
 import os
 import re
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,7 +23,7 @@ from botocore.exceptions import ClientError
 from pydantic import ValidationError
 
 from components.artifacts import MANIFEST, File, Manifest, Reference, describe, filled_at_once, inside, need_space
-from components.errors import Refusal
+from components.errors import Refusal, Unavailable
 from components.s3 import HASTY, PATIENT, Hashed, client, explained, is_missing, split, transfers
 
 __all__ = ["Manifest", "PrefixCheckpoints", "Reference", "Store", "need_space"]
@@ -119,10 +120,10 @@ class Store:
         """Return the manifest. Raises Refusal where there is none, or it is not the one the reference names."""
         text = self._read(f"{reference.uri}/{MANIFEST}")
         if text is None:
-            raise Refusal(f"{reference.uri} has no {MANIFEST}, so it is not whole: run what makes it again")
+            raise Unavailable(f"{reference.uri} has no {MANIFEST}, so it is not whole: run what makes it again")
         manifest = _manifest(text, reference.uri)
         if manifest.digest != reference.digest:
-            raise Refusal(
+            raise Unavailable(
                 f"{reference.uri} has the digest {manifest.digest[:12]}, not {reference.digest[:12]} as its reference says: "
                 "it was changed since, so run what makes it again"
             )
@@ -180,6 +181,18 @@ class Store:
         """Return the text of one small object, or None where there is none."""
         return self._read(self.uri(name))
 
+    def texts(self, prefix: str) -> dict[str, datetime]:
+        """Return the names of the small objects right below `prefix`, and when S3 took each as it is now."""
+        uri = f"{self.uri(prefix)}/"
+        found = ((one["Key"].removeprefix(split(uri)[1]), one["LastModified"]) for one in self._list(uri))
+        return {name: modified for name, modified in found if "/" not in name}
+
+    def delete_text(self, name: str) -> None:
+        """Delete one small object; one that is gone already is no error."""
+        bucket, key = split(self.uri(name))
+        with explained(self.uri(name)):
+            self._client.delete_object(Bucket=bucket, Key=key)
+
     # What others put on S3
 
     def fetch(self, uri: str, folder: Path) -> Path:
@@ -212,7 +225,7 @@ class Store:
             if one["Key"] == key or one["Key"].startswith(f"{key}/" if key else "")
         ]
         if not found:
-            raise Refusal(f"{uri} names no object and no prefix with objects: check the address")
+            raise Unavailable(f"{uri} names no object and no prefix with objects: check the address")
         return found
 
     # S3 itself
@@ -295,7 +308,7 @@ def _manifest(text: str, uri: str) -> Manifest:
         return Manifest.model_validate_json(text)
     except ValidationError as error:
         said = error.errors()[0]["msg"]
-        raise Refusal(
+        raise Unavailable(
             f"{uri}/{MANIFEST} is no manifest of an artifact ({said}): delete it, and run what makes it again"
         ) from None
 
@@ -303,12 +316,12 @@ def _manifest(text: str, uri: str) -> Manifest:
 def _same(found: File, expected: File, uri: str) -> None:
     """Raise Refusal where a file is not what the manifest says."""
     if found.size != expected.size:
-        raise Refusal(
+        raise Unavailable(
             f"{uri}/{expected.name} has {found.size} bytes, not {expected.size} as its manifest says: "
             f"it is damaged, so delete {uri} and run what makes it again"
         )
     if found.sha256 != expected.sha256:
-        raise Refusal(
+        raise Unavailable(
             f"{uri}/{expected.name} has the sha256 {found.sha256[:12]}, not {expected.sha256[:12]} as its manifest says: "
             f"it is damaged, so delete {uri} and run what makes it again"
         )

@@ -23,7 +23,7 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from components.errors import Refusal
+from components.errors import Refusal, Unavailable
 from components.store import Reference
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 
 LABEL = "espalier.run"
 """The tag of a parent run that holds its label."""
+
+ITEM = "espalier.item"
+"""With an item's key it is the tag of the version made for that item: one version may be the answer to several."""
 
 SHOWN = {".json", ".jsonl", ".svg", ".html", ".md"}
 """Files of a stage's output that are also kept as artifacts of its MLflow run; checkpoints stay in the store alone."""
@@ -49,7 +52,7 @@ def client() -> MlflowClient:
         Refusal: the variable is not set; MLflow would quietly write to a local file.
     """
     if not os.environ.get("MLFLOW_TRACKING_URI"):
-        raise Refusal(
+        raise Unavailable(
             "MLFLOW_TRACKING_URI is not set: start the embedded services (espalier services up) or name your server"
         )
     return MlflowClient()
@@ -70,9 +73,9 @@ def check() -> None:
     except urllib.error.HTTPError as error:
         if error.code in {401, 403}:
             cure = "set MLFLOW_TRACKING_TOKEN or MLFLOW_TRACKING_USERNAME, or have the server allow this host"
-            raise Refusal(f"MLflow at {address} refuses this client ({error.code}): {cure}") from None
+            raise Unavailable(f"MLflow at {address} refuses this client ({error.code}): {cure}") from None
     except OSError as error:
-        raise Refusal(
+        raise Unavailable(
             f"MLflow at {address} does not answer ({error}): start it, or correct MLFLOW_TRACKING_URI"
         ) from None
 
@@ -284,17 +287,27 @@ def register_version(name: str, reference: Reference, run_id: str, tags: Mapping
     except MlflowException:
         log.debug("the model %s is registered already", name)
     evidence = {**tags, "espalier.reference": str(reference), "espalier.digest": reference.digest}
-    known = [
-        found
-        for found in client().search_model_versions(f"name = '{name}'")
-        if found.tags.get("espalier.digest") == reference.digest
-    ]
-    if not known:
+    made = None
+    if not _holding(name, reference.digest):
         made = client().create_model_version(name, source, run_id=run_id, tags=evidence)
-        return version_of(name, str(made.version))
-    oldest = min(known, key=lambda found: int(found.version))
-    tag_version(_version(oldest), evidence)
-    return version_of(name, str(oldest.version))
+    # Two runs may have looked before either had made its version: both find the older one now, and the younger goes.
+    oldest = _holding(name, reference.digest)[0]
+    if made is not None and str(made.version) != oldest.version:
+        client().delete_model_version(name, str(made.version))
+    tag_version(oldest, evidence)
+    return version_of(name, oldest.version)
+
+
+def _holding(name: str, digest: str) -> list[Version]:
+    """The versions of `name` that hold the checkpoint with this digest, oldest first."""
+    found = (_version(one) for one in client().search_model_versions(f"name = '{name}'"))
+    return sorted((one for one in found if one.tags.get("espalier.digest") == digest), key=lambda one: int(one.version))
+
+
+def made_for(name: str, key: str) -> Version | None:
+    """The version of `name` that was made for the watched item with this key, or None."""
+    found = client().search_model_versions(f"name = '{name}' and tags.`{ITEM}.{key}` = 'made'")
+    return _version(found[0]) if found else None
 
 
 def tag_version(version: Version, tags: Mapping[str, str]) -> None:

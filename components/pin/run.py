@@ -11,7 +11,7 @@ from components.store import Store
 
 def pin_run(release: str, recipe: str, name: str, run: str) -> tuple[str, str, str]:
     """Return the release's reference, the pinned recipe's YAML, and the champion's reference (empty where there is none)."""
-    with telling("pin"):
+    with telling("pin", run):
         store = Store.from_environment()
         parsed = Recipe.from_yaml(recipe)
         texts = {dotted: str(pin_text(text, store)) for dotted, text in parsed.texts()}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from components.errors import Refusal
+from components.errors import Refusal, Unavailable
 from components.recipe import Text
 from components.store import Store
 from components.transformer.families import family_of
@@ -141,14 +141,16 @@ def _ask_hub(question: Callable[[], T], name: str, kind: str) -> T:
             f"the {kind} {name!r} is neither a folder here nor a Hub id: check the path, or write owner/name"
         ) from None
     except errors.GatedRepoError:
-        raise Refusal(f"the {kind} {name} is gated: accept its terms on the Hub and set HF_TOKEN") from None
+        raise Unavailable(f"the {kind} {name} is gated: accept its terms on the Hub and set HF_TOKEN") from None
     except errors.RevisionNotFoundError:
         raise Refusal(f"the {kind} {name} has no such revision: name a branch, a tag or a commit it has") from None
     except errors.RepositoryNotFoundError:
-        raise Refusal(f"the Hub has no {kind} {name}: check the spelling, or set HF_TOKEN if it is private") from None
+        raise Unavailable(
+            f"the Hub has no {kind} {name}: check the spelling, or set HF_TOKEN if it is private"
+        ) from None
     except errors.EntryNotFoundError as error:
         raise Refusal(f"the {kind} {name} lacks a file that is needed: {' '.join(str(error).split())[:200]}") from None
     except (errors.HfHubHTTPError, httpx.HTTPError, OSError) as error:
-        raise Refusal(
+        raise Unavailable(
             f"the Hub did not answer for the {kind} {name} ({type(error).__name__}): check the connection, or name a folder or file"
         ) from None

@@ -14,6 +14,7 @@ from components import tracking
 from components.recipe import Recipe
 from components.register.page import render
 from components.register.report import Report, build, read_curves
+from components.runs import item_of
 from components.stage import code_version, telling
 from components.store import Manifest, Reference, Store
 
@@ -65,7 +66,7 @@ def register_run(name: str, run: str, recipe: str, outputs: Outputs, page: str) 
     Returns:
         `pass` or `fail`.
     """
-    with telling("register") as tell, tempfile.TemporaryDirectory(prefix="espalier-") as scratch:
+    with telling("register", run) as tell, tempfile.TemporaryDirectory(prefix="espalier-") as scratch:
         tell("started")
         began = time.perf_counter()
         store = Store.from_environment()
@@ -159,7 +160,8 @@ def _register(name: str, run: str, candidate: Reference, evaluation: Reference, 
 
 
 def _evidence(run: str, evaluation: Reference, report: Report) -> dict[str, str]:
-    """What a version's tags tell: where it comes from, how to make it again, and how it was judged."""
+    """What a version's tags tell: where it comes from, how to make it again, how it was judged, and which item it answers."""
+    item = item_of(run, Store.from_environment())
     ratios = {
         f"perplexity.{text}": f"{value:.4g} (dense {report.dense.perplexity.get(text) or float('nan'):.4g})"
         for text, value in report.candidate.perplexity.items()
@@ -175,6 +177,7 @@ def _evidence(run: str, evaluation: Reference, report: Report) -> dict[str, str]
         "espalier.verdict": "pass" if report.verdict.passed else "fail",
         "espalier.evaluation_reference": str(evaluation),
         "espalier.recipe": json.dumps(report.recipe)[:4900],
+        **({f"{tracking.ITEM}.{item}": "made"} if item else {}),
         **ratios,
     }
 
