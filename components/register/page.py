@@ -156,7 +156,7 @@ def seconds(value: float) -> str:
     >>> seconds(8.21), seconds(185), seconds(8040)
     ('8.2 s', '3 min 05 s', '2 h 14 min')
     """
-    if value < 60:
+    if value < 59.95:
         return f"{value:.1f} s"
     minutes, rest = divmod(round(value), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,209 @@
+"""The page is whole in itself, says what decided, and shows each number beside the one it is compared with."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.register.page import count, number, render, seconds, task_accuracy, times
+from components.register.report import Curves, Report
+from tests.components.register.conftest import RECIPE, RELEASE, build_report, curves_of, measurements, write_run
+
+Rewrite = Callable[[dict[str, Any]], Report]
+VOID = {"meta", "br", "wbr", "img", "link", "input", "hr"}
+LOADS = {"src", "href", "xlink:href", "data", "poster", "srcset", "action", "background"}
+
+
+class Page(HTMLParser):
+    """Collects the page's text, tags and what it would load; refuses tags that are not closed in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.loads: list[str] = []
+        self.ids: list[str] = []
+        self.words: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == [], "tags left open"
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.loads += [value or "" for name, value in attrs if name in LOADS]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] != "style":
+            self.words.append(data)
+
+
+def page_of(report: Report, curves: Curves | None = None) -> Page:
+    return Page(render(report, curves or Curves()))
+
+
+def test_the_page_loads_nothing_runs_nothing_and_is_the_same_each_time(report: Report, run: Path) -> None:
+    html = render(report, curves_of(run))
+    page = Page(html)
+    assert all(load.startswith("#") for load in page.loads)
+    assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
+    assert not re.search(r"https?://|url\((?!#)|@import", html)
+    assert page.tags.count("svg") == 2 + 1 + 4 + 2  # Pareto a text, gates, four training curves, two of the recovery
+    assert render(report, curves_of(run)) == html
+
+
+def test_the_headline_says_the_verdict_and_the_numbers_that_matter(report: Report) -> None:
+    text = page_of(report).text
+    assert "reference-llama-25 version 3" in text
+    assert "Pass all 10 rules hold" in text
+    assert "0.799× 8.599 M parameters against 10.77 M" in text
+    assert "0.988× wikitext2: 58.72 against 59.41" in text
+    assert "1.140× technical: 259.1 against 227.3" in text
+    assert re.search(r"1\.\d\d× to 1\.\d\d× prefill, batch 1, 8, 64", text)
+
+
+def test_a_broken_rule_is_named_in_the_headline_with_what_it_compared(run: Path) -> None:
+    text = page_of(
+        build_report(run, RECIPE.replace("perplexity_over_control: 1.0", "perplexity_over_control: 0.97"))
+    ).text
+    assert "Fail 1 of 10 rules broken: perplexity_over_control[wikitext2]" in text
+    assert "58.72 against 60.24 (pruned-first) 0.975× ≤ 0.97× fails" in text
+
+
+def test_without_rules_the_page_says_that_none_were_asked_for(run: Path) -> None:
+    text = page_of(build_report(run, RECIPE.partition("promote:")[0])).text
+    assert "Pass no rules were asked for" in text
+    assert "every candidate passes" in text
+
+
+def test_the_layers_that_went_are_marked_with_their_place(report: Report) -> None:
+    html = render(report, Curves())
+    assert html.count('class="gone"') == 3
+    assert "9, 7, 4, in the order they went" in html
+    assert re.search(r'<li class="gone"[^>]*><b>9</b>.*cut 1', html)
+
+
+def test_the_bare_minimum_is_a_page_too(tmp_path: Path) -> None:
+    models = {name: model for name, model in measurements().items() if name in ("dense", "candidate")}
+    for model in models.values():
+        model["speed"] = {}
+    run = write_run(tmp_path, models)
+    page = page_of(build_report(run, registered=None, timing={}, environment={}))
+    assert "Not registered" in page.text
+    assert "Speed was not measured." in page.text
+    assert "champion the model in service now" not in page.text
+    assert "Training Before the cut" not in page.text
+
+
+def test_a_missing_number_is_a_dash_never_a_zero(rewrite: Rewrite, models: dict[str, Any]) -> None:
+    models["candidate"]["perplexity"]["technical"] = None
+    text = page_of(rewrite(models)).text
+    assert "– technical: – against 227.3" in text
+    assert "not measured: perplexity on technical of candidate" in text
+
+
+def test_hostile_names_stay_text(tmp_path: Path) -> None:
+    hostile = """<script>alert('x')</script>"><img src=http://evil/>"""
+    models = copy.deepcopy(measurements())
+    for model in models.values():
+        model["perplexity"][hostile] = 10.0
+        model["tasks"][hostile] = 0.5
+    report = build_report(
+        write_run(tmp_path, models),
+        release={**RELEASE, "source": hostile, "revision": hostile},
+        registered={"name": hostile, "version": "1", "source": hostile},
+        timing={hostile: 1.0},
+        environment={hostile: {hostile: hostile}},
+    )
+    page = page_of(report, Curves(regularize={hostile: [(1, 1.0), (2, 2.0)]}))
+    assert not {"script", "img"} & set(page.tags)
+    assert page.text.count("<script>alert('x')</script>") > 8
+    assert all(load.startswith("#") for load in page.loads)
+
+
+def test_a_text_may_be_called_like_a_column(rewrite: Rewrite, models: dict[str, Any]) -> None:
+    for model in models.values():
+        model["perplexity"]["size"] = 33.0
+    text = page_of(rewrite(models)).text
+    assert "size wikitext2 perplexity technical perplexity size perplexity" in text
+
+
+class TestNotes:
+    """What the reader is told before believing the numbers, only where it applies."""
+
+    def test_the_dense_control_tells_adaptation_and_forgetting(self, report: Report) -> None:
+        text = page_of(report).text
+        assert "0.957× on wikitext2, 1.018× on technical" in text
+        assert "add dense-trained" not in text
+        assert "add pruned-first" not in text
+
+    def test_missing_controls_are_told_with_the_text_they_matter_for(self, run: Path, models: dict[str, Any]) -> None:
+        del models["dense-trained"], models["pruned-first"]
+        text = page_of(build_report(write_run(run, models))).text
+        assert "a low perplexity there (wikitext2 here) alone proves little" in text
+        assert "add pruned-first to evaluate.controls" in text
+
+    def test_without_training_nothing_is_said_of_it(self, run: Path, models: dict[str, Any]) -> None:
+        del models["dense-trained"], models["pruned-first"]
+        recipe = RECIPE.replace("steps: 100", "schedule: none").replace(
+            "  controls: [pruned-first, dense-trained]\n", ""
+        )
+        recipe = recipe.replace("  perplexity_over_control: 1.0\n", "")
+        text = page_of(build_report(write_run(run, models), recipe)).text
+        assert "adapts" not in text
+        assert "add pruned-first" not in text
+
+    def test_one_text_is_too_few(self, rewrite: Rewrite, models: dict[str, Any]) -> None:
+        for model in models.values():
+            del model["perplexity"]["technical"]
+        assert "Only one text was measured" in page_of(rewrite(models)).text
+
+
+def test_tasks_are_told_in_points_beside_dense(rewrite: Rewrite, models: dict[str, Any]) -> None:
+    models["dense"]["tasks"] = {"piqa": {"acc": 0.70, "acc_norm": 0.72}}
+    models["candidate"]["tasks"] = {"piqa": {"acc": 0.69, "acc_norm": 0.70}}
+    text = page_of(rewrite(models)).text
+    assert "piqa accuracy" in text
+    assert "70.0% -2.0 points" in text
+
+
+@pytest.mark.parametrize(
+    ("found", "accuracy"),
+    [(0.7, 0.7), ({"acc": 0.6}, 0.6), ({"acc": 0.6, "acc_norm": 0.65}, 0.65), ({}, None), (None, None), ("x", None)],
+)
+def test_an_accuracy_is_found_however_it_is_written(found: Any, accuracy: float | None) -> None:
+    assert task_accuracy(found) == accuracy
+
+
+def test_numbers_are_written_as_a_person_reads_them() -> None:
+    assert [number(value) for value in (7.0801, 59.384, 227.3, 12345.6, 0.0, None)] == (
+        ["7.080", "59.38", "227.3", "12,346", "0", "–"]
+    )
+    assert [count(value) for value in (999, 10_815_744, 6.74e9)] == ["999", "10.82 M", "6.740 G"]
+    assert [times(0.98842), times(1.3, 2), times(None)] == ["0.988×", "1.30×", "–"]
+    assert [seconds(8.21), seconds(59.96), seconds(185), seconds(8040)] == [
+        "8.2 s",
+        "1 min 00 s",
+        "3 min 05 s",
+        "2 h 14 min",
+    ]

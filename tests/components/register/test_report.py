@@ -1,0 +1,85 @@
+"""`report.json` holds every field with its numbers, and is read back as it was written."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.recipe import Recipe
+from components.register.report import Report, read_curves
+from tests.components.register.conftest import RECIPE, RELEASE, TIMING, build_report, curves_of, write_lines
+
+Rewrite = Callable[[dict[str, Any]], Report]
+
+
+def test_report_json_has_the_fields_that_are_promised(report: Report) -> None:
+    told = json.loads(report.to_json())
+    assert " ".join(told) == (
+        "release recipe selection dense candidate champion controls verdict registered timing environment"
+    )
+    assert told["release"] == RELEASE
+    assert told["selection"]["axis"] == "layers"
+    assert told["selection"]["removed"] == [4, 7, 9]
+    assert told["selection"]["order"] == [9, 7, 4]
+    assert set(told["controls"]) == {"pruned-first", "dense-trained"}
+    for model in (told["dense"], told["candidate"], told["champion"], *told["controls"].values()):
+        assert {"parameters", "bytes", "perplexity", "speed"} <= set(model)
+    assert set(told["candidate"]["speed"]["decode"]["8"]) == {"tokens_per_second", "latency_ms_p50", "latency_ms_p90"}
+    assert told["candidate"]["perplexity"] == {"wikitext2": 58.72, "technical": 259.1}
+    assert {"name", "value", "threshold", "passed"} <= set(told["verdict"]["rules"][0])
+    assert set(told["registered"]) == {"name", "version", "aliases", "source"}
+    assert told["timing"] == TIMING
+
+
+def test_report_json_is_read_back_equal(report: Report, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(report.to_json())
+    assert Report.load(tmp_path / "report.json") == report
+
+
+def test_a_number_that_is_not_finite_is_null_in_strict_json(rewrite: Rewrite, models: dict[str, Any]) -> None:
+    models["candidate"]["perplexity"]["technical"] = math.nan
+    models["dense"]["speed"]["decode"]["1"]["latency_ms_p90"] = math.inf
+    report = rewrite(models)
+    told = json.loads(report.to_json(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert told["candidate"]["perplexity"]["technical"] is None
+    assert not report.verdict.passed
+    assert Report.model_validate(told) == report
+
+
+def test_the_champion_is_null_and_controls_are_empty_where_there_are_none(
+    rewrite: Rewrite, models: dict[str, Any]
+) -> None:
+    for name in ("champion", "pruned-first", "dense-trained"):
+        del models[name]
+    told = json.loads(rewrite(models).to_json())
+    assert told["champion"] is None
+    assert told["controls"] == {}
+
+
+@pytest.mark.parametrize("method", ["trsp", "sleb"])
+def test_the_recipe_is_told_with_its_defaults_and_can_be_run_again(run: Path, method: str) -> None:
+    recipe = RECIPE.replace("method: trsp", f"method: {method}")
+    told = build_report(run, recipe).recipe
+    assert told["regularize"]["learning_rate"] == Recipe.from_yaml(recipe).regularize.learning_rate
+    assert Recipe.model_validate(told) == Recipe.from_yaml(recipe)
+    assert ("gates" in told) == (method == "trsp")
+
+
+def test_curves_are_read_by_name_a_repeated_step_once_and_in_order(tmp_path: Path) -> None:
+    lines = [{"step": 1, "loss": 4.0}, {"step": 3, "loss": 3.0}, {"step": 2, "loss": 3.5, "kl": math.nan}]
+    write_lines(tmp_path / "metrics.jsonl", [*lines, {"step": 3, "loss": 2.5, "kl": 1}])
+    curves = read_curves(selection=tmp_path, regularize=tmp_path)
+    assert curves.regularize == {"loss": [(1, 4.0), (2, 3.5), (3, 2.5)], "kl": [(3, 1.0)]}
+    assert curves.gates == []
+    assert curves.recover == {}
+
+
+def test_gates_are_read_with_their_rounds(run: Path) -> None:
+    gates = curves_of(run).gates
+    assert [gates[0].round, gates[-1].round, len(gates)] == [0, 2, 36]
+    assert len(gates[0].gates) == 12
