@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, field_validator
 
 from components.errors import Refusal
 
@@ -45,7 +45,16 @@ class Measured(BaseModel):
     tasks: dict[str, Any] = {}
     """By the task's name, as the evaluation wrote it."""
     speed: dict[str, dict[str, Throughput]] = {}
-    """By phase (`prefill`, `decode`), then by batch size."""
+    """By phase (`prefill`, `decode`), then by batch size; a phase that was not measured is left out."""
+    prefill_flops: int | None = None
+    """Floating-point operations of one prompt."""
+    notes: tuple[str, ...] = ()
+    """What the evaluation has to say of its numbers."""
+
+    @field_validator("speed")
+    @classmethod
+    def _only_measured(cls, speed: dict[str, dict[str, Throughput]]) -> dict[str, dict[str, Throughput]]:
+        return {phase: batches for phase, batches in speed.items() if batches}
 
     def tokens_per_second(self, phase: str, batch: str) -> float | None:
         """Return the throughput of a phase at a batch size, or None where it was not measured."""

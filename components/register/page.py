@@ -82,6 +82,7 @@ def render(report: Report, curves: Curves) -> str:
         quality=quality(report),
         speed=speed(report.models()),
         notes=list(notes(report, recipe)),
+        promised=times(ratio(report.dense.prefill_flops, report.candidate.prefill_flops), 2),
         pareto=_pareto(report),
         layers=layers(report),
         scored=[SCORES.get(name, name) for name in _scored(report)],
@@ -299,6 +300,8 @@ def _pace(model: Measured, dense: Measured, phase: str, batch: str) -> Cell:
 
 def notes(report: Report, recipe: Recipe) -> Iterator[str]:
     """What a reader must know before believing the numbers (the paper's missing controls); only what applies here."""
+    for name, model in report.models().items():
+        yield from (f"{name}: {note}." for note in model.notes)
     trained = recipe.regularize.schedule != "none" or recipe.recover.enabled
     if trained:
         yield from _adaptation(report, recipe)

@@ -44,6 +44,8 @@ def model(layers: int, perplexity: dict[str, float], pace: float) -> dict[str, A
         "layers": layers,
         "perplexity": perplexity,
         "tasks": {},
+        "prefill_flops": 1024 * parameters,
+        "notes": [],
         "speed": speed(9_800 * pace, 41 * pace, random.Random(layers + int(1000 * pace))),
     }
 

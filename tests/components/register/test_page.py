@@ -79,6 +79,7 @@ def test_the_headline_says_the_verdict_and_the_numbers_that_matter(report: Repor
     assert "0.799× 8.599 M parameters against 10.77 M" in text
     assert "0.988× wikitext2: 58.72 against 59.41" in text
     assert "1.140× technical: 259.1 against 227.3" in text
+    assert "the candidate's prefill would be 1.25×" in text
     assert re.search(r"1\.\d\d× to 1\.\d\d× prefill, batch 1, 8, 64", text)
 
 
@@ -106,7 +107,7 @@ def test_the_layers_that_went_are_marked_with_their_place(report: Report) -> Non
 def test_the_bare_minimum_is_a_page_too(tmp_path: Path) -> None:
     models = {name: model for name, model in measurements().items() if name in ("dense", "candidate")}
     for model in models.values():
-        model["speed"] = {}
+        model["speed"] = {"prefill": {}, "decode": {}}
     run = write_run(tmp_path, models)
     page = page_of(build_report(run, registered=None, timing={}, environment={}))
     assert "Not registered" in page.text
@@ -172,6 +173,10 @@ class TestNotes:
         text = page_of(build_report(write_run(run, models), recipe)).text
         assert "adapts" not in text
         assert "add pruned-first" not in text
+
+    def test_what_the_evaluation_said_of_a_model_is_told(self, rewrite: Rewrite, models: dict[str, Any]) -> None:
+        models["champion"]["notes"] = ["perplexity on technical is nan"]
+        assert "champion: perplexity on technical is nan." in page_of(rewrite(models)).text
 
     def test_one_text_is_too_few(self, rewrite: Rewrite, models: dict[str, Any]) -> None:
         for model in models.values():
