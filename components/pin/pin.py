@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from components.errors import Refusal
-from components.pin.sources import CHECKPOINT_FILES, Resolved, resolve_release, resolve_text
 from components.recipe import Recipe, Text
+from components.sources.resolve import CHECKPOINT_FILES, Resolved, resolve_release, resolve_text
 from components.store import Reference, Store
 from components.transformer.checkpoint import Checkpoint, layers_to_remove
 from components.transformer.text import SUFFIXES

@@ -1,0 +1,1 @@
+"""Finds which releases are new, and claims each for one watcher."""
