@@ -33,7 +33,7 @@ class Result:
     """Holds report.html, report.json and log.txt."""
 
 
-def run(recipe: Recipe, release: str, name: str, home: Path, console: Console) -> Result:
+def run(recipe: Recipe, release: str, name: str, home: Path, console: Console, label: str = "") -> Result:
     """Recompress `release` as the recipe says and register it under `name`, on this machine.
 
     Args:
@@ -42,13 +42,14 @@ def run(recipe: Recipe, release: str, name: str, home: Path, console: Console) -
         name: the registered model's name.
         home: where all state lies.
         console: where progress is shown.
+        label: the run's label, where a watcher chose it.
 
     Raises:
         Refusal: something the person can put right, most of it found before any work.
         StageFailed: a stage broke; what was finished before it is kept.
     """
     check(recipe, release, name)
-    label = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    label = label or f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     folder = home / "runs" / label
     with services(home) as environment, in_environment(environment):
         store = Store.from_environment()
