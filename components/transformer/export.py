@@ -83,16 +83,6 @@ def _save_weights(model: PreTrainedModel, out: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What a model says to a few fixed prompts, kept on the CPU: small, so that two models need not be in memory to be compared."""
-
-    logits: tuple[Tensor, ...]
-    """One (real tokens, vocabulary) tensor a batch of prompts; padding is left out."""
-    cache_difference: float
-    """Largest difference between cached and uncached logits in greedy generation, relative to the largest logit."""
-
-
-@dataclass(frozen=True)
 class Verification:
     """What was checked of an export, and held."""
 
@@ -150,13 +140,20 @@ def verify_cut(
 
 
 def verify_export(
-    expected: Answers,
+    expected: Tensor,
     out: Path,
     removed: Sequence[int] = (),
     device: str | torch.device | None = None,
     remote_code: bool = False,
 ) -> Verification:
-    """Prove that the checkpoint `out` answers as the model did whose `answers` are given, on the same device and in the same dtype.
+    """Prove that the checkpoint `out` answers as the model did whose `answers` are given, and the same with its cache as without.
+
+    Args:
+        expected: the `answers` of the model that was exported, on the same device and in the same dtype.
+        out: the export.
+        removed: the layers that were removed, for the record.
+        device: where the model runs; the CPU when None.
+        remote_code: whether the model's own code may run.
 
     Raises:
         VerificationError: `out` does not load whole, its logits are others, or its cached generation is not its uncached one.
@@ -168,15 +165,16 @@ def verify_export(
     except Refusal as refusal:
         raise VerificationError(str(refusal)) from None
     found = answers(model)
-    difference = max(_difference(*pair) for pair in zip(expected.logits, found.logits, strict=True))
-    if not all(torch.equal(*pair) for pair in zip(expected.logits, found.logits, strict=True)):
+    difference = _difference(expected, found)
+    if not torch.equal(expected, found):
         raise VerificationError(
             f"{out} does not compute what it was exported from: its logits differ by up to {difference:.3g}"
         )
-    allowed = _ROUNDING[model.dtype]
-    if not found.cache_difference <= allowed:
+    cache_difference = _cache_difference(model)
+    if not cache_difference <= _ROUNDING[model.dtype]:  # so that NaN fails
         raise VerificationError(
-            f"{out} generates other text with its key-value cache than without: logits differ by {found.cache_difference:.3g} of the largest, rounding explains {allowed}"
+            f"{out} generates other text with its key-value cache than without: the logits differ by {cache_difference:.3g} "
+            f"of the largest, where rounding explains {_ROUNDING[model.dtype]}"
         )
     return Verification(
         removed=tuple(sorted(set(removed))),
@@ -186,9 +184,9 @@ def verify_export(
         bytes=checkpoint.bytes,
         dtype=checkpoint.dtype,
         device=str(model.device),
-        tokens=sum(len(logits) for logits in found.logits),
+        tokens=len(found),
         max_difference=difference,
-        cache_difference=found.cache_difference,
+        cache_difference=cache_difference,
     )
 
 
@@ -197,33 +195,29 @@ _ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torc
 
 
 @torch.inference_mode()
-def answers(model: PreTrainedModel) -> Answers:
-    """Return what a model says to a few short batches of random tokens, padded on the left and not."""
-    logits, differences = [], []
-    for tokens, mask in _prompts(model):
-        said = model(input_ids=tokens, attention_mask=mask).logits  # (batch, length, vocabulary)
-        logits.append(said[mask.bool()].cpu())
-        differences.append(_cache_difference(model, tokens, mask))
-    return Answers(tuple(logits), max(differences))
+def answers(model: PreTrainedModel) -> Tensor:
+    """Return the logits of a few short prompts of random tokens, padded on the left and not: (real tokens, vocabulary), on the CPU."""
+    tokens, mask = _prompts(model)
+    return model(input_ids=tokens, attention_mask=mask).logits[mask.bool()].cpu()
 
 
-def _prompts(model: PreTrainedModel, length: int = 24) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (tokens, attention mask), each (batch, length): a full batch, and one padded on the left."""
+def _prompts(model: PreTrainedModel, length: int = 24) -> tuple[Tensor, Tensor]:
+    """Return (tokens, attention mask), each (batch, length): two full rows, and two padded on the left."""
     length = min(length, getattr(model.config, "max_position_embeddings", length) // 2)
+    padding = torch.tensor([0, 0, length // 3, length // 2])
     draw = torch.Generator().manual_seed(0)
-    for padding in ([0, 0], [0, length // 3, length // 2]):
-        tokens = torch.randint(model.config.vocab_size, (len(padding), length), generator=draw)
-        mask = torch.arange(length).expand_as(tokens) >= torch.tensor(padding)[:, None]
-        yield tokens.to(model.device), mask.long().to(model.device)
+    tokens = torch.randint(model.config.vocab_size, (len(padding), length), generator=draw)
+    mask = torch.arange(length).expand_as(tokens) >= padding[:, None]
+    return tokens.to(model.device), mask.long().to(model.device)
 
 
-def _cache_difference(model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> float:
+def _cache_difference(model: PreTrainedModel) -> float:
     """Return the largest difference between the logits of cached and uncached greedy generation, relative to the largest logit.
 
     A row is compared as long as both have chosen the same tokens; where they part, the difference of that step has been counted.
     """
-    cached, cached_logits = _generate(model, tokens, mask, use_cache=True)
-    uncached, uncached_logits = _generate(model, tokens, mask, use_cache=False)
+    cached, cached_logits = _generate(model, use_cache=True)
+    uncached, uncached_logits = _generate(model, use_cache=False)
     # (batch, steps): whether everything before a step is equal.
     same = torch.cumprod((cached == uncached).long(), dim=1).roll(1, dims=1)
     same[:, 0] = 1
@@ -231,10 +225,9 @@ def _cache_difference(model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> f
     return (difference.max() / uncached_logits.abs().max()).item()
 
 
-def _generate(
-    model: PreTrainedModel, tokens: Tensor, mask: Tensor, use_cache: bool, steps: int = 8
-) -> tuple[Tensor, Tensor]:
+def _generate(model: PreTrainedModel, use_cache: bool, steps: int = 8) -> tuple[Tensor, Tensor]:
     """Return the greedily generated tokens, (batch, steps), and the logits they come from, (batch, steps, vocabulary), in fp32."""
+    tokens, mask = _prompts(model)
     generate: Any = model.generate
     with _greedy(model):
         said = generate(

@@ -95,7 +95,7 @@ class Family:
         return (int(found[1]), *found.span(1)) if found else None
 
 
-_LAYER_TYPES = MappingProxyType({"layer_types": one_each})
+_TYPED = MappingProxyType({"layer_types": one_each})
 _WINDOWED = MappingProxyType({"layer_types": one_each, "max_window_layers": leading})
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
@@ -103,9 +103,45 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         row.model_type: row
         for row in (
             Family("llama", "Llama 2 and 3"),
+            Family("opt", "OPT", blocks="model.decoder.layers"),
+            Family("phi", "Phi-1, 1.5 and 2"),
             Family("mistral", "Mistral"),
-            Family("qwen2", "Qwen2 and Qwen2.5", per_layer=_WINDOWED),
+            Family("qwen2", "Qwen2 and 2.5", per_layer=_WINDOWED),
             Family("qwen3", "Qwen3", per_layer=_WINDOWED),
+            Family("gemma2", "Gemma 2", per_layer=_TYPED),
+            Family(
+                "gemma3_text",
+                "Gemma 3 (text)",
+                per_layer={**_TYPED, "sliding_window_pattern": spelled_out, "_sliding_window_pattern": spelled_out},
+            ),
+            Family("phi3", "Phi-3"),
+            Family(
+                "gpt2",
+                "GPT-2",
+                blocks="transformer.h",
+                count="n_layer",
+                unsupported={
+                    "scale_attn_by_inverse_layer_idx": "scales attention by each layer's index, and a cut renumbers the layers",
+                    "add_cross_attention": "lets the blocks read an encoder",
+                },
+            ),
+            Family("gpt_neox", "GPT-NeoX and Pythia", blocks="gpt_neox.layers"),
+            Family(
+                "smollm3",
+                "SmolLM3",
+                per_layer={**_WINDOWED, "no_rope_layers": one_each, "no_rope_layer_interval": spelled_out},
+            ),
+            Family("olmo2", "OLMo 2"),
+            Family("granite", "Granite"),
+            Family("starcoder2", "StarCoder2"),
+            Family("stablelm", "StableLM"),
+            Family(
+                "qwen3_moe",
+                "Qwen3-MoE",
+                per_layer={**_WINDOWED, "mlp_only_layers": dense_layers, "decoder_sparse_step": every_layer},
+                experts=True,
+            ),
+            Family("mixtral", "Mixtral", experts=True),
         )
     }
 )
