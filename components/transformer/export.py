@@ -47,7 +47,7 @@ def save_model(
         ValueError: the model still has adapters, or other layers than the source without `removed`.
     """
     checkpoint = Checkpoint.open(source, remote_code)
-    if hasattr(model, "peft_config"):
+    if any(".base_layer." in name for name, _ in model.named_parameters()):
         raise ValueError("the model still has adapters: call merge_and_unload() first")
     if len(blocks(model)) != checkpoint.layers - len(set(removed)):
         raise ValueError(
