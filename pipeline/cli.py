@@ -13,6 +13,7 @@ from rich.table import Table
 
 from components.errors import Refusal, StageFailed
 from components.recipe import Recipe
+from pipeline import watch_verbs
 
 # Frameworks' chatter is no use to a person, and some of it would ask the network whether there is a newer version.
 for _name in ("GIT_PYTHON_REFRESH", "HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_VERBOSITY", "TOKENIZERS_PARALLELISM"):
@@ -31,6 +32,8 @@ app = typer.Typer(
 )
 services_app = typer.Typer(help="The embedded S3 server and MLflow.", no_args_is_help=True)
 app.add_typer(services_app, name="services")
+app.add_typer(watch_verbs.schedule_app, name="schedule")
+app.command()(watch_verbs.watch)
 
 Home = Annotated[Path, typer.Option(help="Where all state lies.", envvar="ESPALIER_HOME")]
 HOME = Path(".espalier")
