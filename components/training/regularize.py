@@ -7,7 +7,7 @@ regularize(model, teacher, windows, (), settings)                            # c
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 from peft import PeftModel
@@ -20,7 +20,7 @@ from components.training.journal import Checkpoints, Journal, NoCheckpoints, Sil
 from components.transformer.gates import final_state, watched
 
 
-def needs_teacher(settings: Regularize, layers: Collection[int]) -> bool:
+def needs_teacher(settings: Regularize, layers: Sequence[int]) -> bool:
     """Say whether `regularize` must be given the dense model as a second one.
 
     It need not where the objective asks for none, nor where adapters are trained on the dense model: it is its own teacher
@@ -34,7 +34,7 @@ def regularize(
     model: PreTrainedModel,
     teacher: PreTrainedModel | None,
     windows: Tensor,
-    layers: Collection[int],
+    layers: Sequence[int],
     settings: Regularize,
     *,
     checkpoints: Checkpoints | None = None,
@@ -89,7 +89,7 @@ class _Loss:
         model: PreTrainedModel,
         trained: PreTrainedModel | PeftModel,
         teacher: PreTrainedModel | None,
-        layers: Collection[int],
+        layers: Sequence[int],
         settings: Regularize,
     ) -> None:
         self.model, self.trained, self.teacher = model, trained, teacher

@@ -9,8 +9,7 @@ from transformers import PreTrainedModel
 
 from components.recipe import Gates
 from components.training.journal import Journal
-from components.training.penalty import bypassed
-from components.transformer.gates import blocks
+from components.transformer.gates import blocks, bypassed
 from components.transformer.perplexity import perplexity
 from components.transformer.selection import Selection
 

@@ -16,8 +16,7 @@ from components.learn_gates.trajectory import Step, draw, save
 from components.recipe import Gates
 from components.training.gates import learn_gates
 from components.training.journal import Journal
-from components.training.penalty import bypassed
-from components.transformer.gates import blocks
+from components.transformer.gates import blocks, bypassed
 from components.transformer.perplexity import perplexity
 from components.transformer.selection import Selection
 

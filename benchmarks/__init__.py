@@ -1,0 +1,1 @@
+"""Figures that take long: no tests, and run by hand. Each module's docstring has its command."""
