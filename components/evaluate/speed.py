@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from components.recipe import Speed
 
@@ -85,7 +85,7 @@ def _time(model: PreTrainedModel, prompts: Tensor, generate: int, timings: _Timi
         return
     try:
         # A champion of another vocabulary may lack some ids: which tokens it reads is of no matter for its speed.
-        ids = prompts.to(model.device) % model.get_input_embeddings().weight.shape[0]
+        ids = prompts.to(model.device) % model.config.vocab_size
         prefill, *decode = time_generation(model, ids, generate)
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
@@ -171,19 +171,25 @@ def _figures(seconds: list[float], tokens: int, failure: str | None) -> Figures:
     return {"tokens_per_second": tokens / p50, "latency_ms_p50": 1000 * p50, "latency_ms_p90": 1000 * p90}
 
 
+@torch.inference_mode()
 def prefill_flops(model: PreTrainedModel, prompt: int) -> int:
-    """Count the floating-point operations of the prefill of one sequence of `prompt` tokens; a batch takes them per sequence.
+    """Count the floating-point operations of the prefill of one sequence of `prompt` tokens; a batch takes as many for each.
 
     Matrix products and attention are counted, two operations a multiply-add, attention over the full square. The embedding
-    is a look-up and counts nothing, the head counts for the one position it is computed for. Counted on a copy without
-    memory, as fused attention kernels on real tensors hide their operations from the counter.
+    is a look-up and counts nothing; the head counts for the one position it is computed for.
     """
-    with torch.device("meta"):
-        hollow = type(model)(model.config).eval()
-        ids = torch.zeros(1, prompt, dtype=torch.long)
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        hollow(input_ids=ids, use_cache=True, **_last_logits_only(model))
+    ids = torch.zeros(1, prompt, dtype=torch.long, device=model.device)
+    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+        model(input_ids=ids, use_cache=True, **_last_logits_only(model))
     return counter.get_total_flops()
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+# The counter knows the fused attention kernels of CUDA, and takes the one of the CPU for nothing.
+_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
 def promised_speedup(dense: PreTrainedModel, candidate: PreTrainedModel, prompt: int) -> float:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import random
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -158,9 +159,10 @@ class _Piece(NamedTuple):
     ids: list[int]
     starts: list[int]
 
-    def between(self, low: int, high: float) -> list[int]:
-        """The ids of the tokens that start at a character in [low, high)."""
-        return [token for token, start in zip(self.ids, self.starts, strict=True) if low <= start < high]
+    def between(self, low: int, high: int) -> _Piece:
+        """The tokens that start at a character in [low, high)."""
+        some = slice(bisect_left(self.starts, low), bisect_left(self.starts, high))
+        return _Piece(self.ids[some], self.starts[some])
 
 
 def _encode_in_pieces(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
@@ -182,12 +184,12 @@ def _joined(text: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]] | 
     current = _tokenise_piece(text, 0, tokenizer)
     for begin in range(PIECE - OVERLAP, len(text) - OVERLAP, PIECE - OVERLAP):
         following = _tokenise_piece(text, begin, tokenizer)
-        low, high = begin + OVERLAP // 4, begin + 3 * OVERLAP // 4
-        if not current.between(low, high) or current.between(low, high) != following.between(low, high):
+        middle = begin + OVERLAP // 4, begin + 3 * OVERLAP // 4
+        if current.between(*middle) != following.between(*middle):
             return None
-        parts.append(current.between(seam, low))
-        current, seam = following, low
-    return [*parts, current.between(seam, float("inf"))]
+        parts.append(current.between(seam, middle[0]).ids)
+        current, seam = following, middle[0]
+    return [*parts, current.between(seam, len(text)).ids]
 
 
 def _tokenise_piece(text: str, begin: int, tokenizer: PreTrainedTokenizerBase) -> _Piece:
