@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import pkgutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -330,6 +330,13 @@ class Recipe(Section):
                 f"the recipe {path} cannot be read ({error.strerror}): name a YAML file or a shipped recipe (espalier recipes)"
             ) from None
         return cls.from_yaml(text, overrides)
+
+
+def plain(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Return sections of a recipe as data that JSON and YAML can hold."""
+    return {
+        name: part.model_dump(mode="json") if isinstance(part, BaseModel) else part for name, part in sections.items()
+    }
 
 
 def methods() -> tuple[str, ...]:

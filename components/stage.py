@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from components.errors import Refusal
-from components.recipe import Recipe
+from components.recipe import Recipe, plain
 from components.runs import leave_failure
 from components.store import PrefixCheckpoints, Reference, Store
 
@@ -114,7 +114,7 @@ class Stage:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """The named sections as plain data."""
-        return {name: _plain(section) for name, section in self.sections.items()}
+        return plain(self.sections)
 
     @cached_property
     def code(self) -> str:
@@ -281,10 +281,6 @@ def _section(recipe: Recipe, dotted: str) -> Any:
     for part in dotted.split("."):
         value = getattr(value, part)
     return value
-
-
-def _plain(value: Any) -> Any:
-    return value.model_dump(mode="json") if hasattr(value, "model_dump") else value
 
 
 def _by_digest(value: Any) -> Any:

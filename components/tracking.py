@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# MLflow's own default goes on asking a server that fails for some minutes, at every call.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+
 LABEL = "espalier.run"
 """The tag of a parent run that holds its label."""
 
@@ -172,12 +175,18 @@ class StageJournal:
         self._stage.tell("progress", done=done, total=total, shown=shown)
 
     def leave(self, out: Path, reference: str, seconds: float) -> None:
-        """Keep the small files of the output as artifacts of the run, and its reference as a tag."""
-        for path in sorted(out.iterdir()):
-            if path.suffix in SHOWN:
-                client().log_artifact(self.run_id, str(path))
-        client().set_tag(self.run_id, "espalier.output", reference)
-        client().log_metric(self.run_id, "seconds", seconds)
+        """Keep the small files of the output as artifacts of the run, and its reference as a tag.
+
+        The output is whole in the store by now: a server that does not take a copy of it is no reason to fail the stage.
+        """
+        try:
+            client().set_tag(self.run_id, "espalier.output", reference)
+            client().log_metric(self.run_id, "seconds", seconds)
+            for path in sorted(out.iterdir()):
+                if path.suffix in SHOWN:
+                    client().log_artifact(self.run_id, str(path))
+        except Exception as error:
+            log.warning("MLflow took no copy of the stage's files (%s); they are at %s", error, reference)
 
 
 @contextmanager

@@ -48,8 +48,9 @@ class Follower(io.TextIOBase):
         """Take what is printed, and act on it line by line."""
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
-            if line.startswith(EVENT):
-                self._take(json.loads(line.removeprefix(EVENT)))
+            # kfp.local indents what the stages print.
+            if line.lstrip().startswith(EVENT):
+                self._take(json.loads(line.lstrip().removeprefix(EVENT)))
             self._log.write(line + "\n")
         return len(text)
 

@@ -31,6 +31,7 @@ def evaluate(
         if this.pending:
             from components.evaluate.run import evaluate_run
 
-            this.perform(evaluate_run)
+            digests = {name: reference.digest for name, reference in this.inputs.items()}
+            this.perform(evaluate_run, digests=digests)
         this.show(measured)
         return this.reference

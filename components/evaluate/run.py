@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from components.recipe import Evaluate, Recipe
 from components.training.journal import Journal
+
+T = TypeVar("T")
 
 MODEL, TEXT = "model/", "text/"
 
@@ -29,10 +32,30 @@ def inputs_of(models: Mapping[str, str], recipe: str) -> dict[str, str]:
     }
 
 
-def evaluate_run(*, evaluate: Evaluate, out: Path, journal: Journal, **folders: Path) -> None:
-    """Leave `evaluation.json`: every model and every text of `folders`, under the names that `inputs_of` gave."""
+def evaluate_run(
+    *, evaluate: Evaluate, digests: Mapping[str, str], out: Path, journal: Journal, **folders: Path
+) -> None:
+    """Leave `evaluation.json`: every model and every text of `folders`, under the names that `inputs_of` gave.
+
+    Args:
+        evaluate: the recipe's section.
+        digests: the inputs' digests, under the same names.
+        out: the folder to fill.
+        journal: takes the progress.
+        folders: the inputs.
+    """
     from components.evaluate.evaluate import evaluate as measure
 
-    models = {name.removeprefix(MODEL): folder for name, folder in folders.items() if name.startswith(MODEL)}
-    texts = {name.removeprefix(TEXT): folder for name, folder in folders.items() if name.startswith(TEXT)}
-    measure(models, texts, evaluate=evaluate, out=out, journal=journal)
+    measure(
+        _under(MODEL, folders),
+        _under(TEXT, folders),
+        evaluate=evaluate,
+        out=out,
+        journal=journal,
+        model_digests=_under(MODEL, digests),
+        text_digests=_under(TEXT, digests),
+    )
+
+
+def _under(prefix: str, named: Mapping[str, T]) -> dict[str, T]:
+    return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}

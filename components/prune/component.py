@@ -11,10 +11,18 @@ def prune(release: str, model: str, selection: str, recipe: str, run: str, check
     from components.stage import stage
 
     inputs = {"release": release, "model": model, "selection": selection}
-    with stage("prune", run=run, recipe=recipe, sections=["method", "target"], inputs=inputs) as this:
+    with stage(
+        "prune",
+        run=run,
+        recipe=recipe,
+        sections=["method", "target", "calibration", "gates", "regularize"],
+        inputs=inputs,
+    ) as this:
         if this.pending:
             from components.prune.prune import prune
 
-            this.perform(prune)
+            made = this.store.manifest(this.inputs["release"])
+            lineage = {**made.metadata, "digest": made.digest}
+            this.perform(prune, lineage=lineage)
         this.show(checkpoint)
         return this.reference

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from components.recipe import Target
+from components.prune.card import model_card
+from components.recipe import plain
 from components.training.journal import Journal
 from components.transformer.device import best_device
 from components.transformer.export import verify_cut
@@ -13,24 +17,45 @@ from components.transformer.surgery import cut_layers
 
 
 def prune(
-    release: Path, model: Path, selection: Path, *, method: str, target: Target, out: Path, journal: Journal
+    release: Path,
+    model: Path,
+    selection: Path,
+    *,
+    lineage: Mapping[str, Any],
+    out: Path,
+    journal: Journal,
+    **made_by: Any,
 ) -> None:
-    """Leave a plain Hugging Face checkpoint in `out/model`, and `verification.json`.
+    """Leave a plain Hugging Face checkpoint with its model card in `out/model`, and `verification.json`.
 
     Args:
         release: the folder of the dense model's artifact.
         model: the folder of the regularised model's artifact.
         selection: the folder of the selection.
-        method: the method that chose.
-        target: how much was asked for.
+        lineage: the release's `source`, `revision` and `digest`.
         out: the folder to fill.
         journal: takes the progress.
+        made_by: the recipe's sections that made the checkpoint, for its card.
 
     Raises:
         VerificationError: the checkpoint is not the regularised model with those layers skipped.
     """
-    removed = Selection.load(selection).removed
-    cut_layers(model / "model", out / "model", removed)
+    chosen = Selection.load(selection)
+    cut_layers(model / "model", out / "model", chosen.removed)
     journal.progress(1, 2)
-    verify_cut(model / "model", out / "model", removed, device=best_device()).save(out)
+    verification = verify_cut(model / "model", out / "model", chosen.removed, device=best_device())
+    verification.save(out)
+    card = model_card(
+        release=lineage,
+        recipe=plain(made_by),
+        selection=chosen,
+        verification=asdict(verification),
+        release_card=_card(release),
+    )
+    (out / "model" / "README.md").write_text(card)
     journal.progress(2, 2)
+
+
+def _card(release: Path) -> str:
+    card = release / "model" / "README.md"
+    return card.read_text() if card.is_file() else ""
