@@ -115,7 +115,7 @@ def describe(path: Path, name: str) -> File:
 
 
 def need_space(folder: Path, size: int) -> None:
-    """Raise Refusal where the disk that holds `folder` (which need not exist yet) has not `size` bytes free."""
+    """Raise Unavailable where the disk that holds `folder` (which need not exist yet) has not `size` bytes free."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < size:
@@ -128,7 +128,7 @@ def inside(folder: Path, name: str) -> Path:
     """Return the path of `name` in `folder`. Raises Refusal where it would lie elsewhere, as a key with `..` does."""
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise Refusal(f"the object {name!r} would be written outside {folder}: rename it")
+        raise Unavailable(f"the object {name!r} would be written outside {folder}: rename it")
     return path
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import boto3
-from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig, create_transfer_manager
 from botocore.config import Config
 from botocore.exceptions import (
@@ -20,9 +19,11 @@ from botocore.exceptions import (
     ConnectionClosedError,
     ConnectionError,
     CredentialRetrievalError,
+    FlexibleChecksumError,
     HTTPClientError,
     IncompleteReadError,
     NoCredentialsError,
+    ParamValidationError,
     PartialCredentialsError,
     ResponseStreamingError,
 )
@@ -71,8 +72,10 @@ _THREADS = 8
 
 def client(config: Config) -> Any:
     """Open an S3 client; boto3 finds endpoint, region and credentials in the environment, its files or the role."""
-    with explained("S3"):
+    try:
         return boto3.session.Session().client("s3", config=config)
+    except (BotoCoreError, ValueError) as error:
+        raise Unavailable(f"S3 cannot be set up ({error}): check the variables that start with AWS_") from None
 
 
 def split(uri: str) -> tuple[str, str]:
@@ -101,29 +104,32 @@ class Transfers:
 
     def __init__(self, manager: TransferManager) -> None:
         self._manager = manager
-        self._begun: list[Any] = []
+        self._begun: list[tuple[str, Any]] = []
 
     def upload(self, path: Path, bucket: str, key: str, metadata: Mapping[str, str]) -> None:
         """Begin to upload a file."""
-        self._begun.append(self._manager.upload(str(path), bucket, key, extra_args={"Metadata": dict(metadata)}))
+        future = self._manager.upload(str(path), bucket, key, extra_args={"Metadata": dict(metadata)})
+        self._begun.append((f"s3://{bucket}/{key}", future))
 
     def download(self, bucket: str, key: str, target: Path | Hashed) -> None:
         """Begin to download an object; the folder of its path is made."""
         if isinstance(target, Path):
             target.parent.mkdir(parents=True, exist_ok=True)
-        self._begun.append(self._manager.download(bucket, key, str(target) if isinstance(target, Path) else target))
+        future = self._manager.download(bucket, key, str(target) if isinstance(target, Path) else target)
+        self._begun.append((f"s3://{bucket}/{key}", future))
 
     def finish(self) -> None:
         """Wait for all of them, and raise the first error."""
-        for future in self._begun:
-            future.result()
+        for uri, future in self._begun:
+            with explained(uri):
+                future.result()
 
 
 @contextlib.contextmanager
-def transfers(client: Any, what: str) -> Iterator[Transfers]:
+def transfers(client: Any) -> Iterator[Transfers]:
     """Give a Transfers, all of which is done when the block ends. An error cancels what is left."""
     config = TransferConfig(multipart_threshold=_PART, multipart_chunksize=_PART, max_concurrency=_THREADS)
-    with explained(what), create_transfer_manager(client, config) as manager:
+    with create_transfer_manager(client, config) as manager:
         begun = Transfers(manager)
         yield begun
         begun.finish()
@@ -139,7 +145,7 @@ def explained(what: str) -> Iterator[None]:
     """Turn what a person can put right into an Unavailable that names `what`; let every other error through as it is."""
     try:
         yield
-    except (BotoCoreError, ClientError, Boto3Error, RetriesExceededError, OSError) as error:
+    except (BotoCoreError, ClientError, RetriesExceededError, OSError) as error:
         sentence = _sentence(what, error)
         if sentence is None:
             raise
@@ -154,6 +160,12 @@ def _sentence(what: str, error: Exception) -> str | None:
     if isinstance(error, _UNREACHABLE):
         said = " ".join(str(error).split())
         return f"{what} cannot be reached ({said}): check AWS_ENDPOINT_URL_S3 and the network"
+    if isinstance(error, ParamValidationError):
+        return f"S3 cannot be asked for {what}: {error}"
+    if isinstance(error, FlexibleChecksumError):
+        return (
+            f"{what} differs from the checksum that S3 keeps of it ({error}): it is damaged, so run what makes it again"
+        )
     if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
         return f"the disk is full ({error.filename or 'no space left'}) while moving {what}: make room and start again"
     return None
@@ -169,7 +181,7 @@ def _answered(what: str, error: ClientError) -> str | None:
     if code == "NoSuchBucket":
         return f"the bucket of {what} does not exist: make it, or name another"
     if is_missing(error):
-        return f"{what} is not there, or a part of it is missing (S3 answered {code} to {error.operation_name}): run what makes it again"
+        return f"{what} is missing (S3 answered {code} to {error.operation_name}): run what makes it again"
     if code in _FULL or "no space left" in message.lower():
         return f"S3 has no room for {what} ({message or code}): make room there and start again"
     if code in {"BucketAlreadyExists", "InvalidBucketName"}:

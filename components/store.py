@@ -92,7 +92,7 @@ class Store:
 
     def _upload(self, folder: Path, prefix: str, manifest: Manifest) -> Reference:
         uri = self.uri(prefix)
-        with transfers(self._client, uri) as transfer:
+        with transfers(self._client) as transfer:
             for file in manifest.files:
                 bucket, key = split(f"{uri}/{file.name}")
                 if not self._has(bucket, key, file):
@@ -139,7 +139,7 @@ class Store:
         wanted = manifest if names is None else manifest.only(names)
         need_space(folder, wanted.size)
         with filled_at_once(folder) as fresh:
-            with transfers(self._client, reference.uri) as transfer:
+            with transfers(self._client) as transfer:
                 for file in wanted.files:
                     transfer.download(*split(f"{reference.uri}/{file.name}"), fresh / file.name)
             for file in wanted.files:
@@ -150,7 +150,7 @@ class Store:
         """Stream and hash every file, in the order of their names. Raises Refusal that names the first that is missing or differs."""
         for file in sorted(self.manifest(reference).files, key=lambda file: file.name):
             hashed = Hashed()
-            with transfers(self._client, f"{reference.uri}/{file.name}") as transfer:
+            with transfers(self._client) as transfer:
                 transfer.download(*split(f"{reference.uri}/{file.name}"), hashed)
             _same(File(name=file.name, size=hashed.size, sha256=hashed.sha256.hexdigest()), file, reference.uri)
 
@@ -204,7 +204,7 @@ class Store:
         bucket, key = split(uri)
         objects = self._objects(uri)
         need_space(folder, sum(found["Size"] for found in objects))
-        with filled_at_once(folder) as fresh, transfers(self._client, uri) as transfer:
+        with filled_at_once(folder) as fresh, transfers(self._client) as transfer:
             for found in objects:
                 below = found["Key"].removeprefix(key.rstrip("/")).lstrip("/")
                 transfer.download(bucket, found["Key"], inside(fresh, below or PurePosixPath(key).name))
@@ -257,15 +257,15 @@ class Store:
 
 
 class PrefixCheckpoints:
-    """A training stage's checkpoints, at `checkpoints/<key>/step-000123`: one whole one is kept.
+    """A training stage's checkpoints, at `<prefix>/step-000123`: one whole one is kept.
 
     It is the `components.training.journal.Checkpoints` of a stage that runs against a store.
     """
 
-    def __init__(self, store: Store, key: str) -> None:
-        """Keep the checkpoints of the stage with this key."""
+    def __init__(self, store: Store, prefix: str) -> None:
+        """Keep checkpoints below `prefix`, such as `checkpoints/<key>`."""
         self._store = store
-        self._prefix = f"checkpoints/{key}"
+        self._prefix = prefix
 
     def save(self, folder: Path, step: int) -> None:
         """Upload the folder as the checkpoint of `step`; once it is whole, delete the older ones."""
