@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -64,7 +65,7 @@ def train(
 ) -> None:
     """Train the parameters of `model` that require a gradient, in place, and leave the model in evaluation mode.
 
-    Trained weights are fp32 afterwards, except with precision `bf16`; the caller casts them to what it wants to keep.
+    Weights have the type that they came in afterwards, whatever they are trained in.
 
     Args:
         model: what is trained; frozen parameters stay as they are.
@@ -80,7 +81,9 @@ def train(
         Refusal: the loss or its gradient is not finite, the optimizer is not to be had here, or the batch cannot be
             shared out evenly.
     """
-    accelerator = Accelerator()
+    types = [(weight, weight.dtype) for weight in model.parameters()]
+    # Layers that are skipped get no gradient, which DDP takes for a fault unless it is told.
+    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
     loop = _Loop(accelerator, model, settings, section, follower)
     first = loop.resume(checkpoints)
     order = Order(len(windows), settings.batch_size, settings.seed)
@@ -100,6 +103,10 @@ def train(
             if (step + 1) % settings.checkpoint_every == 0 and step + 1 < settings.steps:
                 loop.save(checkpoints, step + 1)
             model.train()
+    for weight, dtype in types:
+        weight.data = weight.data.to(dtype)
+    if settings.gradient_checkpointing:
+        model.activation_checkpointing_disable()  # type: ignore[operator]
     model.eval()
 
 
@@ -127,7 +134,7 @@ def learning_rate(step: int, settings: Optimisation) -> float:
     warm = round(settings.warmup * settings.steps)
     if step < warm:
         return settings.learning_rate * (step + 1) / warm
-    return settings.learning_rate * (settings.steps - step) / (settings.steps - warm)
+    return settings.learning_rate * ((settings.steps - step) / (settings.steps - warm))
 
 
 def computes_in_bf16(device: torch.device) -> bool:
@@ -152,7 +159,7 @@ class _Loop:
         self.share = self._share()
         self.autocast = self._set_precision(model)
         if settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+            model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         self.model = accelerator.prepare_model(model)
         self.trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimizer = accelerator.prepare_optimizer(_optimizer(self.trained, settings, section))
@@ -171,13 +178,11 @@ class _Loop:
     def _set_precision(self, model: nn.Module) -> Callable[[], AbstractContextManager[Any]]:
         """Cast the weights as the precision asks, and return the context to compute in."""
         device, precision = self.accelerator.device, self.settings.precision
-        if precision == "fp32" or (precision == "auto" and not computes_in_bf16(device)):
-            model.float()
-            return nullcontext
+        bf16 = precision == "bf16" or (precision == "auto" and computes_in_bf16(device))
         for weight in model.parameters():
-            if weight.requires_grad and precision == "auto":
+            if not bf16 or (weight.requires_grad and precision == "auto"):
                 weight.data = weight.data.float()
-        return lambda: torch.autocast(device.type, torch.bfloat16)
+        return (lambda: torch.autocast(device.type, torch.bfloat16)) if bf16 else nullcontext
 
     def step(self, batch: Tensor, loss: Loss, step: int) -> dict[str, float]:
         """Take one optimizer step on a batch (batch_size, length); return the loss's parts, the rate and the norm."""
@@ -218,14 +223,12 @@ class _Loop:
         """Keep the trained weights, the optimizer's state and the follower's as the checkpoint of `step`."""
         weights, state = get_state_dict(self.model, self.optimizer.optimizer, options=_options())
         if self.accelerator.is_main_process:
-            tensors: dict[str, Any] = {f"model.{name}": weight for name, weight in weights.items()}
-            tensors |= {f"optimizer.{name}": value for name, value in state.items() if isinstance(value, Tensor)}
-            numbers: dict[str, Any] = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
+            tensors = dict(_under("model", weights)) | dict(_under("optimizer", _flat(state["state"])))
             if self.follower:
-                tensors |= {f"follower.{name}": value for name, value in self.follower.state().items()}
+                tensors |= dict(_under("follower", self.follower.state()))
             with tempfile.TemporaryDirectory() as folder:
                 save_file(dict(_unshared(tensors)), Path(folder) / "state.safetensors")
-                (Path(folder) / "state.json").write_text(json.dumps({"step": step, "optimizer": numbers}))
+                (Path(folder) / "state.json").write_text(json.dumps({"groups": state["param_groups"]}))
                 checkpoints.save(Path(folder), step)
         self.accelerator.wait_for_everyone()
 
@@ -236,28 +239,22 @@ class _Loop:
             if step is None:
                 return 0
             tensors = load_file(Path(folder) / "state.safetensors")
-            numbers = json.loads((Path(folder) / "state.json").read_text())["optimizer"]
+            groups = json.loads((Path(folder) / "state.json").read_text())["groups"]
         set_state_dict(
             self.model,
             self.optimizer.optimizer,
-            model_state_dict=_under("model.", tensors),
-            optim_state_dict=_under("optimizer.", tensors) | numbers,
+            model_state_dict=_of("model", tensors),
+            optim_state_dict={"state": _nested(_of("optimizer", tensors)), "param_groups": groups},
             options=_options(),
         )
         if self.follower:
-            self.follower.restore(_under("follower.", tensors))
+            self.follower.restore(_of("follower", tensors))
         return step
 
 
 def _options() -> StateDictOptions:
-    """A state dict whole on the CPU under any parallelism, of the trained weights only, the optimizer's state by weight."""
-    return StateDictOptions(
-        full_state_dict=True,
-        cpu_offload=True,
-        ignore_frozen_params=True,
-        flatten_optimizer_state_dict=True,
-        strict=False,
-    )
+    """State dicts whole on the CPU under any parallelism, of the trained weights only, the optimizer's by weight's name."""
+    return StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -269,8 +266,26 @@ def _unshared(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor.contiguous()
 
 
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+def _under(part: str, tensors: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    return ((f"{part}:{name}", tensor) for name, tensor in tensors.items())
+
+
+def _of(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name.removeprefix(f"{part}:"): value for name, value in tensors.items() if name.startswith(f"{part}:")}
+
+
+def _flat(state: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Turn weight → name → tensor into weight:name → tensor."""
+    return {f"{weight}:{name}": value for weight, values in state.items() for name, value in values.items()}
+
+
+def _nested(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Turn weight:name → tensor into weight → name → tensor."""
+    nested: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        weight, name = key.rsplit(":", 1)
+        nested.setdefault(weight, {})[name] = value
+    return nested
 
 
 def _optimizer(weights: list[nn.Parameter], settings: Optimisation, section: str) -> torch.optim.Optimizer:

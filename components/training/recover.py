@@ -40,11 +40,10 @@ def recover(
     Raises:
         Refusal: there are too few windows to hold some out, or the loss is not finite.
     """
-    dtype = model.dtype
     training, held_out = split(windows, settings)
     journal = journal or Silent()
     trained = lora.adapted(model, settings.lora, settings.seed)
-    stopping = EarlyStopping(trained, held_out, settings, journal)
+    stopping = EarlyStopping(model, trained, held_out, settings, journal)
     loop.train(
         trained,
         training,
@@ -56,7 +55,7 @@ def recover(
         follower=stopping,
     )
     stopping.put_back_best()
-    return lora.merged(trained).to(dtype)
+    return lora.merged(trained)
 
 
 def split(windows: Tensor, settings: Recover) -> tuple[Tensor, Tensor]:
@@ -74,8 +73,16 @@ def split(windows: Tensor, settings: Recover) -> tuple[Tensor, Tensor]:
 class EarlyStopping:
     """Measures the held-out perplexity every few steps, keeps the best adapters, and stops when patience runs out."""
 
-    def __init__(self, trained: PeftModel, held_out: Tensor, settings: Recover, journal: Journal) -> None:
-        self.trained, self.held_out, self.settings, self.journal = trained, held_out, settings, journal
+    def __init__(
+        self, model: PreTrainedModel, trained: PeftModel, held_out: Tensor, settings: Recover, journal: Journal
+    ) -> None:
+        self.model, self.trained, self.held_out, self.settings, self.journal = (
+            model,
+            trained,
+            held_out,
+            settings,
+            journal,
+        )
         self.best = float("inf")
         self.looks_since = 0
         self.adapters: dict[str, Tensor] = {}
@@ -90,7 +97,7 @@ class EarlyStopping:
 
     def _look(self, step: int) -> None:
         self.trained.eval()
-        value = perplexity(self.trained, self.held_out, self.settings.micro_batch_size or self.settings.batch_size)
+        value = perplexity(self.model, self.held_out, self.settings.micro_batch_size or self.settings.batch_size)
         self.journal.metrics({"validation": value}, step)
         self.looks_since += 1
         if value < self.best:

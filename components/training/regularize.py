@@ -8,7 +8,7 @@ regularize(model, teacher, windows, (), settings)                            # c
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 from peft import PeftModel
 from torch import Tensor, nn
@@ -61,7 +61,6 @@ def regularize(
         return model
     if teacher is None and needs_teacher(settings, layers):
         raise ValueError("the objective compares with the dense model: give it as the teacher")
-    dtype = model.dtype
     trained: PreTrainedModel | PeftModel = (
         lora.adapted(model, settings.lora, settings.seed)
         if settings.trainable == "lora"
@@ -78,7 +77,7 @@ def regularize(
         checkpoints=checkpoints or NoCheckpoints(),
         journal=journal or Silent(),
     )
-    return (lora.merged(trained) if isinstance(trained, PeftModel) else model).to(dtype)
+    return lora.merged(trained) if isinstance(trained, PeftModel) else model
 
 
 class _Loss:
@@ -88,7 +87,7 @@ class _Loss:
         self,
         model: PreTrainedModel,
         trained: PreTrainedModel | PeftModel,
-        teacher: PreTrainedModel | None,
+        teacher: nn.Module | None,
         layers: Sequence[int],
         settings: Regularize,
     ) -> None:
@@ -104,7 +103,7 @@ class _Loss:
         watching = settings.schedule == "penalty" and len(self.layers) > 0
         with (
             penalty.gated_at(self.model, self.layers, gate),
-            watched(self.model, self.layers) if watching else nullcontext({}) as seen,
+            watched(self.model, self.layers if watching else ()) as seen,
             final_state(self.model) as final,
         ):
             logits = wrapped(input_ids=batch, use_cache=False).logits
