@@ -6,19 +6,23 @@ A schedule starts it (`espalier schedule`). What is left over when N items are t
 never waits in a queue while its lease runs.
 """
 
-from typing import Any
-
 from kfp import dsl
+from kfp.dsl.graph_component import GraphComponent
 
-from components.watch.component import find
+from components.watch.component import watch as find
 from pipeline.recompress import recompress
 
 AT_MOST = 2
 LEASE_HOURS = 48.0
 
 
-def watch_pipeline(at_most: int = AT_MOST) -> Any:
-    """The pipeline for `at_most` items at a time, a number that Kubeflow fixes when a pipeline is compiled."""
+def watch_pipeline(at_most: int = AT_MOST, recompress: GraphComponent = recompress) -> GraphComponent:
+    """The pipeline for `at_most` items at a time, a number that Kubeflow fixes when a pipeline is compiled.
+
+    Args:
+        at_most: how many items one run takes.
+        recompress: the first pipeline, as it is dressed for a cluster.
+    """
 
     @dsl.pipeline(name="watch", description="Recompress the releases that are new.")
     def watch(sources: list, lease_hours: float = LEASE_HOURS):  # type: ignore[no-untyped-def]
@@ -29,9 +33,10 @@ def watch_pipeline(at_most: int = AT_MOST) -> Any:
             lease_hours: how long a claim on an item is believed.
         """
         found = find(sources=sources, at_most=at_most, lease_hours=lease_hours)
-        # The same question has another answer every time.
+        # The same question has another answer every time. A run from an uploaded pipeline takes this from the pipeline alone.
         found.set_caching_options(False)
         with dsl.ParallelFor(found.outputs["Output"], parallelism=at_most) as item:
-            recompress(release=item.release, recipe=item.recipe, name=item.name, run=item.run)
+            made = recompress(release=item.release, recipe=item.recipe, name=item.name, run=item.run)
+            made.set_caching_options(False)
 
     return watch

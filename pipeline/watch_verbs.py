@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,6 +16,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from components.watch.find import Watched
+    from pipeline.cluster import Profile
     from pipeline.watch_local import Outcome
 
 NOTHING_WRONG, ERROR, FAIL = 0, 1, 3
@@ -61,11 +64,11 @@ def watch(
 schedule_app = typer.Typer(help="The watcher on a schedule, on Kubeflow.", no_args_is_help=True)
 
 Schedule = Annotated[str, typer.Option("--name", help="The schedule's name.")]
-Host = Annotated[
+ProfileName = Annotated[str, typer.Option(help="The cluster profile: a file, or a shipped one's name.")]
+Image = Annotated[
     str | None,
-    typer.Option(help="Kubeflow's address; found in the cluster or the kubeconfig when absent.", envvar="KFP_HOST"),
+    typer.Option(help="The stages' image with its digest, in place of the profile's.", envvar="ESPALIER_IMAGE"),
 ]
-Namespace = Annotated[str, typer.Option(help="The namespace that runs start in.", envvar="KFP_NAMESPACE")]
 
 
 @schedule_app.command("create")
@@ -76,62 +79,62 @@ def schedule_create(
     recipe: RecipeName = None,
     at_most: AtMost = 2,
     lease_hours: Annotated[float, typer.Option(min=0.1, help="How long a claim on an item is believed.")] = 48.0,
-    profile: Annotated[str | None, typer.Option(help="The cluster profile (docs/cluster.md).")] = None,
-    host: Host = None,
-    namespace: Namespace = "kubeflow",
+    profile: ProfileName = "plain",
+    image: Image = None,
+    mutable_image: Annotated[bool, typer.Option("--mutable-image", help="Take an image by a tag.")] = False,
 ) -> None:
     """Upload the watcher and start it on a schedule. The same again changes nothing; another one takes its place."""
-    from pipeline import schedule as schedules
+    from pipeline.cluster import Profile
 
+    schedules = _schedules()
     schedules.check_cron(cron)
-    watched = _cluster_sources(sources, recipe)
-    with schedules.compiled(at_most, profile) as (package, service_account):
-        parameters = {"sources": [one.model_dump() for one in watched], "lease_hours": lease_hours}
-        plan = schedules.Plan(schedule, cron, parameters, service_account)
-        run, made = schedules.create(schedules.connect(host, namespace), plan, package)
+    cluster = Profile.load(profile, image)
+    package = schedules.compile_watch(cluster, at_most, mutable_image)
+    watched = _cluster_sources(_watched(sources, None, recipe, None, ()), cluster)
+    plan = schedules.Plan(
+        name=schedule,
+        cron=cron,
+        parameters={"sources": [one.model_dump() for one in watched], "lease_hours": lease_hours},
+        experiment=cluster.kubeflow.experiment,
+        service_account=cluster.service_account,
+        pipeline_root=cluster.pipeline_root,
+    )
+    run, made = schedules.create(schedules.connect(cluster), plan, package)
     console.print(f"{schedule}: {'made' if made else 'there already'} ({run.recurring_run_id})", highlight=False)
 
 
 @schedule_app.command("show")
-def schedule_show(schedule: Schedule = "espalier-watch", host: Host = None, namespace: Namespace = "kubeflow") -> None:
-    """Show the schedule, what it watches, and whether it is paused."""
-    from pipeline import schedule as schedules
-
-    run = schedules.find(schedules.connect(host, namespace), schedule)
-    parameters = run.runtime_config.parameters or {}
-    console.print(f"{run.display_name}  {run.trigger.cron_schedule.cron}  {_mode(run)}", highlight=False)
-    for source in parameters.get("sources", ()):
+def schedule_show(schedule: Schedule = "espalier-watch", profile: ProfileName = "plain") -> None:
+    """Show the schedule, whether it is paused, and what it watches."""
+    client, experiment = _connected(profile)
+    run = _schedules().find(client, schedule, experiment)
+    state = "paused" if run.mode == "DISABLE" else "enabled"
+    console.print(f"{run.display_name}  {run.trigger.cron_schedule.cron}  {state}", highlight=False)
+    for source in (run.runtime_config.parameters or {}).get("sources", ()):
         console.print(f"  {source['release']} as {source['name']}", highlight=False, markup=False)
 
 
 @schedule_app.command("pause")
-def schedule_pause(schedule: Schedule = "espalier-watch", host: Host = None, namespace: Namespace = "kubeflow") -> None:
+def schedule_pause(schedule: Schedule = "espalier-watch", profile: ProfileName = "plain") -> None:
     """Start no more runs; the one that is running goes on."""
-    from pipeline import schedule as schedules
-
-    schedules.pause(schedules.connect(host, namespace), schedule)
+    client, experiment = _connected(profile)
+    _schedules().pause(client, schedule, experiment)
     console.print(f"{schedule}: paused", highlight=False)
 
 
 @schedule_app.command("resume")
-def schedule_resume(
-    schedule: Schedule = "espalier-watch", host: Host = None, namespace: Namespace = "kubeflow"
-) -> None:
+def schedule_resume(schedule: Schedule = "espalier-watch", profile: ProfileName = "plain") -> None:
     """Start runs again."""
-    from pipeline import schedule as schedules
-
-    schedules.resume(schedules.connect(host, namespace), schedule)
+    client, experiment = _connected(profile)
+    _schedules().resume(client, schedule, experiment)
     console.print(f"{schedule}: enabled", highlight=False)
 
 
 @schedule_app.command("delete")
-def schedule_delete(
-    schedule: Schedule = "espalier-watch", host: Host = None, namespace: Namespace = "kubeflow"
-) -> None:
+def schedule_delete(schedule: Schedule = "espalier-watch", profile: ProfileName = "plain") -> None:
     """Delete the schedule; what it made stays."""
-    from pipeline import schedule as schedules
-
-    schedules.delete(schedules.connect(host, namespace), schedule)
+    client, experiment = _connected(profile)
+    _schedules().delete(client, schedule, experiment)
     console.print(f"{schedule}: deleted", highlight=False)
 
 
@@ -153,33 +156,39 @@ def _look(watched: Sequence[Watched], at_most: int, home: Path, retry: bool) -> 
     return outcomes
 
 
-def _mode(run: Any) -> str:
-    return "paused" if run.status == "DISABLED" or run.mode == "DISABLE" else "enabled"
+def _schedules() -> ModuleType:
+    """The module that speaks to Kubeflow; its import takes seconds, which no other verb should wait for."""
+    from pipeline import schedule
+
+    return schedule
 
 
-def _cluster_sources(path: Path, recipe: str | None) -> list[Watched]:
-    """The sources as a cluster can read them: no folder of this machine, and its texts put into the store."""
+def _connected(profile: str) -> tuple[Any, str]:
+    """A client of the profile's Kubeflow, and the experiment that its schedules belong to."""
+    from pipeline.cluster import Profile
+
+    cluster = Profile.load(profile)
+    return _schedules().connect(cluster), cluster.kubeflow.experiment
+
+
+def _cluster_sources(watched: Sequence[Watched], profile: Profile) -> list[Watched]:
+    """The sources as a cluster can read them: no folder of this machine, and their texts put into the store."""
     from components.errors import Refusal
     from components.recipe import Recipe
     from components.store import Store
-    from pipeline.run import is_local, texts_to_store
+    from pipeline.cluster import variables
+    from pipeline.run import in_environment, is_local, texts_to_store
 
-    watched = _watched(path, None, recipe, None, ())
     for one in watched:
         if is_local(one.release):
             raise Refusal(
-                f"{path}: the source {one.release} is a folder of this machine, which a cluster does not see: "
+                f"the source {one.release} is a folder of this machine, which a cluster does not see: "
                 "put it on S3, and name its s3:// prefix"
             )
-    store: Store | None = None
-    ready = []
-    for one in watched:
-        parsed = Recipe.from_yaml(one.recipe)
-        if any(text.path and not text.path.startswith("s3://") for _, text in parsed.texts()):
-            store = store or Store.from_environment()
-            parsed = texts_to_store(parsed, store)
-        ready.append(one.model_copy(update={"recipe": parsed.to_yaml()}))
-    return ready
+    with in_environment(variables(profile, os.environ)):
+        store = Store.from_environment()
+        recipes = [texts_to_store(Recipe.from_yaml(one.recipe), store).to_yaml() for one in watched]
+    return [one.model_copy(update={"recipe": recipe}) for one, recipe in zip(watched, recipes, strict=True)]
 
 
 def _watched(

@@ -6,7 +6,7 @@ from components.face import component
 
 
 @component
-def find(sources: list, at_most: int, lease_hours: float, seen: Output[Markdown]) -> list:
+def watch(sources: list, at_most: int, lease_hours: float, seen: Output[Markdown]) -> list:
     """Claim what is new among the sources.
 
     Args:
