@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -15,9 +15,14 @@ from components.errors import Refusal, StageFailed
 from components.recipe import Recipe
 from pipeline import watch_verbs
 
+if TYPE_CHECKING:
+    from pipeline.runners import Runner
+
 # Frameworks' chatter is no use to a person, and some of it would ask the network whether there is a newer version.
 for _name in ("GIT_PYTHON_REFRESH", "HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_VERBOSITY", "TOKENIZERS_PARALLELISM"):
     os.environ.setdefault(_name, {"GIT_PYTHON_REFRESH": "quiet", "TRANSFORMERS_VERBOSITY": "error"}.get(_name, "1"))
+
+Place = Literal["local", "docker", "kubeflow"]
 
 PASS, ERROR, FAIL = 0, 1, 3
 """Exit status: the candidate held its rules; something went wrong; the run worked and the candidate did not hold them."""
@@ -34,6 +39,14 @@ services_app = typer.Typer(help="The embedded S3 server and MLflow.", no_args_is
 app.add_typer(services_app, name="services")
 app.add_typer(watch_verbs.schedule_app, name="schedule")
 app.command()(watch_verbs.watch)
+
+Image = Annotated[
+    str | None, typer.Option(help="The stages' image; for a cluster with its digest.", envvar="ESPALIER_IMAGE")
+]
+Cluster = Annotated[
+    str, typer.Option("--profile", help="A cluster profile's file, or a shipped one's name: plain, nvidia, aws-irsa.")
+]
+Mutable = Annotated[bool, typer.Option("--mutable-image", help="Let the image be named by a tag, which may change.")]
 
 Home = Annotated[Path, typer.Option(help="Where all state lies.", envvar="ESPALIER_HOME")]
 HOME = Path(".espalier")
@@ -52,10 +65,39 @@ def run(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Another value for a field, such as target.ratio=0.5."),
     ] = None,
+    on: Annotated[
+        Place, typer.Option(help="Where the stages run: processes here, containers here, or a cluster.")
+    ] = "local",
+    image: Image = None,
+    profile: Cluster = "plain",
+    mutable_image: Mutable = False,
     home: Home = HOME,
 ) -> None:
     """Recompress a release, measure it and register it. Exit status 0: the rules hold; 3: they do not; 1: an error."""
-    _run(Recipe.load(find_recipe(recipe), set_ or ()), model, name, home)
+    runner = _runner(on, image, profile, mutable_image)
+    _run(Recipe.load(find_recipe(recipe), set_ or ()), model, name, home, runner)
+
+
+@app.command("compile")
+def compile_(
+    profile: Cluster = "plain",
+    image: Image = None,
+    mutable_image: Mutable = False,
+    out: Annotated[Path | None, typer.Option(help="The file to write; the terminal when absent.")] = None,
+) -> None:
+    """Write the pipeline as the YAML that Kubeflow takes."""
+    from pipeline.cluster import Profile
+    from pipeline.compile import compile_pipeline
+    from pipeline.recompress import recompress
+
+    text = compile_pipeline(recompress, Profile.load(profile, image), mutable_image)
+    if out is None:
+        print(text, end="")
+        return
+    try:
+        out.write_text(text)
+    except OSError as error:
+        raise Refusal(f"--out {out} cannot be written ({error.strerror}): name another file") from None
 
 
 @app.command()
@@ -67,7 +109,7 @@ def demo(home: Home = HOME) -> None:
     with bar("making a release", console) as journal:
         release = make_release(home / "demo", journal=journal)
     recipe = Recipe.load(find_recipe("trsp"), [*OVERRIDES, *release.overrides()])
-    _run(recipe, str(release.model), "demo", home)
+    _run(recipe, str(release.model), "demo", home, _runner("local"))
 
 
 @app.command()
@@ -130,17 +172,28 @@ def find_recipe(name: str) -> Path:
     return shipped if not Path(name).exists() and shipped.exists() else Path(name)
 
 
-def _run(recipe: Recipe, model: str, name: str, home: Path) -> None:
+def _runner(on: Place, image: str | None = None, profile: str = "plain", mutable: bool = False) -> Runner:
+    from pipeline.runners import IMAGE, Docker, Kubeflow, Local
+
+    if on == "kubeflow":
+        from pipeline.cluster import Profile
+
+        return Kubeflow(Profile.load(profile, image), mutable)
+    return Docker(image or IMAGE) if on == "docker" else Local()
+
+
+def _run(recipe: Recipe, model: str, name: str, home: Path, runner: Runner) -> None:
     from pipeline.run import run as recompress
     from pipeline.summary import print_summary
 
-    result = recompress(recipe, model, name, home, console)
+    result = recompress(recipe, model, name, home, console, on=runner)
     print_summary(result.report, console)
-    console.print(
-        f"MLflow: espalier services up --home {home}, then open the MLFLOW_TRACKING_URI that it prints",
-        highlight=False,
-        soft_wrap=True,
-    )
+    if runner.embeds:
+        console.print(
+            f"MLflow: espalier services up --home {home}, then open the MLFLOW_TRACKING_URI that it prints",
+            highlight=False,
+            soft_wrap=True,
+        )
     print(result.folder / "report.html")
     print(result.folder / "report.json")
     raise typer.Exit(PASS if result.report.verdict.passed else FAIL)

@@ -265,7 +265,7 @@ def _sentence(path: Path, error: ValidationError) -> str:
     place = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         # A stage's name stands in the place of a field's, so look among all the fields there are.
-        known = {name for model in (Profile, Needs, *Section.__subclasses__()) for name in model.model_fields}
+        known = {name for model in Section.__subclasses__() for name in model.model_fields}
         said = f"the field {place!r} is not known{_nearest(str(fault['loc'][-1]), sorted(known))}"
     elif fault["type"] == "missing":
         said = f"the field {place!r} is missing: add it"

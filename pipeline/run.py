@@ -1,16 +1,14 @@
-"""Run the pipeline on this machine: checks first, then kfp.local, then the report."""
+"""Run the pipeline, here or on a cluster: checks first, then the runner, then the report."""
 
 from __future__ import annotations
 
 import os
 import secrets
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -20,8 +18,7 @@ from components.pin.pin import check_checkpoint, check_text, pin_folder, pin_tex
 from components.recipe import Recipe, Text
 from components.register.report import Report
 from components.store import Store
-from pipeline.follow import following
-from pipeline.local import services
+from pipeline.runners import Local, Runner
 
 
 @dataclass(frozen=True)
@@ -33,8 +30,16 @@ class Result:
     """Holds report.html, report.json and log.txt."""
 
 
-def run(recipe: Recipe, release: str, name: str, home: Path, console: Console, label: str = "") -> Result:
-    """Recompress `release` as the recipe says and register it under `name`, on this machine.
+def run(
+    recipe: Recipe,
+    release: str,
+    name: str,
+    home: Path,
+    console: Console,
+    label: str = "",
+    on: Runner = Local(),  # noqa: B008  # it is immutable
+) -> Result:
+    """Recompress `release` as the recipe says and register it under `name`.
 
     Args:
         recipe: the recipe, its texts as the person named them.
@@ -43,6 +48,7 @@ def run(recipe: Recipe, release: str, name: str, home: Path, console: Console, l
         home: where all state lies.
         console: where progress is shown.
         label: the run's label, where a watcher chose it.
+        on: where the stages run.
 
     Raises:
         Refusal: something the person can put right, most of it found before any work.
@@ -51,17 +57,19 @@ def run(recipe: Recipe, release: str, name: str, home: Path, console: Console, l
     check(recipe, release, name)
     label = label or f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     folder = home / "runs" / label
-    with services(home) as environment, in_environment(environment):
+    with on.services(home) as environment, in_environment(environment):
         store = Store.from_environment()
         store.check()
-        tracking.check()
+        # A cluster's stages may reach an MLflow that this machine knows nothing of.
+        if os.environ.get("MLFLOW_TRACKING_URI"):
+            tracking.check()
         arguments = {
             "release": to_store(release, recipe, store),
             "recipe": texts_to_store(recipe, store).to_yaml(),
             "name": name,
             "run": label,
         }
-        _run_local(arguments, folder / "log.txt", console)
+        on.run(arguments, folder / "log.txt", console)
         return Result(_fetch_report(store, label, folder), folder)
 
 
@@ -98,31 +106,6 @@ def texts_to_store(recipe: Recipe, store: Store) -> Recipe:
 
 def _is_local_text(text: Text) -> bool:
     return text.path is not None and not text.path.startswith("s3://")
-
-
-def _run_local(arguments: dict[str, str], log: Path, console: Console) -> None:
-    from kfp import local
-
-    from pipeline.recompress import recompress
-
-    # A folder of its own for each run, whose path holds no word that kfp.local rewrites; nothing in it outlives the run.
-    with (
-        tempfile.TemporaryDirectory(prefix="espalier-kfp-") as root,
-        following(log, _stages(recompress), console) as follower,
-    ):
-        local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=root)
-        try:
-            recompress(**arguments)
-        except RuntimeError as error:
-            if follower.refused:
-                raise Refusal(follower.refused) from None
-            raise StageFailed(f"{follower.failed or error} (the whole log: {log})") from None
-
-
-def _stages(pipeline: Any) -> int:
-    """How many tasks the pipeline has, the ones inside its exit handler counted, the handler itself not."""
-    dags = [component.dag for component in pipeline.pipeline_spec.components.values() if component.HasField("dag")]
-    return sum(len(dag.tasks) for dag in [pipeline.pipeline_spec.root.dag, *dags]) - len(dags)
 
 
 def _fetch_report(store: Store, label: str, folder: Path) -> Report:
