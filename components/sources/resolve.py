@@ -15,8 +15,8 @@ from components.recipe import Text
 from components.store import Store
 from components.transformer.families import family_of
 
-CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
-"""What is taken of a release: safetensors, configuration and tokenizer, never pickled weights or code."""
+CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "README.md")
+"""What is taken of a release: safetensors, configuration, tokenizer and model card, never pickled weights or code."""
 
 T = TypeVar("T")
 
