@@ -12,6 +12,7 @@ def finish(run: str, status: PipelineTaskFinalStatus) -> None:
     from components.stage import telling
     from components.tracking import close_parent
 
-    with telling("finish"):
+    with telling("finish") as tell:
         leave_end(run, succeeded=status.state == "SUCCEEDED")
         close_parent(run, succeeded=status.state == "SUCCEEDED")
+        tell("done")

@@ -8,7 +8,7 @@ from components.face import component
 @component
 def pin(release: str, recipe: str, name: str, run: str) -> NamedTuple(
     "Pinned", [("release", str), ("recipe", str), ("champion", str)]
-):  # type: ignore[valid-type]
+):
     """Pin the release, the recipe's texts and the present champion, and open the run in MLflow.
 
     Args:

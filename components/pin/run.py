@@ -11,7 +11,7 @@ from components.store import Store
 
 def pin_run(release: str, recipe: str, name: str, run: str) -> tuple[str, str, str]:
     """Return the release's reference, the pinned recipe's YAML, and the champion's reference (empty where there is none)."""
-    with telling("pin", run):
+    with telling("pin", run) as tell:
         store = Store.from_environment()
         parsed = Recipe.from_yaml(recipe)
         texts = {dotted: str(pin_text(text, store)) for dotted, text in parsed.texts()}
@@ -27,4 +27,5 @@ def pin_run(release: str, recipe: str, name: str, run: str) -> tuple[str, str, s
         }
         tracking.open_parent(run, tags, pinned.model_dump(mode="json"))
         champion = tracking.aliased(name, "champion")
+        tell("done")
         return str(reference), pinned.to_yaml(), str(champion.reference) if champion else ""

@@ -13,7 +13,7 @@ from typing import Any
 from components import tracking
 from components.recipe import Recipe
 from components.register.page import render
-from components.register.report import Report, build, read_curves
+from components.register.report import Registered, Report, build, read_curves
 from components.runs import item_of
 from components.stage import code_version, telling
 from components.store import Manifest, Reference, Store
@@ -74,20 +74,22 @@ def register_run(name: str, run: str, recipe: str, outputs: Outputs, page: str) 
         manifests = {output: store.manifest(reference) for output, reference in references.items()}
         folders = {output: _small(store, output, outputs, Path(scratch)) for output in SMALL}
         parsed = Recipe.from_yaml(recipe)
-        facts = {
-            "release": _release(references["release"], manifests["release"]),
-            "recipe": parsed,
-            "selection": folders["selection"],
-            "evaluation": folders["evaluation"],
-            "timing": _timing(run, manifests),
-            "environment": _environment(parsed, folders["evaluation"], manifests),
-        }
-        draft = build(**facts, registered=None)
+        draft = build(
+            release=_release(references["release"], manifests["release"]),
+            recipe=parsed,
+            selection=folders["selection"],
+            evaluation=folders["evaluation"],
+            registered=None,
+            timing=_timing(run, manifests),
+            environment=_environment(parsed, folders["evaluation"], manifests),
+        )
         registered = _register(
             name, run, Reference.parse(outputs.candidate), Reference.parse(outputs.evaluation), draft
         )
-        report = build(**facts, registered=registered)
-        html = render(report, read_curves(**_curve_folders(folders, outputs)))
+        report = draft.model_copy(update={"registered": registered})
+        recovered = folders["candidate"] if outputs.candidate != outputs.pruned else None
+        curves = read_curves(selection=folders["selection"], regularize=folders["regularized"], recover=recovered)
+        html = render(report, curves)
         _leave(store, run, report, html, page)
         tracking.record_reused(run, _made_by_stages(manifests))
         verdict = "pass" if report.verdict.passed else "fail"
@@ -105,14 +107,6 @@ def _small(store: Store, output: str, outputs: Outputs, scratch: Path) -> Path:
         return store.get(reference, folder, wanted)
     folder.mkdir()
     return folder
-
-
-def _curve_folders(folders: Mapping[str, Path], outputs: Outputs) -> dict[str, Path | None]:
-    return {
-        "selection": folders["selection"],
-        "regularize": folders["regularized"],
-        "recover": folders["candidate"] if outputs.candidate != outputs.pruned else None,
-    }
 
 
 def _release(reference: Reference, manifest: Manifest) -> dict[str, Any]:
@@ -143,7 +137,7 @@ def _environment(recipe: Recipe, evaluation: Path, manifests: Mapping[str, Manif
     return {**context, "texts": texts, "code": {**code, "register": code_version("register")}}
 
 
-def _register(name: str, run: str, candidate: Reference, evaluation: Reference, report: Report) -> dict[str, Any]:
+def _register(name: str, run: str, candidate: Reference, evaluation: Reference, report: Report) -> Registered:
     """Register the version, set or take away `challenger`, and tie its numbers to their data sets."""
     parent = tracking.find_parent(run)
     run_id = parent.info.run_id if parent else ""
@@ -156,7 +150,7 @@ def _register(name: str, run: str, candidate: Reference, evaluation: Reference, 
     elif "champion" not in version.aliases:
         tracking.set_alias(name, "challenger", version.version)
     version = tracking.version_of(name, version.version)
-    return {"name": name, "version": version.version, "aliases": version.aliases, "source": version.source}
+    return Registered(name=name, version=version.version, aliases=version.aliases, source=version.source)
 
 
 def _evidence(run: str, evaluation: Reference, report: Report) -> dict[str, str]:
