@@ -73,7 +73,7 @@ class Kubeflow:
         """
         self.server = server
         self.host = server.host or os.environ.get("KF_PIPELINES_ENDPOINT") or ""
-        with self._asked(), warnings.catch_warnings():
+        with self.asked(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             self.client = kfp.Client(host=self.host or None, existing_token=os.environ.get("KF_PIPELINES_TOKEN"))
             self.client.get_kfp_healthz(sleep_duration=1)
@@ -85,7 +85,7 @@ class Kubeflow:
             Unavailable: the server does not take it.
         """
         version = digest(text)[:16]
-        with self._asked(), tempfile.TemporaryDirectory(prefix="espalier-compile-") as folder:
+        with self.asked(), tempfile.TemporaryDirectory(prefix="espalier-compile-") as folder:
             path = Path(folder) / "pipeline.yaml"
             path.write_text(text)
             pipeline_id = self.client.get_pipeline_id(name)
@@ -105,7 +105,7 @@ class Kubeflow:
         Raises:
             Unavailable: the server does not take it.
         """
-        with self._asked():
+        with self.asked():
             experiment = self.client.create_experiment(self.server.experiment, namespace=self.server.namespace)
             run = self.client.run_pipeline(
                 experiment.experiment_id,
@@ -143,7 +143,7 @@ class Kubeflow:
         answered = time.monotonic()
         while True:
             try:
-                with self._asked(f"; the run goes on: {run.address}"):
+                with self.asked(f"; the run goes on: {run.address}"):
                     seen = self.client.get_run(run.run_id)
                 answered = time.monotonic()
             except Unavailable:
@@ -165,7 +165,7 @@ class Kubeflow:
         return next((one.pipeline_version_id for one in found if one.display_name == name), None)
 
     @contextlib.contextmanager
-    def _asked(self, more: str = "") -> Iterator[None]:
+    def asked(self, more: str = "") -> Iterator[None]:
         """Put what the server or the network says into a sentence, and keep kfp's own words to itself."""
         where = f"Kubeflow Pipelines at {self.host or 'the address that the kubeconfig gives'}"
         try:
