@@ -9,28 +9,22 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from kfp import Client, compiler
-from kfp_server_api import ApiException
-from urllib3.exceptions import HTTPError
+from kfp import compiler
+from kfp.dsl import PipelineTask
+from kfp_server_api import V2beta1RecurringRun as RecurringRun
 
-from components.errors import Refusal, Unavailable
+from components.errors import Refusal
 from pipeline.cluster import Profile
-from pipeline.compile import digest, dressed, for_cluster
+from pipeline.compile import dressed, for_cluster
+from pipeline.kubeflow import Kubeflow, Version
 from pipeline.recompress import recompress
 from pipeline.watch import watch_pipeline
-
-if TYPE_CHECKING:
-    from kfp.dsl import PipelineTask
-    from kfp_server_api import V2beta1RecurringRun as RecurringRun
 
 PIPELINE = "espalier-watch"
 
@@ -53,7 +47,6 @@ class Plan:
     name: str
     cron: str
     parameters: Mapping[str, Any]
-    experiment: str
     service_account: str | None = None
     pipeline_root: str | None = None
 
@@ -101,14 +94,6 @@ def _number(word: str, low: int, words: list[str]) -> int:
     return words.index(word.lower()) + low if word.lower() in words else -1
 
 
-def connect(profile: Profile) -> Client:
-    """A client of the profile's Kubeflow. Raises Unavailable where it does not answer."""
-    server = profile.kubeflow
-    with warnings.catch_warnings(), asking(server.host or "the cluster of the kubeconfig"):
-        warnings.simplefilter("ignore", FutureWarning)
-        return Client(host=server.host, ui_host=server.ui, namespace=server.namespace or "kubeflow")
-
-
 def compile_watch(profile: Profile, at_most: int, mutable: bool = False) -> str:
     """The watcher's pipeline as YAML, every task of it, and of the pipeline inside it, dressed as the profile says.
 
@@ -130,111 +115,100 @@ def compile_watch(profile: Profile, at_most: int, mutable: bool = False) -> str:
         return path.read_text()
 
 
-def upload(client: Client, package: str) -> tuple[str, str]:
-    """Upload a compiled pipeline once: a version is named by its digest. Returns the ids of the pipeline and the version."""
-    version = digest(package)[:16]
-    with asking(_address(client)), tempfile.TemporaryDirectory(prefix="espalier-upload-") as folder:
-        path = Path(folder) / "watch.yaml"
-        path.write_text(package)
-        pipeline = client.get_pipeline_id(PIPELINE)
-        if pipeline is None:
-            # Kubeflow makes a version of the first upload too, under the pipeline's own name.
-            pipeline = client.upload_pipeline(str(path), pipeline_name=PIPELINE).pipeline_id
-        for known in _all(lambda token: client.list_pipeline_versions(pipeline, token, 100), "pipeline_versions"):
-            if known.display_name == version:
-                return pipeline, known.pipeline_version_id
-        made = client.upload_pipeline_version(str(path), pipeline_version_name=version, pipeline_id=pipeline)
-    return pipeline, made.pipeline_version_id
-
-
-def create(client: Client, plan: Plan, package: str) -> tuple[RecurringRun, bool]:
+def create(kubeflow: Kubeflow, plan: Plan, package: str) -> tuple[RecurringRun, bool]:
     """Make the recurring run that the plan says, unless it is there. Returns it, and whether it was made.
 
     One run at a time, and none to make up for missed ones: a watcher that looks once sees all that is new.
 
+    Args:
+        kubeflow: where.
+        plan: what.
+        package: the watcher's pipeline, compiled.
+
     Raises:
-        Refusal: the cron expression is wrong, or Kubeflow refuses.
+        Refusal: the cron expression is wrong, or Kubeflow does not do it.
     """
     check_cron(plan.cron)
-    pipeline, version = upload(client, package)
-    with asking(_address(client)):
-        experiment = client.create_experiment(plan.experiment).experiment_id
-        known = _named(client, plan.name, experiment)
-        description = f"plan {_digest(plan, pipeline, version)}"
+    version = kubeflow.upload(PIPELINE, package)
+    with kubeflow.asked():
+        server = kubeflow.server
+        within = kubeflow.client.create_experiment(server.experiment, namespace=server.namespace).experiment_id
+        known = _named(kubeflow, plan.name, within)
+        description = f"plan {_digest(plan, version)}"
         same = [one for one in known if one.description == description]
-        made = same[0] if same else _make(client, plan, experiment, pipeline, version, description)
+        made = same[0] if same else _make(kubeflow, plan, within, version, description)
         # The old goes when the new is there: what fails in between leaves a schedule too many rather than none.
         for other in known:
             if other.recurring_run_id != made.recurring_run_id:
-                client.delete_recurring_run(other.recurring_run_id)
+                kubeflow.client.delete_recurring_run(other.recurring_run_id)
     return made, not same
 
 
-def _make(client: Client, plan: Plan, experiment: str, pipeline: str, version: str, description: str) -> RecurringRun:
+def _make(kubeflow: Kubeflow, plan: Plan, within: str, version: Version, description: str) -> RecurringRun:
     # No enable_caching: Kubeflow ignores it beside a pipeline's version, so the pipeline itself says what is not cached.
-    return client.create_recurring_run(
-        experiment_id=experiment,
+    return kubeflow.client.create_recurring_run(
+        experiment_id=within,
         job_name=plan.name,
         description=description,
         cron_expression=check_cron(plan.cron),
         max_concurrency=1,
         no_catchup=True,
         params=dict(plan.parameters),
-        pipeline_id=pipeline,
-        version_id=version,
+        pipeline_id=version.pipeline_id,
+        version_id=version.version_id,
         service_account=plan.service_account,
         pipeline_root=plan.pipeline_root,
     )
 
 
-def find(client: Client, name: str, experiment: str) -> RecurringRun:
-    """The recurring run of that name. Raises Refusal where the experiment has none."""
-    found = find_all(client, name, experiment)
+def find(kubeflow: Kubeflow, name: str) -> list[RecurringRun]:
+    """Every recurring run of that name, newest first: more than one where a replacement was broken off.
+
+    Raises:
+        Refusal: there is none.
+    """
+    server = kubeflow.server
+    with kubeflow.asked():
+        try:
+            within = kubeflow.client.get_experiment(experiment_name=server.experiment, namespace=server.namespace)
+        except ValueError:
+            # That is how kfp says that there is no such experiment.
+            found = []
+        else:
+            found = _named(kubeflow, name, within.experiment_id)
     if not found:
         raise Refusal(
-            f"Kubeflow has no schedule {name!r} in the experiment {experiment!r}: make it (espalier schedule create)"
+            f"Kubeflow has no schedule {name!r} in the experiment {server.experiment!r}: make it (espalier schedule create)"
         )
-    return found[0]
+    return found
 
 
-def pause(client: Client, name: str, experiment: str) -> None:
-    """Start no more runs. One that is running goes on. Raises Refusal where there is no schedule of that name."""
-    run = find(client, name, experiment)
-    with asking(_address(client)):
-        client.disable_recurring_run(run.recurring_run_id)
+def pause(kubeflow: Kubeflow, name: str) -> None:
+    """Start no more runs; one that is running goes on. Raises Refusal where there is no schedule of that name."""
+    for run in find(kubeflow, name):
+        with kubeflow.asked():
+            kubeflow.client.disable_recurring_run(run.recurring_run_id)
 
 
-def resume(client: Client, name: str, experiment: str) -> None:
+def resume(kubeflow: Kubeflow, name: str) -> None:
     """Start runs again, from the next time on. Raises Refusal where there is no schedule of that name."""
-    run = find(client, name, experiment)
-    with asking(_address(client)):
-        client.enable_recurring_run(run.recurring_run_id)
+    with kubeflow.asked():
+        kubeflow.client.enable_recurring_run(find(kubeflow, name)[0].recurring_run_id)
 
 
-def delete(client: Client, name: str, experiment: str) -> None:
+def delete(kubeflow: Kubeflow, name: str) -> None:
     """Delete every recurring run of that name. Raises Refusal where there is none."""
-    find(client, name, experiment)
-    for run in find_all(client, name, experiment):
-        with asking(_address(client)):
-            client.delete_recurring_run(run.recurring_run_id)
+    for run in find(kubeflow, name):
+        with kubeflow.asked():
+            kubeflow.client.delete_recurring_run(run.recurring_run_id)
 
 
-def find_all(client: Client, name: str, experiment: str) -> list[RecurringRun]:
-    """Every recurring run of that name in the experiment, newest first; none where there is no such experiment."""
-    with asking(_address(client)):
-        try:
-            within = client.get_experiment(experiment_name=experiment, namespace=client.get_user_namespace())
-        except ValueError:
-            return []
-        return _named(client, name, within.experiment_id)
-
-
-def _named(client: Client, name: str, experiment: str) -> list[RecurringRun]:
+def _named(kubeflow: Kubeflow, name: str, within: str) -> list[RecurringRun]:
     """Every recurring run of that name in the experiment with this id, newest first."""
     wanted = json.dumps({"predicates": [{"key": "display_name", "operation": "EQUALS", "string_value": name}]})
     found = _all(
-        lambda token: client.list_recurring_runs(
-            page_token=token, page_size=100, sort_by="created_at desc", experiment_id=experiment, filter=wanted
+        lambda token: kubeflow.client.list_recurring_runs(
+            page_token=token, page_size=100, sort_by="created_at desc", experiment_id=within, filter=wanted
         ),
         "recurring_runs",
     )
@@ -252,36 +226,7 @@ def _all(page: Callable[[str], Any], field: str) -> Iterator[Any]:
             return
 
 
-def _digest(plan: Plan, pipeline: str, version: str) -> str:
+def _digest(plan: Plan, version: Version) -> str:
     """Names a plan, so that it is known again: the server gives parameters back in a form of its own."""
-    made_of = [plan.cron.split(), dict(plan.parameters), plan.service_account, plan.pipeline_root, pipeline, version]
+    made_of = [plan.cron.split(), dict(plan.parameters), plan.service_account, plan.pipeline_root, version.version_id]
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _address(client: Client) -> str:
-    return str(client._recurring_run_api.api_client.configuration.host)
-
-
-@contextmanager
-def asking(address: str) -> Iterator[None]:
-    """Say in one sentence what Kubeflow did not do.
-
-    Raises:
-        Refusal: it does not know this client, or refuses what is asked of it.
-        Unavailable: it does not answer.
-    """
-    try:
-        # The client prints addresses as it goes.
-        with redirect_stdout(sys.stderr):
-            yield
-    except ApiException as error:
-        if error.status in {401, 403}:
-            raise Refusal(
-                f"Kubeflow at {address} refuses this client ({error.status}): check the token and the account's role"
-            ) from None
-        said = " ".join(str(error.body or error.reason).split())[:300]
-        raise Refusal(f"Kubeflow at {address} did not do it ({error.status}: {said}): check the arguments") from None
-    except (HTTPError, OSError) as error:
-        raise Unavailable(
-            f"Kubeflow at {address} does not answer ({type(error).__name__}): start it, or correct the profile's kubeflow.host"
-        ) from None

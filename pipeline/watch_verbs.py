@@ -6,8 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -17,6 +16,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from components.watch.find import Watched
     from pipeline.cluster import Profile
+    from pipeline.kubeflow import Kubeflow
     from pipeline.watch_local import Outcome
 
 NOTHING_WRONG, ERROR, FAIL = 0, 1, 3
@@ -84,9 +84,10 @@ def schedule_create(
     mutable_image: Annotated[bool, typer.Option("--mutable-image", help="Take an image by a tag.")] = False,
 ) -> None:
     """Upload the watcher and start it on a schedule. The same again changes nothing; another one takes its place."""
+    from pipeline import schedule as schedules
     from pipeline.cluster import Profile
+    from pipeline.kubeflow import Kubeflow
 
-    schedules = _schedules()
     schedules.check_cron(cron)
     cluster = Profile.load(profile, image)
     package = schedules.compile_watch(cluster, at_most, mutable_image)
@@ -95,19 +96,19 @@ def schedule_create(
         name=schedule,
         cron=cron,
         parameters={"sources": [one.model_dump() for one in watched], "lease_hours": lease_hours},
-        experiment=cluster.kubeflow.experiment,
         service_account=cluster.service_account,
         pipeline_root=cluster.pipeline_root,
     )
-    run, made = schedules.create(schedules.connect(cluster), plan, package)
+    run, made = schedules.create(Kubeflow(cluster.kubeflow), plan, package)
     console.print(f"{schedule}: {'made' if made else 'there already'} ({run.recurring_run_id})", highlight=False)
 
 
 @schedule_app.command("show")
 def schedule_show(schedule: Schedule = "espalier-watch", profile: ProfileName = "plain") -> None:
     """Show the schedule, whether it is paused, and what it watches."""
-    client, experiment = _connected(profile)
-    run = _schedules().find(client, schedule, experiment)
+    from pipeline import schedule as schedules
+
+    run = schedules.find(_connected(profile), schedule)[0]
     state = "paused" if run.mode == "DISABLE" else "enabled"
     console.print(f"{run.display_name}  {run.trigger.cron_schedule.cron}  {state}", highlight=False)
     for source in (run.runtime_config.parameters or {}).get("sources", ()):
@@ -117,24 +118,27 @@ def schedule_show(schedule: Schedule = "espalier-watch", profile: ProfileName = 
 @schedule_app.command("pause")
 def schedule_pause(schedule: Schedule = "espalier-watch", profile: ProfileName = "plain") -> None:
     """Start no more runs; the one that is running goes on."""
-    client, experiment = _connected(profile)
-    _schedules().pause(client, schedule, experiment)
+    from pipeline import schedule as schedules
+
+    schedules.pause(_connected(profile), schedule)
     console.print(f"{schedule}: paused", highlight=False)
 
 
 @schedule_app.command("resume")
 def schedule_resume(schedule: Schedule = "espalier-watch", profile: ProfileName = "plain") -> None:
     """Start runs again."""
-    client, experiment = _connected(profile)
-    _schedules().resume(client, schedule, experiment)
+    from pipeline import schedule as schedules
+
+    schedules.resume(_connected(profile), schedule)
     console.print(f"{schedule}: enabled", highlight=False)
 
 
 @schedule_app.command("delete")
 def schedule_delete(schedule: Schedule = "espalier-watch", profile: ProfileName = "plain") -> None:
     """Delete the schedule; what it made stays."""
-    client, experiment = _connected(profile)
-    _schedules().delete(client, schedule, experiment)
+    from pipeline import schedule as schedules
+
+    schedules.delete(_connected(profile), schedule)
     console.print(f"{schedule}: deleted", highlight=False)
 
 
@@ -156,19 +160,11 @@ def _look(watched: Sequence[Watched], at_most: int, home: Path, retry: bool) -> 
     return outcomes
 
 
-def _schedules() -> ModuleType:
-    """The module that speaks to Kubeflow; its import takes seconds, which no other verb should wait for."""
-    from pipeline import schedule
-
-    return schedule
-
-
-def _connected(profile: str) -> tuple[Any, str]:
-    """A client of the profile's Kubeflow, and the experiment that its schedules belong to."""
+def _connected(profile: str) -> Kubeflow:
     from pipeline.cluster import Profile
+    from pipeline.kubeflow import Kubeflow
 
-    cluster = Profile.load(profile)
-    return _schedules().connect(cluster), cluster.kubeflow.experiment
+    return Kubeflow(Profile.load(profile).kubeflow)
 
 
 def _cluster_sources(watched: Sequence[Watched], profile: Profile) -> list[Watched]:
