@@ -128,7 +128,7 @@ def inside(folder: Path, name: str) -> Path:
     """Return the path of `name` in `folder`. Raises Refusal where it would lie elsewhere, as a key with `..` does."""
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise Unavailable(f"the object {name!r} would be written outside {folder}: rename it")
+        raise Refusal(f"the object {name!r} would be written outside {folder}: rename it")
     return path
 
 

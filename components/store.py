@@ -102,12 +102,13 @@ class Store:
         return Reference(uri, manifest.digest)
 
     def _has(self, bucket: str, key: str, file: File) -> bool:
-        try:
-            head = self._client.head_object(Bucket=bucket, Key=key)
-        except ClientError as error:
-            if is_missing(error):
-                return False
-            raise
+        with explained(f"s3://{bucket}/{key}"):
+            try:
+                head = self._client.head_object(Bucket=bucket, Key=key)
+            except ClientError as error:
+                if is_missing(error):
+                    return False
+                raise
         return head["ContentLength"] == file.size and file.sha256 in head["Metadata"].values()
 
     def find(self, prefix: str) -> Reference | None:

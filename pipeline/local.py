@@ -35,6 +35,8 @@ BUCKET = "espalier"
 _LOOPBACK = "127.0.0.1"
 _START_SECONDS = 180.0
 _STOP_SECONDS = 10.0
+_PATIENCE = 10.0
+"""Seconds a server may take to answer before it counts as hanging: a busy machine is no reason to stop it."""
 _HEALTH = {"s3": "/", "mlflow": "/health"}
 
 
@@ -72,9 +74,9 @@ class _Record(BaseModel):
             return None
         return process if same else None
 
-    def answers(self, name: str, seconds: float = 10) -> bool:
+    def answers(self, name: str) -> bool:
         """Whether it speaks HTTP. No proxy is asked."""
-        connection = http.client.HTTPConnection(_LOOPBACK, self.port, timeout=seconds)
+        connection = http.client.HTTPConnection(_LOOPBACK, self.port, timeout=_PATIENCE)
         try:
             connection.request("GET", _HEALTH[name])
             return connection.getresponse().status < 500

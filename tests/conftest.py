@@ -33,25 +33,31 @@ def _own_environment() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def s3_server(tmp_path_factory: pytest.TempPathFactory, _own_environment: None) -> Iterator[dict[str, str]]:
+def s3_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The home of `s3_server`; its buckets are the folders below `s3`."""
+    return tmp_path_factory.mktemp("s3-home")
+
+
+@pytest.fixture(scope="session")
+def servers_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The home of `servers`."""
+    return tmp_path_factory.mktemp("servers-home")
+
+
+@pytest.fixture(scope="session")
+def s3_server(s3_home: Path, _own_environment: None) -> Iterator[dict[str, str]]:
     """An S3 server's environment."""
     with ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("MLFLOW_TRACKING_URI", "none, so that none is started")
-            environment = stack.enter_context(services(tmp_path_factory.mktemp("s3") / "home"))
+            environment = stack.enter_context(services(s3_home))
         yield environment
 
 
 @pytest.fixture(scope="session")
-def s3_folder(s3_server: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the S3 server keeps its buckets: what a fault of the disk would change."""
-    return next(tmp_path_factory.getbasetemp().glob("s3*/home/s3"))
-
-
-@pytest.fixture(scope="session")
-def servers(tmp_path_factory: pytest.TempPathFactory, _own_environment: None) -> Iterator[dict[str, str]]:
+def servers(servers_home: Path, _own_environment: None) -> Iterator[dict[str, str]]:
     """The environment of an S3 server and of MLflow on it."""
-    with services(tmp_path_factory.mktemp("home")) as environment:
+    with services(servers_home) as environment:
         yield environment
 
 

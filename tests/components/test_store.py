@@ -26,9 +26,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def behind(s3_folder: Path, store: Store) -> Path:
+def behind(s3_home: Path, store: Store) -> Path:
     """Where the server keeps the store's objects as files."""
-    return s3_folder / store.bucket / store.prefix
+    return s3_home / "s3" / store.bucket / store.prefix
 
 
 class TestReference:
@@ -214,6 +214,7 @@ class TestFetch:
         (behind / "many").mkdir(parents=True)
         for number in range(1005):
             (behind / "many" / f"{number:04d}").write_bytes(b"")
+        time.sleep(1.1)  # The server looks at its folders afresh after a second.
         assert len(store.listing(store.uri("many"))) == 1005
 
     def test_listing_changes_with_the_content(self, store: Store) -> None:
