@@ -114,7 +114,8 @@ def verify_cut(
 ) -> Verification:
     """Prove that `out` is `source` without `layers`.
 
-    1. Every tensor on disk is, byte for byte, the source's tensor of the layer it stands for; none is missing or left over.
+    1. config.json is the source's with every per-layer field in step, and every tensor on disk is, byte for byte, the source's
+       tensor of the layer it stands for; none is missing or left over.
     2. The reloaded model's logits equal, bit for bit, those of the source with the layers skipped by hooks: the same operations on
        the same numbers on the same device, so nothing but equality is right. Left-padded batches are among the prompts.
     3. Cached greedy generation equals a full pass over its own text, within rounding (the two multiply matrices of other shapes).
@@ -131,7 +132,9 @@ def verify_cut(
     Raises:
         VerificationError: one of the three does not hold.
     """
-    _verify_tensors(Checkpoint.open(source, remote_code), _opened(out, remote_code), layers)
+    original, cut = Checkpoint.open(source, remote_code), _opened(out, remote_code)
+    _verify_config(original, cut, layers)
+    _verify_tensors(original, cut, layers)
     model = load_model(source, device=device, remote_code=remote_code)
     with skipped(model, layers):
         expected = answers(model)
@@ -170,7 +173,7 @@ def verify_export(
         raise VerificationError(
             f"{out} does not compute what it was exported from: its logits differ by up to {difference:.3g}"
         )
-    cache_difference = _cache_difference(model)
+    cache_difference = _cache_difference(model, out)
     if not cache_difference <= _ROUNDING[model.dtype]:  # so that NaN fails
         raise VerificationError(
             f"{out} generates other text with its key-value cache than without: the logits differ by {cache_difference:.3g} "
@@ -198,7 +201,7 @@ _ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torc
 def answers(model: PreTrainedModel) -> Tensor:
     """Return the logits of a few short prompts of random tokens, padded on the left and not: (real tokens, vocabulary), on the CPU."""
     tokens, mask = _prompts(model)
-    return model(input_ids=tokens, attention_mask=mask).logits[mask.bool()].cpu()
+    return model(input_ids=tokens, attention_mask=mask, use_cache=False).logits[mask.bool()].cpu()
 
 
 def _prompts(model: PreTrainedModel, length: int = 24) -> tuple[Tensor, Tensor]:
@@ -211,13 +214,18 @@ def _prompts(model: PreTrainedModel, length: int = 24) -> tuple[Tensor, Tensor]:
     return tokens.to(model.device), mask.long().to(model.device)
 
 
-def _cache_difference(model: PreTrainedModel) -> float:
+def _cache_difference(model: PreTrainedModel, out: Path) -> float:
     """Return the largest difference between the logits of cached and uncached greedy generation, relative to the largest logit.
 
     A row is compared as long as both have chosen the same tokens; where they part, the difference of that step has been counted.
     """
-    cached, cached_logits = _generate(model, use_cache=True)
     uncached, uncached_logits = _generate(model, use_cache=False)
+    try:
+        cached, cached_logits = _generate(model, use_cache=True)
+    except torch.OutOfMemoryError:
+        raise
+    except (IndexError, RuntimeError) as error:  # what layers that share a part of the cache, or look beyond it, raise
+        raise VerificationError(f"{out} cannot generate with its key-value cache: {error}") from error
     # (batch, steps): whether everything before a step is equal.
     same = torch.cumprod((cached == uncached).long(), dim=1).roll(1, dims=1)
     same[:, 0] = 1
@@ -258,6 +266,16 @@ def _opened(out: Path, remote_code: bool) -> Checkpoint:
         return Checkpoint.open(out, remote_code)
     except Refusal as refusal:
         raise VerificationError(str(refusal)) from None
+
+
+def _verify_config(source: Checkpoint, out: Checkpoint, layers: Sequence[int]) -> None:
+    """Hold config.json against the rules: short prompts would not show a sliding window in the wrong layer."""
+    expected = cut_config(written_out(source.config, source.family), source.family, layers)
+    for field in sorted(set(expected) | set(out.config)):
+        if expected.get(field) != out.config.get(field):
+            raise VerificationError(
+                f"{out.folder}/config.json's {field} is {out.config.get(field)!r} and should be {expected.get(field)!r}"
+            )
 
 
 def _verify_tensors(source: Checkpoint, out: Checkpoint, layers: Sequence[int]) -> None:

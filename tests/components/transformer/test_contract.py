@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import get_args
@@ -34,9 +35,16 @@ def source(specimen: Specimen, tmp_path_factory: pytest.TempPathFactory) -> Path
     return release(specimen.model(LAYERS), tmp_path_factory.mktemp(specimen.name))
 
 
-@pytest.fixture
-def model(source: Path) -> PreTrainedModel:
+@pytest.fixture(scope="module")
+def dense(source: Path) -> PreTrainedModel:
+    """The release as it loads; left as it is."""
     return load_model(source)
+
+
+@pytest.fixture
+def model(dense: PreTrainedModel) -> PreTrainedModel:
+    """The release, to do with as one likes."""
+    return copy.deepcopy(dense)
 
 
 @pytest.fixture(params=CUTS.values(), ids=CUTS.keys())
@@ -45,10 +53,10 @@ def layers(request: pytest.FixtureRequest) -> tuple[int, ...]:
 
 
 @pytest.fixture
-def skipping(model: PreTrainedModel, layers: tuple[int, ...]) -> Tensor:
+def skipping(dense: PreTrainedModel, layers: tuple[int, ...]) -> Tensor:
     """The logits of the release with the layers skipped: what every cut must give."""
-    with skipped(model, layers):
-        return logits(model)
+    with skipped(dense, layers):
+        return logits(dense)
 
 
 def reloaded(folder: Path) -> PreTrainedModel:
@@ -109,14 +117,14 @@ def test_a_model_dropped_and_saved_equals_the_layers_skipped(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_export_is_verified_and_keeps_the_dtype(specimen: Specimen, dtype: torch.dtype, tmp_path: Path) -> None:
-    source = release(specimen.model(LAYERS, dtype=dtype), tmp_path / "source")
+    model = specimen.model(LAYERS, dtype=dtype)
+    source = release(model, tmp_path / "source")
     cut_layers(source, tmp_path / "cut", (1, 4))
     verification = verify_cut(source, tmp_path / "cut", (1, 4))
     assert verification.max_difference == 0
-    assert reloaded(tmp_path / "cut").dtype == dtype
-    master = load_model(source, dtype=torch.float32)
-    save_model(master, source, tmp_path / "saved")
-    assert reloaded(tmp_path / "saved").dtype == dtype
+    save_model(model.float(), source, tmp_path / "saved")
+    for folder in (source, tmp_path / "cut", tmp_path / "saved"):
+        assert getattr(torch, Checkpoint.open(folder).dtype) == dtype
 
 
 def test_shards_come_in_and_go_out(
@@ -132,18 +140,20 @@ def test_shards_come_in_and_go_out(
     assert torch.equal(logits(reloaded(tmp_path / "shards")), logits(reloaded(tmp_path / "one")))
 
 
-def test_a_cut_model_can_be_cut_again(source: Path, model: PreTrainedModel, tmp_path: Path) -> None:
+def test_a_cut_model_can_be_cut_again(source: Path, dense: PreTrainedModel, tmp_path: Path) -> None:
     cut_layers(source, tmp_path / "once", (1, 3))  # 0 2 4 5 stay
     cut_layers(tmp_path / "once", tmp_path / "twice", (0, 2))  # 2 5 stay
     cut_layers(source, tmp_path / "at-once", (0, 1, 3, 4))
-    with skipped(model, (0, 1, 3, 4)):
-        assert torch.equal(logits(reloaded(tmp_path / "twice")), logits(model))
+    with skipped(dense, (0, 1, 3, 4)):
+        assert torch.equal(logits(reloaded(tmp_path / "twice")), logits(dense))
     assert Checkpoint.open(tmp_path / "twice").config == Checkpoint.open(tmp_path / "at-once").config
 
 
-def test_what_travels_with_the_weights_is_the_release_s_own(source: Path, tmp_path: Path) -> None:
+def test_what_travels_with_the_weights_is_the_release_s_own(
+    source: Path, model: PreTrainedModel, tmp_path: Path
+) -> None:
     cut_layers(source, tmp_path / "cut", (0,))
-    save_model(load_model(source), source, tmp_path / "saved")
+    save_model(model, source, tmp_path / "saved")
     names = {path.name for path in source.iterdir()} - {"config.json", "model.safetensors"}
     assert {"tokenizer.json", "chat_template.jinja", "generation_config.json", "LICENSE"} <= names
     for out in (tmp_path / "cut", tmp_path / "saved"):
