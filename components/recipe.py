@@ -300,7 +300,7 @@ class Recipe(Section):
 
     @classmethod
     def from_yaml(cls, text: str, overrides: Sequence[str] = ()) -> Recipe:
-        """Parse a recipe and apply `dotted.key=value` overrides, each value read as YAML.
+        """Parse a recipe and apply `dotted.key=value` overrides, each value read as YAML; null takes the field out again.
 
         Raises:
             Refusal: the YAML cannot be read, a field is unknown or its value is not allowed.
@@ -364,6 +364,8 @@ def _override(settings: dict[str, Any], override: str) -> None:
         section[leaf] = _yaml_value(value)
     except yaml.YAMLError:
         raise Refusal(f"--set {key} has the value {value!r}, which is not YAML: quote it") from None
+    if section[leaf] is None:
+        del section[leaf]
 
 
 def _yaml_value(text: str) -> Any:
