@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.errors import Refusal
@@ -31,7 +32,7 @@ class ZeroShot:
             Refusal: lm-eval is not installed, has no such task, or a task's data cannot be fetched.
         """
         self.tasks, self.limit, self.seed = list(tasks), limit, seed
-        self._manager = _manager()
+        self._manager = _manager(shipped=not all(Path(task).suffix == ".yaml" for task in tasks))
         for task in self.tasks:
             _load(self._manager, task)
 
@@ -55,14 +56,15 @@ class ZeroShot:
         return {task: _numbers(scores) for task, scores in found["results"].items()}
 
 
-def _manager() -> TaskManager:
+def _manager(shipped: bool) -> TaskManager:
+    """Find lm-eval's own tasks where any is asked for: it has ten thousand, and looks at each."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise Refusal(
             "evaluate.tasks needs lm-eval, which is not installed: install espalier[tasks], or set evaluate.tasks to []"
         ) from None
-    return TaskManager()
+    return TaskManager(include_defaults=shipped)
 
 
 def _load(manager: TaskManager, task: str) -> None:

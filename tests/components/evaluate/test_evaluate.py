@@ -1,0 +1,195 @@
+"""Evaluate measures every model on the same texts, and leaves nothing unsaid of a number that could not be had."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from components.errors import Refusal
+from components.evaluate import evaluate as module
+from components.evaluate.evaluate import evaluate
+from components.evaluate.run import evaluate_run
+from components.recipe import Evaluate
+from components.training.journal import Silent
+from components.transformer.checkpoint import load_model
+from components.transformer.perplexity import perplexity
+from components.transformer.text import consecutive_windows, read_documents, token_stream
+from tests.components.transformer import zoo
+
+LLAMA = zoo.SPECIMENS[0]
+LENGTH = 16
+
+
+class Recorded(Silent):
+    """A journal that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[int, int]] = []
+        self.values: dict[str, float] = {}
+
+    def progress(self, done: int, total: int, **shown: float) -> None:
+        self.done.append((done, total))
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        self.values |= values
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    for name, layers in {"dense": 4, "candidate": 3}.items():
+        zoo.release(LLAMA.model(layers, dtype=torch.bfloat16), folder / name / "model")
+    return {name: folder / name for name in ("dense", "candidate")}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("texts")
+    for name, factor in {"home": 1, "away": 7}.items():
+        (folder / name).mkdir()
+        words = (f"w{3 + factor * number * number % 90}" for number in range(200))
+        (folder / name / "a.txt").write_text(" ".join(words))
+    return {name: folder / name for name in ("home", "away")}
+
+
+def settings(**fields: Any) -> Evaluate:
+    speed = {"batches": (1, 3), "prompt": 8, "generate": 2, "repeats": 2}
+    texts = {"home": "home.txt", "away": "away.txt"}
+    return Evaluate.model_validate({"perplexity": texts, "length": LENGTH, "speed": speed} | fields)
+
+
+QUICK = {"speed": {"enabled": False}}
+
+
+def measure(models: Mapping[str, Path], texts: Mapping[str, Path], out: Path, **given: Any) -> dict[str, Any]:
+    journal = given.pop("journal", Silent())
+    digests = {name: given.pop(name) for name in ("model_digests", "text_digests") if name in given}
+    evaluate(models, texts, evaluate=settings(**given), out=out, journal=journal, **digests)
+    return json.loads((out / "evaluation.json").read_text())
+
+
+def test_every_model_is_measured_on_every_text_at_every_batch(models: dict, texts: dict, tmp_path: Path) -> None:
+    journal = Recorded()
+    found = measure(models, texts, tmp_path, journal=journal)
+    assert list(found["models"]) == ["dense", "candidate"]
+    for name, layers in {"dense": 4, "candidate": 3}.items():
+        this = found["models"][name]
+        model = load_model(models[name] / "model")
+        assert this["layers"] == layers
+        assert this["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+        assert this["bytes"] == 2 * this["parameters"]
+        assert this["dtype"] == "bfloat16"
+        for text, folder in texts.items():
+            stream = token_stream(read_documents(folder / "a.txt"), zoo.tokenizer())
+            expected = perplexity(model, consecutive_windows(stream, LENGTH))
+            assert this["perplexity"][text] == pytest.approx(expected, rel=1e-6)
+            assert journal.values[f"{name}.perplexity.{text}"] == this["perplexity"][text]
+        for phase in ("prefill", "decode"):
+            assert set(this["speed"][phase]) == {"1", "3"}
+            assert all(figures["tokens_per_second"] > 0 for figures in this["speed"][phase].values())
+        assert this["notes"] == []
+    assert found["models"]["dense"]["prefill_flops"] > found["models"]["candidate"]["prefill_flops"] > 0
+
+
+def test_progress_rises_to_its_end_exactly(models: dict, texts: dict, tmp_path: Path) -> None:
+    journal = Recorded()
+    measure(models, texts, tmp_path, journal=journal)
+    done, totals = zip(*journal.done, strict=True)
+    assert list(done) == sorted(done)
+    assert {done[-1]} == set(totals)
+
+
+def test_the_context_goes_with_the_numbers(models: dict, texts: dict, tmp_path: Path) -> None:
+    context = measure(models, texts, tmp_path, text_digests={"home": "abc"})["context"]
+    assert context["length"] == LENGTH
+    assert context["tokens"] == {"home": 192, "away": 192}  # 200 tokens: 12 windows of 16
+    assert context["digests"] == {"home": "abc"}
+    assert context["speed"] == {
+        "enabled": True, "batches": [1, 3], "prompt": 8, "generate": 2, "repeats": 2, "interleaved": True,
+    }  # fmt: skip
+    assert context["versions"]["torch"] == torch.__version__
+    assert {"device", "cpu", "gpu", "threads", "seed", "batch_size", "task_limit"} <= set(context)
+
+
+def test_models_too_large_to_hold_together_are_timed_one_after_the_other(
+    models: dict, texts: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "TOGETHER", 0.0)
+    found = measure(models, texts, tmp_path)
+    assert found["context"]["speed"]["interleaved"] is False
+    assert all(model["speed"]["decode"]["3"]["tokens_per_second"] > 0 for model in found["models"].values())
+
+
+def test_the_same_digest_is_measured_once_and_told_twice(models: dict, texts: dict, tmp_path: Path) -> None:
+    journal = Recorded()
+    champion = {"champion": tmp_path / "never opened"}
+    same = {"dense": "d", "candidate": "c", "champion": "d"}
+    (tmp_path / "out").mkdir()
+    found = measure(models | champion, texts, tmp_path / "out", model_digests=same, journal=journal, **QUICK)["models"]
+    assert found["champion"] == found["dense"]
+    assert "champion.perplexity.home" not in journal.values
+
+
+def test_a_nan_is_null_and_said(models: dict, texts: dict, tmp_path: Path) -> None:
+    model = LLAMA.model(layers=2)
+    model.get_input_embeddings().weight.data.fill_(math.nan)
+    broken = {"candidate": tmp_path / "broken"}
+    zoo.release(model, tmp_path / "broken/model")
+    found = measure(models | broken, texts, tmp_path, **QUICK)["models"]["candidate"]
+    assert found["perplexity"] == {"home": None, "away": None}
+    assert found["notes"] == ["perplexity on home is nan", "perplexity on away is nan"]
+
+
+def test_perplexity_over_other_tokens_is_not_compared(models: dict, texts: dict, tmp_path: Path) -> None:
+    zoo.release(LLAMA.model(layers=2), tmp_path / "other/model")
+    inner = json.loads((tmp_path / "other/model/tokenizer.json").read_text())
+    vocabulary = inner["model"]["vocab"]
+    vocabulary["w3"], vocabulary["w4"] = vocabulary["w4"], vocabulary["w3"]
+    (tmp_path / "other/model/tokenizer.json").write_text(json.dumps(inner))
+    found = measure(models | {"champion": tmp_path / "other"}, texts, tmp_path)["models"]["champion"]
+    assert found["perplexity"] == {"home": None, "away": None}
+    assert "not comparable" in found["notes"][0]
+    assert found["speed"]["prefill"]["1"]["tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"length": 65}, "evaluate.length is 65, and the model 'dense' reads 64 tokens at most"),
+        ({"speed": {"prompt": 60, "generate": 5}}, r"evaluate.speed.prompt \+ generate is 65"),
+        ({"length": None}, "evaluate.length is not set"),
+        ({"length": 48, "perplexity": {"short": "s.txt"}}, "2 tokens, which gives no window of 48"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is(
+    models: dict, texts: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict, said: str
+) -> None:
+    monkeypatch.setattr(module, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    (tmp_path / "s.txt").write_text("w3 w4")
+    texts = {"short": tmp_path / "s.txt"} if "perplexity" in fields else texts
+    with pytest.raises(Refusal, match=said):
+        measure(models, texts, tmp_path, **fields)
+
+
+def test_the_stage_hands_models_and_texts_on_under_their_names(models: dict, texts: dict, tmp_path: Path) -> None:
+    folders = {f"model/{name}": folder for name, folder in models.items()}
+    folders |= {f"text/{name}": folder for name, folder in texts.items()}
+    digests = {"model/dense": "a", "model/candidate": "a", "text/home": "t", "text/away": "u"}
+    evaluate_run(evaluate=settings(**QUICK), out=tmp_path, journal=Silent(), digests=digests, **folders)
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert found["models"]["dense"] == found["models"]["candidate"]
+    assert found["context"]["digests"] == {"home": "t", "away": "u"}
+
+
+def test_tokenizers_made_alike_read_alike() -> None:
+    """The probe compares tokens, not files: an export may write tokenizer.json anew."""
+    read = module.Read("w3 w4", torch.zeros(1, 2), torch.tensor([3, 4]))
+    again = PreTrainedTokenizerFast(tokenizer_object=zoo.tokenizer().backend_tokenizer)
+    assert read.is_read_alike_by(again)
