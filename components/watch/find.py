@@ -170,6 +170,10 @@ def _text(text: Text, store: Store) -> list[str]:
         return [Reference.parse(text.path).digest, text.field]
     if text.path and Path(text.path).expanduser().is_file():
         return [describe(Path(text.path).expanduser(), "text").sha256, text.field]
+    if text.path and not text.path.startswith("s3://"):
+        raise Refusal(
+            f"the text {text.path} is not a file here: check the path, or name an s3:// object or a Hub data set"
+        )
     resolved = resolve_text(text, store)
     return [resolved.source, resolved.revision, text.field]
 

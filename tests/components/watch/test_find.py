@@ -1,0 +1,213 @@
+"""What is new: by the key of what would be made, against the registry, downloading nothing."""
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import boto3
+import pytest
+
+from components import tracking
+from components.runs import Ending
+from components.store import Reference, Store
+from components.watch import find
+from components.watch.claims import Claims
+from components.watch.find import Watched, find_new, identify, look, table, take
+
+RECIPE = """
+method: shortgpt
+target: {ratio: 0.25}
+calibration: {data: TEXT, length: 16}
+regularize: {schedule: none}
+evaluate: {perplexity: {text: TEXT}}
+"""
+HOUR = timedelta(hours=1)
+
+
+@pytest.fixture
+def store(environment: dict[str, str]) -> Store:
+    return Store.from_environment()
+
+
+@pytest.fixture
+def claims(store: Store) -> Claims:
+    return Claims(store, HOUR, settle=0.0)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("Some words to calibrate on.")
+    return file
+
+
+@pytest.fixture
+def release(store: Store) -> str:
+    """A release on S3 that nobody could download: it is a configuration alone."""
+    put(store, "release/config.json", "{}")
+    return store.uri("release")
+
+
+@pytest.fixture
+def watched(release: str, text: Path, store: Store) -> Watched:
+    return Watched(release=release, name=store.prefix, recipe=RECIPE.replace("TEXT", str(text)))
+
+
+def put(store: Store, name: str, content: str) -> None:
+    boto3.client("s3").put_object(Bucket=store.bucket, Key=f"{store.prefix}/{name}", Body=content.encode())
+
+
+def register(name: str, key: str, digest: str = "d" * 64) -> tracking.Version:
+    reference = Reference("s3://bucket/made", digest)
+    return tracking.register_version(name, reference, "", {f"{tracking.ITEM}.{key}": "made"})
+
+
+def test_the_same_question_has_the_same_key(watched: Watched, store: Store) -> None:
+    assert identify(watched, store) == identify(watched, store)
+
+
+def test_every_part_of_the_key_makes_something_new(
+    watched: Watched, store: Store, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [identify(watched, store).key]
+    put(store, "release/config.json", '{"another": "revision"}')
+    keys.append(identify(watched, store).key)
+    text.write_text("Other words.")
+    keys.append(identify(watched, store).key)
+    other = watched.model_copy(update={"recipe": watched.recipe.replace("0.25", "0.5")})
+    keys.append(identify(other, store).key)
+    monkeypatch.setattr(find, "code_version", lambda stage: f"other code of {stage}")
+    keys.append(identify(watched, store).key)
+    assert len(set(keys)) == len(keys)
+
+
+def test_the_watchers_own_code_is_no_part_of_the_key(
+    watched: Watched, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(find, "code_version", lambda stage: asked.append(stage) or "code")
+    identify(watched, store)
+    assert {"pin", "learn_gates", "prune", "evaluate", "register"} <= set(asked)
+    assert not {"watch", "promote", "finish"} & set(asked)
+
+
+def test_a_text_is_known_by_its_content_wherever_it_lies(watched: Watched, store: Store, text: Path) -> None:
+    moved = text.rename(text.with_name("moved.txt"))
+    other = watched.model_copy(update={"recipe": RECIPE.replace("TEXT", str(moved))})
+    moved_key = identify(other, store).key
+    moved.rename(text)
+    assert identify(watched, store).key == moved_key
+
+
+def test_a_folder_is_known_by_the_digest_that_it_has_in_the_store(
+    tmp_path: Path, watched: Watched, store: Store
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "pytorch_model.bin").write_text("is no part of a release")
+    item = identify(watched.model_copy(update={"release": str(folder)}), store)
+    copy = tmp_path / "stored" / "model"
+    copy.mkdir(parents=True)
+    (copy / "config.json").write_text("{}")
+    assert item.revision == store.put_content(copy.parent, "releases").digest
+    (folder / "config.json").write_text('{"changed": 1}')
+    assert identify(watched.model_copy(update={"release": str(folder)}), store).key != item.key
+
+
+def test_a_registered_model_is_watched_by_its_alias(watched: Watched, release: str, store: Store) -> None:
+    source = f"source-{store.prefix}"
+    for number in (1, 2):
+        put(store, f"version-{number}/config.json", json.dumps({"version": number}))
+        tracking.client().create_registered_model(source) if number == 1 else None
+        tracking.client().create_model_version(source, store.uri(f"version-{number}"))
+    following = watched.model_copy(update={"release": f"models:/{source}@champion"})
+    tracking.set_alias(source, "champion", "1")
+    first = identify(following, store)
+    tracking.set_alias(source, "champion", "2")
+    second = identify(following, store)
+    assert (first.release, second.release) == (f"models:/{source}/1", f"models:/{source}/2")
+    assert first.key != second.key
+
+
+def test_what_is_registered_is_not_new(watched: Watched, store: Store, claims: Claims) -> None:
+    assert look(watched, store, claims).state == "new"
+    item = identify(watched, store)
+    version = register(item.name, item.key)
+    found = look(watched, store, claims)
+    assert (found.state, found.detail) == ("registered", f"as version {version.version}")
+
+
+def test_a_source_that_is_not_to_be_had_is_told_and_stops_no_other(watched: Watched, store: Store) -> None:
+    gone = watched.model_copy(update={"release": store.uri("nothing-here")})
+    runs, findings = find_new([gone.model_dump(), watched.model_dump()], 5, HOUR)
+    assert [finding.state for finding in findings] == ["refused", "new"]
+    assert "nothing-here" in findings[0].detail
+    assert [run["release"] for run in runs] == [watched.release]
+    page = table(findings, runs)
+    assert "refused" in page
+    assert "**taken**" in page
+
+
+def test_at_most_so_many_are_taken_and_the_rest_next_time(
+    watched: Watched, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(find, "Claims", partial(Claims, settle=0.0))
+    sources = []
+    for number in range(3):
+        put(store, f"release-{number}/config.json", str(number))
+        sources.append(watched.model_copy(update={"release": store.uri(f"release-{number}")}).model_dump())
+    first, _ = find_new(sources, 2, HOUR)
+    second, _ = find_new(sources, 2, HOUR)
+    third, findings = find_new(sources, 2, HOUR)
+    assert [run["release"][-1] for run in first + second] == ["0", "1", "2"]
+    assert third == []
+    assert {finding.state for finding in findings} == {"claimed"}
+    assert set(first[0]) == {"release", "recipe", "name", "run"}, "they are the arguments of the pipeline recompress"
+
+
+def test_what_was_registered_while_it_was_being_claimed_is_left_alone(
+    watched: Watched, store: Store, claims: Claims
+) -> None:
+    item = identify(watched, store)
+    register(item.name, item.key)
+    assert take(item, claims) is None
+    assert store.texts(f"claims/{item.name}/{item.key}") == {}
+
+
+def test_a_version_that_a_person_deleted_is_made_again(watched: Watched, store: Store, claims: Claims) -> None:
+    item = identify(watched, store)
+    version = register(item.name, item.key)
+    assert look(watched, store, claims).state == "registered"
+    tracking.client().delete_model_version(item.name, version.version)
+    assert look(watched, store, claims).state == "new"
+
+
+def test_a_lasting_failure_is_told_until_the_recipe_changes(watched: Watched, store: Store, claims: Claims) -> None:
+    item = identify(watched, store)
+    run = take(item, claims)
+    assert run
+    claims.fail(item.name, item.key, run, Ending(succeeded=False, stage="pin", reason="no such family", lasting=True))
+    assert (look(watched, store, claims).state, look(watched, store, claims).detail) == (
+        "failed",
+        "pin: no such family",
+    )
+    other = watched.model_copy(update={"recipe": watched.recipe.replace("0.25", "0.5")})
+    assert look(other, store, claims).state == "new"
+
+
+def test_runs_that_register_the_same_checkpoint_at_once_make_one_version(store: Store) -> None:
+    """The claim spares work; this is what keeps versions apart where a claim was lost."""
+    name, together = f"race-{store.prefix}", threading.Barrier(4)
+
+    def racer(_: int) -> str:
+        together.wait()
+        return register(name, "k").version
+
+    with ThreadPoolExecutor(4) as racers:
+        answers = set(racers.map(racer, range(4)))
+    left = tracking.client().search_model_versions(f"name = '{name}'")
+    assert [str(version.version) for version in left] == list(answers)
