@@ -37,6 +37,9 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 LABEL = "espalier.run"
 """The tag of a parent run that holds its label."""
 
+STAGE_OF = "espalier.stage_of"
+"""The tag of a stage's run that holds the label of the recompression it is a part of."""
+
 ITEM = "espalier.item"
 """With an item's key it is the tag of the version made for that item: one version may be the answer to several."""
 
@@ -84,7 +87,12 @@ def check() -> None:
 
 
 def experiment_id() -> str:
-    """The experiment MLFLOW_EXPERIMENT_NAME names (default `espalier`), made where it is missing."""
+    """The experiment MLFLOW_EXPERIMENT_NAME names (default `espalier`), made where it is missing.
+
+    The Kubeflow server's MLflow plugin names its own in MLFLOW_EXPERIMENT_ID: the runs that it makes lie there.
+    """
+    if os.environ.get("MLFLOW_EXPERIMENT_ID"):
+        return os.environ["MLFLOW_EXPERIMENT_ID"]
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "espalier")
     found = client().get_experiment_by_name(name)
     if found:
@@ -109,10 +117,10 @@ def open_parent(label: str, tags: Mapping[str, str], recipe: Mapping[str, Any]) 
     """Return the parent run's id, making the run where it is missing, with its tags and the recipe as params.
 
     The Kubeflow server's MLflow plugin makes a parent run of its own and names the task's run in MLFLOW_RUN_ID: then that
-    parent is the one.
+    parent is the one, unless it is another recompression's already: a watcher's run has several.
     """
     found = find_parent(label)
-    run_id = found.info.run_id if found else _plugin_parent()
+    run_id = found.info.run_id if found else _plugin_parent(label)
     if run_id is None:
         run_id = client().create_run(experiment_id(), run_name=label).info.run_id
     texts = {LABEL: label, **tags}
@@ -125,10 +133,7 @@ def close_parent(label: str, succeeded: bool) -> None:
     parent = find_parent(label)
     if parent is None:
         return
-    nested = client().search_runs(
-        [experiment_id()], filter_string=f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
-    )
-    for run in nested:
+    for run in _stage_runs(label):
         if run.info.status == "RUNNING":
             client().set_terminated(run.info.run_id, "FAILED")
     client().set_terminated(parent.info.run_id, "FINISHED" if succeeded else "FAILED")
@@ -206,6 +211,7 @@ def stage_tags(stage: Stage) -> dict[str, str]:
     """What names a stage's run: the stage, its key, its code and its inputs."""
     inputs = {f"espalier.input.{name}": str(reference) for name, reference in stage.inputs.items()}
     return {
+        STAGE_OF: stage.run,
         "espalier.stage": stage.name,
         "espalier.variant": stage.variant,
         "espalier.key": stage.key,
@@ -224,15 +230,13 @@ def record_reused(label: str, manifests: Mapping[str, Mapping[str, Any]]) -> Non
     parent = find_parent(label)
     if parent is None:
         return
-    nested = client().search_runs(
-        [experiment_id()], filter_string=f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
-    )
-    have = {run.data.tags.get("espalier.key") for run in nested}
+    have = {run.data.tags.get("espalier.key") for run in _stage_runs(label)}
     for name, made in manifests.items():
         if made.get("key") in have:
             continue
         tags = {
             "mlflow.parentRunId": parent.info.run_id,
+            STAGE_OF: label,
             "espalier.stage": made["stage"],
             "espalier.key": made["key"],
             "espalier.code": made["code"],
@@ -388,11 +392,19 @@ def _nested(stage: Stage) -> str:
     return client().create_run(experiment_id(), run_name=name, tags=tags).info.run_id
 
 
-def _plugin_parent() -> str | None:
+def _plugin_parent(label: str) -> str | None:
+    """The parent of the run that the Kubeflow server's plugin made for this task, where it is free to be `label`'s."""
     own = os.environ.get("MLFLOW_RUN_ID")
     if not own:
         return None
-    return client().get_run(own).data.tags.get("mlflow.parentRunId", own)
+    parent = client().get_run(own).data.tags.get("mlflow.parentRunId", own)
+    taken = client().get_run(parent).data.tags.get(LABEL, label) != label
+    return None if taken else parent
+
+
+def _stage_runs(label: str) -> list[Run]:
+    """The runs of the recompression's stages, whoever made them."""
+    return list(client().search_runs([experiment_id()], filter_string=f"tags.`{STAGE_OF}` = '{label}'"))
 
 
 def _log(run_id: str, tags: Mapping[str, str], settings: Mapping[str, Any]) -> None:
