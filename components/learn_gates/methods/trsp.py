@@ -48,11 +48,17 @@ def choose(
     )
 
 
+MEASURED_TOKENS = 32_768
+"""Tokens on which a shortlist's removals are measured: the same for each, so that their differences show long before their values settle."""
+
+
 class _Search:
     """What is known so far: the gates, where they have been, what was measured and what went."""
 
     def __init__(self, model: PreTrainedModel, windows: Tensor, count: int, settings: Gates, journal: Journal) -> None:
         self.model, self.windows, self.settings, self.journal = model, windows, settings, journal
+        # The windows were drawn in random order, so that the first of them are a fair sample.
+        self.measured = windows[: max(1, MEASURED_TOKENS // windows.shape[1])]
         self.rounds = count if settings.strategy == "iterative" else 1
         self.steps = settings.steps * count
         self.gates = torch.ones(len(blocks(model)))
@@ -82,6 +88,6 @@ class _Search:
         if self.settings.shortlist > 0:
             for layer in listed:
                 with bypassed(self.model, [*self.order, layer]):
-                    self.perplexity[layer] = perplexity(self.model, self.windows, self.settings.batch_size)
+                    self.perplexity[layer] = perplexity(self.model, self.measured, self.settings.batch_size)
             listed.sort(key=self.perplexity.__getitem__)
         self.order.append(listed[0])
