@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from components.recipe import Recipe
 from components.training.journal import Silent
-from components.transformer.checkpoint import load_model, load_tokenizer
+from components.transformer.checkpoint import Checkpoint, layers_to_remove, load_model, load_tokenizer
 from components.transformer.perplexity import perplexity
 from components.transformer.text import consecutive_windows, draw_windows, read_documents, token_stream
 
@@ -61,6 +61,10 @@ class Bench:
     def model(self) -> PreTrainedModel:
         """Load the dense model."""
         return load_model(self.arguments.model)
+
+    def count(self, ratio: float) -> int:
+        """Return how many layers a ratio removes."""
+        return layers_to_remove(ratio, Checkpoint.open(self.arguments.model).layers)
 
     def windows(self, seed: int) -> Tensor:
         """Draw the calibration windows (samples, length) of a seed."""

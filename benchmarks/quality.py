@@ -23,8 +23,6 @@ from benchmarks.common import Bench, Figures, Losses, parser
 from components.learn_gates.methods import load
 from components.training.journal import Silent
 from components.training.regularize import needs_teacher, regularize
-from components.transformer.checkpoint import layers_to_remove
-from components.transformer.gates import blocks
 from components.transformer.surgery import drop_layers
 
 LM_ONLY = ("regularize.objective.lm=1", "regularize.objective.kl=0", "regularize.objective.state=0")
@@ -55,12 +53,11 @@ def measure(bench: Bench, variant: str, layers: Sequence[int], seed: int) -> dic
     return bench.perplexities(model)
 
 
-def choose(bench: Bench, ratio: float, seed: int) -> list[int]:
-    """Let the recipe's gates choose the layers of a seed."""
-    model = bench.model()
-    count = layers_to_remove(ratio, len(blocks(model)))
+def choose(bench: Bench, method: str, seed: int) -> list[int]:
+    """Let a method choose the layers of a seed, in order: those of a ratio come first among those of a larger one."""
+    count = bench.count(max(bench.arguments.ratios))
     gates = bench.recipe(f"gates.seed={seed}").gates
-    return list(load("trsp")(model, bench.windows(seed), count, gates, journal=Silent(), out=None).removed)
+    return list(load(method)(bench.model(), bench.windows(seed), count, gates, journal=Silent(), out=None).order)
 
 
 def run(bench: Bench, figures: Figures) -> None:
@@ -68,8 +65,9 @@ def run(bench: Bench, figures: Figures) -> None:
     arguments = bench.arguments
     figures.get("dense", measure, bench, "cut", (), 0)
     for seed in arguments.seeds:
+        order = figures.get(f"order/{seed}", choose, bench, "trsp", seed)
         for ratio in arguments.ratios:
-            layers = figures.get(f"layers/{ratio}/{seed}", choose, bench, ratio, seed)
+            layers = sorted(order[: bench.count(ratio)])
             for variant in arguments.variants:
                 at = "" if variant == "dense-trained" else f"/{ratio}"
                 figures.get(f"{variant}{at}/{seed}", measure, bench, variant, layers, seed)

@@ -31,7 +31,7 @@ def draw(trajectory: Sequence[Step], path: Path) -> None:
     layers = len(trajectory[0]["gates"])
     colours = colormaps["viridis"].resampled(layers)
     for layer in range(layers):
-        points = [(step["step"], step["gates"][layer]) for step in trajectory if step["gates"][layer] > 0]
+        points = [(step["step"], step["gates"][layer]) for step in trajectory if step["gates"][layer] != 0]
         steps, gates = zip(*[(0, 1.0), *points], strict=True)
         axes.plot(steps, gates, color=colours(layer), linewidth=1.2)
         axes.annotate(str(layer), (steps[-1], gates[-1]), (3, 0), textcoords="offset points", fontsize=7, va="center")

@@ -75,7 +75,9 @@ class _Search:
         )
         for step, (loss, gates) in enumerate(learning, first + 1):
             # A layer that went keeps the gate it went with in the scores; in the trajectory it is at 0.
-            self.gates = torch.where(gates > 0, gates, self.gates) if self.order else gates
+            kept = self.gates[self.order]
+            self.gates = gates.clone()
+            self.gates[self.order] = kept
             self.trajectory.append(Step(round=number, step=step, gates=gates.tolist()))
             self.journal.metrics({"lm": loss}, step)
             self.journal.progress(step, self.steps, lm=loss)
