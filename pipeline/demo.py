@@ -1,0 +1,179 @@
+"""The release of the demonstration: a small Llama with its own tokenizer, trained in about a minute on text every machine has.
+
+release = make_release(Path("demo"), journal=Silent())
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from components.recipe import Optimisation
+from components.training.journal import Journal, NoCheckpoints
+from pipeline.demo_text import TEXTS, texts
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+VOCABULARY = 2048
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+WINDOW = 128
+CHARACTERS = 2_200_000
+"""Of the training text: what the steps below see about once."""
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 8,  # a quarter of them is two
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": WINDOW,
+    "tie_word_embeddings": True,
+}
+
+TRAINING = Optimisation(
+    steps=1000, batch_size=4, learning_rate=3e-3, warmup=0.05, weight_decay=0.1, checkpoint_every=1000
+)
+
+OVERRIDES: tuple[str, ...] = (
+    f"calibration.length={WINDOW}",
+    "calibration.samples=512",
+    "regularize.steps=100",
+    "regularize.learning_rate=5e-4",
+    "evaluate.controls=[pruned-first, dense-trained]",
+    "evaluate.batch_size=32",
+    "evaluate.speed.batches=[1, 8]",
+    "evaluate.speed.prompt=96",
+    "evaluate.speed.generate=16",
+    "promote.perplexity_over_dense=1.1",
+    "promote.perplexity_over_control=1.02",
+    "promote.decode_speedup=null",
+)
+
+
+@dataclass(frozen=True)
+class DemoRelease:
+    """A whole release: its checkpoint, its texts, and how good it is."""
+
+    folder: Path
+    seed: int
+    perplexity: float
+    """On the test text, by the standard protocol at `WINDOW` tokens; a model that knows nothing has `VOCABULARY`."""
+
+    @property
+    def model(self) -> Path:
+        """A plain Hugging Face checkpoint."""
+        return self.folder / "model"
+
+    def text(self, name: str) -> Path:
+        """One of its texts: `train`, `calibration`, `test` or `other`."""
+        return self.folder / f"{name}.txt"
+
+    def overrides(self) -> tuple[str, ...]:
+        """What a recipe must say to be calibrated and evaluated on its texts."""
+        path = {name: json.dumps(str(self.text(name).resolve())) for name in TEXTS}
+        return (
+            f"calibration.data={path['calibration']}",
+            f"evaluate.perplexity={{python: {path['test']}, descriptions: {path['other']}}}",
+        )
+
+
+def make_release(folder: Path, *, seed: int = 0, journal: Journal) -> DemoRelease:
+    """Make the release in `folder`, or take the one that is there whole.
+
+    Args:
+        folder: gets `model/`, `train.txt`, `calibration.txt`, `test.txt` (the Python documentation, held out), `other.txt`
+            (text of another kind) and, last, `release.json`.
+        seed: of the texts' draw, the first weights and the batches' order. The same seed and packages make the same release.
+        journal: takes the training's loss and progress.
+    """
+    release = _made(folder)
+    if release is None or release.seed != seed:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+            release = _make(Path(scratch) / folder.name, seed, journal)
+            shutil.rmtree(folder, ignore_errors=True)
+            release.folder.rename(folder)
+    return replace(release, folder=folder)
+
+
+def _made(folder: Path) -> DemoRelease | None:
+    """The release that the folder holds whole, if it does."""
+    file = folder / "release.json"
+    return DemoRelease(folder, **json.loads(file.read_text())) if file.is_file() else None
+
+
+def _make(folder: Path, seed: int, journal: Journal) -> DemoRelease:
+    """Write everything into a folder that is not there yet."""
+    from components.transformer.perplexity import perplexity
+
+    (folder / "model").mkdir(parents=True)
+    parts = texts(CHARACTERS, seed)
+    for name, text in parts.items():
+        (folder / f"{name}.txt").write_bytes(text.encode())
+    tokenizer = _tokenizer(parts["train"])
+    model = _trained(tokenizer, _windows(parts["train"], tokenizer), seed, journal)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    release = DemoRelease(folder, seed, perplexity(model, _windows(parts["test"], tokenizer)))
+    facts = {"seed": release.seed, "perplexity": release.perplexity}
+    (folder / "release.json").write_text(json.dumps(facts) + "\n")
+    return release
+
+
+def _tokenizer(text: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer: no text is outside its vocabulary."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIAL.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text.split("\n\n"), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=WINDOW, **SPECIAL)
+
+
+def _windows(text: str, tokenizer: PreTrainedTokenizerFast) -> Tensor:
+    """The text as windows one after the other: (windows, WINDOW)."""
+    from components.transformer.text import consecutive_windows, token_stream
+
+    return consecutive_windows(token_stream([text], tokenizer), WINDOW)
+
+
+def _trained(tokenizer: PreTrainedTokenizerFast, windows: Tensor, seed: int, journal: Journal) -> LlamaForCausalLM:
+    """Train a new model on the windows, and return it in bf16, the type that releases come in."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from components.training import loop
+
+    special = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL.items()}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**SHAPE, **special))
+    settings = TRAINING.model_copy(update={"seed": seed})
+    loop.train(model, windows, _next_token_loss, settings, section="demo", checkpoints=NoCheckpoints(), journal=journal)
+    return model.to(torch.bfloat16)
+
+
+@contextmanager
+def _next_token_loss(model: nn.Module, batch: Tensor, step: int) -> Iterator[Mapping[str, Tensor]]:
+    """Yield the cross-entropy of every token of a batch (batch, length) but each window's first."""
+    from torch.nn import functional
+
+    logits = model(input_ids=batch, use_cache=False).logits  # (batch, length, vocabulary)
+    yield {"loss": functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), batch[:, 1:].flatten())}
