@@ -63,7 +63,7 @@ def test_does_not_depend_on_how_the_logits_are_split(
 ) -> None:
     whole = perplexity(model, windows)
     batches: list[int] = []
-    monkeypatch.setattr(module, "ROWS", 7 * VOCABULARY)
+    monkeypatch.setitem(module.RAISED, "cpu", 7 * VOCABULARY)
     monkeypatch.setattr(module, "LOGITS", 2 * 12 * VOCABULARY)
     assert perplexity(model, windows, batch_size=5, done=batches.append) == pytest.approx(whole, rel=1e-6)
     assert batches == [24, 24, 12]  # two windows at most, though five were allowed
@@ -73,7 +73,7 @@ def test_one_window_is_read_however_large_the_vocabulary(
     model: PreTrainedModel, windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = perplexity(model, windows)
-    monkeypatch.setattr(module, "ROWS", 1)
+    monkeypatch.setitem(module.RAISED, "cpu", 1)
     monkeypatch.setattr(module, "LOGITS", 1)
     assert perplexity(model, windows) == pytest.approx(whole, rel=1e-6)
 
