@@ -8,20 +8,30 @@ from __future__ import annotations
 
 import difflib
 import pkgutil
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from components.errors import Refusal
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _addressable(name: str) -> str:
+    """A dot would part the name in a dotted one, such as `--set evaluate.perplexity.NAME=FILE` has."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise ValueError(f"{name!r} cannot name a text: use letters, digits, '_' and '-'")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_addressable)]
 
 
 class Section(BaseModel):
@@ -45,7 +55,7 @@ class Text(Section):
     @model_validator(mode="before")
     @classmethod
     def _from_string(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str | Path) else value
+        return {"path": str(value)} if isinstance(value, str | Path) else value
 
     @model_validator(mode="after")
     def _one_source(self) -> Text:
@@ -325,9 +335,10 @@ class Recipe(Section):
         """Read a recipe file. Raises Refusal where there is none, and what `from_yaml` raises."""
         try:
             text = path.read_text()
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is no text"
             raise Refusal(
-                f"the recipe {path} cannot be read ({error.strerror}): name a YAML file or a shipped recipe (espalier recipes)"
+                f"the recipe {path} cannot be read ({why}): name a YAML file or a shipped recipe (espalier recipes)"
             ) from None
         return cls.from_yaml(text, overrides)
 
@@ -383,7 +394,7 @@ def _sentence(error: ValidationError) -> str:
     """Put the first fault into one sentence, and say how many more there are."""
     faults = error.errors(include_url=False)
     fault = faults[0]
-    place = ".".join(str(part) for part in fault["loc"])
+    place = ".".join(str(part) for part in fault["loc"] if part != "[key]")
     if fault["type"] == "extra_forbidden":
         known = _fields_at(fault["loc"][:-1])
         said = f"the recipe's field {place!r} is not known{_did_you_mean(str(fault['loc'][-1]), known) or ': known there are ' + ', '.join(known)}"
