@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,16 @@ LLAMA = {"model_type": "llama", "num_hidden_layers": 4}
 
 def cut(model_type: str, layers: tuple[int, ...], **fields: Any) -> dict[str, Any]:
     return cut_config({"model_type": model_type, **fields}, FAMILIES[model_type], layers)
+
+
+def test_the_page_on_families_has_every_row() -> None:
+    page = Path(__file__).parents[3] / "docs" / "families.md"
+    rows = re.findall(r"^\| `(\w+)` \| .* \| (.*)\|$", page.read_text(), re.MULTILINE)
+    said = {model_type: set(re.findall(r"`(\w+)`", fields)) for model_type, fields in rows if model_type in FAMILIES}
+    assert said == {
+        model_type: {name for name in family.per_layer if not name.startswith("_")}
+        for model_type, family in FAMILIES.items()
+    }
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
