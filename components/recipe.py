@@ -290,6 +290,12 @@ class Recipe(Section):
             raise ValueError("promote.perplexity_over_control needs its control: add pruned-first to evaluate.controls")
         return self
 
+    def lengths(self) -> dict[str, int]:
+        """Every number of tokens that a model of this recipe must be able to read, by its field."""
+        speed = self.evaluate.speed
+        asked = {"calibration.length": self.calibration.length, "evaluate.length": self.evaluate.length or 0}
+        return asked | ({"evaluate.speed.prompt + generate": speed.prompt + speed.generate} if speed.enabled else {})
+
     def texts(self) -> Iterator[tuple[str, Text]]:
         """Every text of the recipe with its dotted name."""
         yield "calibration.data", self.calibration.data

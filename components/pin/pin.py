@@ -12,7 +12,7 @@ from components.recipe import Recipe, Text
 from components.sources.resolve import CHECKPOINT_FILES, Resolved, resolve_release, resolve_text
 from components.store import Reference, Store
 from components.transformer.checkpoint import Checkpoint, layers_to_remove
-from components.transformer.text import SUFFIXES
+from components.transformer.text import SUFFIXES, longest_context
 
 
 def pin_release(release: str, recipe: Recipe, store: Store) -> Reference:
@@ -64,12 +64,10 @@ def check_checkpoint(folder: Path, recipe: Recipe) -> None:
     """Refuse a checkpoint that the recipe cannot be applied to, before any work."""
     checkpoint = Checkpoint.open(folder)
     layers_to_remove(recipe.target.ratio, checkpoint.layers)
-    limit = checkpoint.config.get("max_position_embeddings") or checkpoint.config.get("n_positions")
-    longest = max(recipe.calibration.length, recipe.evaluate.length or 0)
-    if isinstance(limit, int) and longest > limit:
-        raise Refusal(
-            f"calibration.length or evaluate.length is {longest}, and the model reads at most {limit} tokens: set them to {limit} or less"
-        )
+    most = longest_context(checkpoint.config)
+    for field, length in recipe.lengths().items():
+        if most is not None and length > most:
+            raise Refusal(f"{field} is {length}, and the model reads {most} tokens at most: set it to {most} or less")
 
 
 def check_text(path: str) -> Path:
