@@ -74,7 +74,7 @@ class Checkpoint:
 
     @cached_property
     def parameters(self) -> int:
-        """The number of stored parameters, a tied head counted once."""
+        """The number of stored parameters; a tied head is stored once."""
         return sum(_count(tensor.shape) for tensor in self.tensors.values())
 
     @cached_property

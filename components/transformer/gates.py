@@ -38,7 +38,7 @@ def blocks(model: nn.Module) -> nn.ModuleList:
 
 @contextmanager
 def gated(model: nn.Module, gates: Tensor, placement: Placement = "branch") -> Iterator[None]:
-    """Gate every block: `x + g·(f(x) − x)` for placement branch, `g·f(x)` for output (the paper's code, papers TRSP §3).
+    """Gate every block: `x + g·(f(x) − x)` for placement branch, `g·f(x)` for output (TRSP, arXiv 2505.18232, as released).
 
     The gates are read at each forward pass, used in fp32 whatever the activations' dtype, and differentiable. A gate of
     exactly 1 leaves f(x) bit for bit, a branch gate of exactly 0 leaves x.
