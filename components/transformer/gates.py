@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Placement = Literal["branch", "output"]
-Output = Tensor | tuple[Any, ...]
+Output: TypeAlias = Tensor | tuple[Any, ...]
 
 
 def plain(model: nn.Module) -> PreTrainedModel:
