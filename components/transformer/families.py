@@ -232,8 +232,8 @@ def _refuse_kinds(config: Config, remote_code: bool) -> None:
         )
     if config.get("auto_map") and not remote_code:
         raise Refusal(
-            "config.json's auto_map names code that comes with the model: allow it with the remote-code flag if you trust it, "
-            f"or delete auto_map to use the built-in {kind!r}"
+            "config.json's auto_map names code that comes with the model, which is not run: delete auto_map from a copy of the "
+            f"release to use transformers' own {kind!r}, or pass remote_code=True in Python if you trust it"
         )
 
 

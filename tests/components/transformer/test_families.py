@@ -88,7 +88,7 @@ def test_impossible_cuts_are_refused(removed: list[int], said: str) -> None:
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config .* quantised"),
         ({"model_type": "t5", "is_encoder_decoder": True}, "'t5' is an encoder-decoder"),
         ({"model_type": "gemma3", "text_config": {}, "vision_config": {}}, "'gemma3' wraps a text model"),
-        ({"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}, "auto_map .* remote-code flag"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}, "auto_map .* is not run"),
     ],
 )
 def test_what_is_not_known_is_refused_by_name(fields: dict[str, Any], said: str) -> None:
