@@ -22,9 +22,9 @@ from typing import Any
 
 import kfp
 import urllib3
-from kfp_server_api import ApiException, V2beta1PipelineTaskDetail, V2beta1Run
+from kfp_server_api import ApiException, V2beta1GetHealthzResponse, V2beta1PipelineTaskDetail, V2beta1Run
 
-from components.errors import Refusal, Unavailable
+from components.errors import Unavailable
 from pipeline.cluster import Profile, Server
 from pipeline.compile import digest
 
@@ -60,6 +60,14 @@ class Run:
     """Where a person looks at it."""
 
 
+class _Client(kfp.Client):
+    """kfp's client, which says at once what is wrong: the original asks for half a minute, and logs each traceback."""
+
+    def get_kfp_healthz(self, sleep_duration: int = 5) -> V2beta1GetHealthzResponse:
+        """Ask once."""
+        return self._healthz_api.healthz_service_get_healthz()
+
+
 class Kubeflow:
     """A Kubeflow Pipelines server."""
 
@@ -75,8 +83,8 @@ class Kubeflow:
         self.host = server.host or os.environ.get("KF_PIPELINES_ENDPOINT") or ""
         with self.asked(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            self.client = kfp.Client(host=self.host or None, existing_token=os.environ.get("KF_PIPELINES_TOKEN"))
-            self.client.get_kfp_healthz(sleep_duration=1)
+            self.client = _Client(host=self.host or None, existing_token=os.environ.get("KF_PIPELINES_TOKEN"))
+            self.client.get_kfp_healthz()
 
     def upload(self, name: str, text: str) -> Version:
         """Upload a compiled pipeline as a version that its digest names; one that is there already is taken.
@@ -212,6 +220,3 @@ def _said(error: ApiException) -> str:
         return str(body.get("message") or body.get("error") or error.reason)
     except (ValueError, AttributeError):
         return str(error.reason)
-
-
-__all__ = ["Kubeflow", "Refusal", "Run", "Version", "failed_task", "succeeded"]

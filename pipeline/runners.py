@@ -160,9 +160,13 @@ class Kubeflow:
         version = server.upload(recompress.name, compile_pipeline(recompress, self.profile, self.mutable))
         run = server.start(version, arguments["run"], arguments, self.profile)
         console.print(f"On Kubeflow: {run.address}", highlight=False, soft_wrap=True)
-        with following(log, _stages(recompress), console) as follower:
+        tasks = _tasks(recompress)
+        with following(log, len(tasks), console) as follower:
 
             def tell(task: str, event: str, seconds: float | None) -> None:
+                # The server tells of drivers and handlers too.
+                if task not in tasks:
+                    return
                 told = {"stage": task, "event": event, "seconds": seconds}
                 follower.write(f"{EVENT}{json.dumps(told)}\n")
 
@@ -193,7 +197,7 @@ def _run_here(pipeline: GraphComponent, runner: Any, arguments: Mapping[str, str
     # A folder of its own for each run, whose path holds no word that kfp.local rewrites; nothing in it outlives the run.
     with (
         tempfile.TemporaryDirectory(prefix="espalier-kfp-") as root,
-        following(log, _stages(pipeline), console) as follower,
+        following(log, len(_tasks(pipeline)), console) as follower,
     ):
         local.init(runner=runner, pipeline_root=root)
         try:
@@ -219,7 +223,9 @@ def _explain(label: str, said: str, address: str) -> None:
     raise StageFailed(f"{f'{left.stage}: {left.reason}' if left else said} ({address})")
 
 
-def _stages(pipeline: Any) -> int:
-    """How many tasks the pipeline has, the ones inside its exit handler counted, the handler itself not."""
-    dags = [component.dag for component in pipeline.pipeline_spec.components.values() if component.HasField("dag")]
-    return sum(len(dag.tasks) for dag in [pipeline.pipeline_spec.root.dag, *dags]) - len(dags)
+def _tasks(pipeline: Any) -> set[str]:
+    """The pipeline's tasks by name, those inside its exit handler counted, the handler itself not."""
+    spec = pipeline.pipeline_spec
+    dags = {name: component.dag for name, component in spec.components.items() if component.HasField("dag")}
+    tasks = (task for dag in (spec.root.dag, *dags.values()) for task in dag.tasks.items())
+    return {name for name, task in tasks if task.component_ref.name not in dags}
