@@ -47,21 +47,30 @@ SHOWN = {".json", ".jsonl", ".svg", ".html", ".md"}
 """Files of a stage's output that are also kept as artifacts of its MLflow run; checkpoints stay in the store alone."""
 
 FLUSH_SECONDS = 5.0
+LONGEST_PAUSE = 300.0
+"""Seconds between two attempts to send numbers to a server that is away: each attempt holds the training up."""
 PROGRESS_SECONDS = 0.3
 
 
-@cache
+_ABSENT = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}
+"""What the registry answers where there is no such model or version, and where a model has no such alias."""
+
+
 def client() -> MlflowClient:
     """The client of the server that MLFLOW_TRACKING_URI names.
 
     Raises:
         Refusal: the variable is not set; MLflow would quietly write to a local file.
     """
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
+    address = os.environ.get("MLFLOW_TRACKING_URI")
+    if not address:
         raise Unavailable(
             "MLFLOW_TRACKING_URI is not set: start the embedded services (espalier services up) or name your server"
         )
-    return MlflowClient()
+    return _client(address)
+
+
+_client = cache(MlflowClient)
 
 
 def check() -> None:
@@ -151,6 +160,7 @@ class StageJournal:
         self._stage = stage
         self._file = out / "metrics.jsonl"
         self._waiting: list[Metric] = []
+        self._pause = FLUSH_SECONDS
         self._flushed = self._told = time.monotonic()
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
@@ -159,18 +169,20 @@ class StageJournal:
             file.write(json.dumps({"step": step, **values}) + "\n")
         now = int(time.time() * 1000)
         self._waiting += [Metric(name, value, now, step) for name, value in values.items()]
-        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+        if time.monotonic() - self._flushed > self._pause:
             self.flush()
 
     def flush(self) -> None:
         """Send what waits to MLflow; what it does not take goes on waiting."""
-        self._flushed = time.monotonic()
         try:
             while self._waiting:
                 client().log_batch(self.run_id, metrics=self._waiting[:1000])
                 del self._waiting[:1000]
+            self._pause = FLUSH_SECONDS
         except Exception as error:
+            self._pause = min(2 * self._pause, LONGEST_PAUSE)
             log.warning("MLflow took no metrics (%s); %d wait", error, len(self._waiting))
+        self._flushed = time.monotonic()
 
     def progress(self, done: int, total: int, **shown: float) -> None:
         """Tell the follower, a few times a second at most; the last part is always told."""
@@ -202,9 +214,17 @@ def stage_run(stage: Stage, out: Path) -> Iterator[StageJournal]:
     try:
         yield StageJournal(stage, run_id, out)
     except BaseException:
-        client().set_terminated(run_id, "FAILED")
+        _end(run_id, "FAILED")
         raise
-    client().set_terminated(run_id, "FINISHED")
+    _end(run_id, "FINISHED")
+
+
+def _end(run_id: str, state: str) -> None:
+    """End a stage's run as well as can be: neither a finished output nor what went wrong may be lost to a server that is away."""
+    try:
+        client().set_terminated(run_id, state)
+    except Exception as error:
+        log.warning("MLflow was not told that the run %s is %s (%s)", run_id, state, error)
 
 
 def stage_tags(stage: Stage) -> dict[str, str]:
@@ -268,11 +288,13 @@ class Version:
 
 
 def aliased(name: str, alias: str) -> Version | None:
-    """The version that the alias names, or None."""
+    """The version that the alias names, or None where there is none: a server that does not answer is another matter."""
     try:
         found = client().get_model_version_by_alias(name, alias)
-    except MlflowException:
-        return None
+    except MlflowException as error:
+        if error.error_code in _ABSENT:
+            return None
+        raise
     return version_of(found.name, str(found.version))
 
 
@@ -284,7 +306,9 @@ def version_of(name: str, version: str) -> Version:
     """
     try:
         found = client().get_model_version(name, version)
-    except MlflowException:
+    except MlflowException as error:
+        if error.error_code not in _ABSENT:
+            raise
         raise Refusal(f"the registry has no version {version} of {name}: {_versions_known(name)}") from None
     return _version(found)
 
