@@ -74,6 +74,7 @@ def gates(rounds: Sequence[Round], removed: Iterable[int]) -> str:
     }
 
     def draw(axes: Axes) -> None:
+        """One line a layer; those of the layers that went stand out."""
         for layer, points in curves.items():
             style: dict[str, Any] = (
                 {"color": ACCENT, "zorder": 3} if layer in chosen else {"color": MUTED, "linewidth": 0.9}

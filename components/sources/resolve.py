@@ -90,6 +90,7 @@ def _hub_model(source: str) -> Resolved:
     commit = str(_ask_hub(lambda: HfApi().model_info(repository, revision=revision or None).sha, source, "release"))
 
     def fetch(folder: Path) -> Path:
+        """Download the checkpoint's files."""
         # The configuration alone first: a family that is not known is refused before gigabytes travel.
         config = _ask_hub(
             lambda: hf_hub_download(repository, "config.json", revision=commit, local_dir=folder), source, "release"
@@ -114,6 +115,7 @@ def _hub_text(name: str, text: Text) -> Resolved:
     commit = str(_ask_hub(lambda: HfApi().dataset_info(name, revision=text.revision).sha, name, "data set"))
 
     def fetch(folder: Path) -> Path:
+        """Download the data set, and keep its column of text."""
         from datasets import load_dataset
 
         data = _ask_hub(lambda: load_dataset(name, text.config, split=text.split, revision=commit), name, "data set")
