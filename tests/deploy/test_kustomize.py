@@ -66,6 +66,19 @@ def test_kubernetes_knows_every_field(resources: list[dict[str, Any]]) -> None:
     assert {"Namespace", "ServiceAccount", "Deployment", "StatefulSet", "CronJob", "NetworkPolicy"} <= kinds
 
 
+def test_kubernetes_knows_every_field_of_the_files_too() -> None:
+    """It needs no kubectl; what the kustomizations make of the files is checked above."""
+    documents = [
+        one
+        for path in sorted(DEPLOY.glob("*/*.yaml"))
+        for one in yaml.safe_load_all(path.read_text())
+        if "apiVersion" in one and one["kind"] != "Kustomization"
+    ]
+    assert len(documents) > 8
+    for one in documents:
+        kubernetes_validate.validate(one, "1.32", strict=True)
+
+
 def test_the_check_finds_a_field_that_is_misspelt(resources: list[dict[str, Any]]) -> None:
     service = named(resources, "Service", "mlflow")
     misspelt = service | {"spec": service["spec"] | {"selectr": {}}}
