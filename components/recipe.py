@@ -97,7 +97,7 @@ class Gates(Section):
     batch_size: Count = Field(8, description="Windows a step.")
     learning_rate: Rate = Field(0.05, description="Adam's learning rate for the gates.")
     shortlist: Annotated[int, Field(ge=0)] = Field(
-        3,
+        4,
         description="How many of the smallest gates are measured by removing them, the cheapest going; 0 trusts the gates alone, as the paper does.",
     )
     seed: int = Field(0, description="Seed of the batches' order.")

@@ -8,8 +8,9 @@ Under `accelerate launch` every process takes its share of each batch (DDP or FS
 device there is.
 
 Precision. A bf16 weight keeps 8 bits: a step of 1e-4 on a weight of 0.1 is lost in rounding. So `auto` trains fp32 weights
-and computes in bf16 by autocast where the hardware does; `bf16` also keeps the weights in bf16, a third of the memory, for
-models that would not fit otherwise.
+and computes in bf16 by autocast where the hardware does; frozen weights stay as they are stored. `bf16` keeps the trained
+weights and their gradients in bf16 too, half the memory, for models that would not fit otherwise, at a learning rate that
+bf16 can follow. `fp32` computes in fp32 whatever the hardware.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def train(
     for weight, dtype in types:
         weight.data = weight.data.to(dtype)
     if settings.gradient_checkpointing:
-        model.activation_checkpointing_disable()  # type: ignore[operator]
+        model.activation_checkpointing_disable()
     model.eval()
 
 
@@ -159,7 +160,7 @@ class _Loop:
         self.share = self._share()
         self.autocast = self._set_precision(model)
         if settings.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            model.activation_checkpointing_enable({"use_reentrant": False})
         self.model = accelerator.prepare_model(model)
         self.trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimizer = accelerator.prepare_optimizer(_optimizer(self.trained, settings, section))
@@ -179,8 +180,11 @@ class _Loop:
         """Cast the weights as the precision asks, and return the context to compute in."""
         device, precision = self.accelerator.device, self.settings.precision
         bf16 = precision == "bf16" or (precision == "auto" and computes_in_bf16(device))
+        trained = torch.bfloat16 if precision == "bf16" else torch.float32
         for weight in model.parameters():
-            if not bf16 or (weight.requires_grad and precision == "auto"):
+            if weight.requires_grad:
+                weight.data = weight.data.to(trained)
+            elif not bf16:
                 weight.data = weight.data.float()
         return (lambda: torch.autocast(device.type, torch.bfloat16)) if bf16 else nullcontext
 

@@ -17,7 +17,7 @@ def adapted(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
     """
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft takes any number
+        lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
