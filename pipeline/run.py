@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from components import tracking
-from components.errors import Refusal, StageFailed
+from components.errors import StageFailed
 from components.pin.pin import check_checkpoint, check_text, pin_folder, pin_text
 from components.recipe import Recipe, Text
 from components.register.report import Report
@@ -80,11 +80,6 @@ def check(recipe: Recipe, release: str, name: str) -> None:
     for _, text in recipe.texts():
         if _is_local_text(text):
             check_text(text.path or "")
-    # kfp.local puts the interpreter's path in the place of this word, wherever it stands in an argument.
-    if "python3" in f"{name} {'' if is_local(release) else release}":
-        raise Refusal(
-            f"the name {name!r} or the release {release!r} holds the word 'python3', which kfp.local rewrites: use another name"
-        )
 
 
 def is_local(release: str) -> bool:

@@ -194,6 +194,10 @@ def _run_here(pipeline: GraphComponent, runner: Any, arguments: Mapping[str, str
     """Run the pipeline through kfp.local."""
     from kfp import local
 
+    for name, value in arguments.items():
+        # kfp.local puts the interpreter's path in the place of this word, wherever it stands in an argument.
+        if "python3" in value:
+            raise Refusal(f"the run's {name} holds the word 'python3', which kfp.local rewrites: use another name")
     # A folder of its own for each run, whose path holds no word that kfp.local rewrites; nothing in it outlives the run.
     with (
         tempfile.TemporaryDirectory(prefix="espalier-kfp-") as root,
