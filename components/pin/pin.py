@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from components.errors import Refusal
 from components.recipe import Recipe, Text
-from components.sources.resolve import CHECKPOINT_FILES, Resolved, resolve_release, resolve_text
+from components.sources.resolve import Resolved, checkpoint_files, resolve_release, resolve_text
 from components.store import Reference, Store
 from components.transformer.checkpoint import Checkpoint, layers_to_remove
 from components.transformer.text import SUFFIXES, longest_context
@@ -28,7 +28,9 @@ def pin_release(release: str, recipe: Recipe, store: Store) -> Reference:
         return Reference.parse(release)
     resolved = resolve_release(release, store)
     prefix = f"releases/{resolved.prefix}"
-    return store.find(prefix) or _fetch(resolved, prefix, store, recipe)
+    return store.find(prefix) or _fetch(
+        resolved, prefix, store, lambda folder: checkpoint_files(check_checkpoint(folder, recipe))
+    )
 
 
 def pin_folder(folder: Path, recipe: Recipe, store: Store) -> Reference:
@@ -37,9 +39,7 @@ def pin_folder(folder: Path, recipe: Recipe, store: Store) -> Reference:
     Raises:
         Refusal: the folder is not a checkpoint that the recipe can be applied to.
     """
-    check_checkpoint(folder, recipe)
-    files = {path.name: path for pattern in CHECKPOINT_FILES for path in folder.glob(pattern)}
-    with _linked({f"model/{name}": path for name, path in files.items()}) as artifact:
+    with _linked(checkpoint_files(check_checkpoint(folder, recipe))) as artifact:
         return store.put_content(artifact, "releases", {"source": str(folder), "revision": None})
 
 
@@ -57,17 +57,18 @@ def pin_text(text: Text, store: Store) -> Reference:
             return store.put_content(artifact, "texts", {"source": text.path})
     resolved = resolve_text(text, store)
     prefix = f"texts/{resolved.prefix}"
-    return store.find(prefix) or _fetch(resolved, prefix, store)
+    return store.find(prefix) or _fetch(resolved, prefix, store, lambda folder: _text_files(folder, resolved.source))
 
 
-def check_checkpoint(folder: Path, recipe: Recipe) -> None:
-    """Refuse a checkpoint that the recipe cannot be applied to, before any work."""
+def check_checkpoint(folder: Path, recipe: Recipe) -> Checkpoint:
+    """Open a checkpoint. Raises Refusal where it is one that the recipe cannot be applied to, before any work."""
     checkpoint = Checkpoint.open(folder)
     layers_to_remove(recipe.target.ratio, checkpoint.layers)
     most = longest_context(checkpoint.config)
     for field, length in recipe.lengths().items():
         if most is not None and length > most:
             raise Refusal(f"{field} is {length}, and the model reads {most} tokens at most: set it to {most} or less")
+    return checkpoint
 
 
 def check_text(path: str) -> Path:
@@ -77,18 +78,29 @@ def check_text(path: str) -> Path:
         raise Refusal(
             f"the text {path} is not a file here: check the path, or name an s3:// object or a Hub data set (hub: owner/name)"
         )
+    return _of_known_kind(file, path)
+
+
+def _of_known_kind(file: Path, source: str) -> Path:
     if file.suffix not in SUFFIXES:
-        raise Refusal(f"the text {path} ends in {file.suffix!r}: use one of {', '.join(SUFFIXES)}")
+        raise Refusal(f"the text {source} ends in {file.suffix!r}: use one of {', '.join(SUFFIXES)}")
     return file
 
 
-def _fetch(resolved: Resolved, prefix: str, store: Store, recipe: Recipe | None = None) -> Reference:
-    """Fetch a snapshot and store it; a release (the one with a recipe) is checked first, and lies in `model/`."""
+def _text_files(folder: Path, source: str) -> dict[str, Path]:
+    """The one file of a text that was fetched, by its name in the artifact."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    if len(files) != 1:
+        raise Refusal(f"the text {source} holds {len(files)} files: name one of them")
+    return {f"text{files[0].suffix}": _of_known_kind(files[0], source)}
+
+
+def _fetch(resolved: Resolved, prefix: str, store: Store, files: Callable[[Path], dict[str, Path]]) -> Reference:
+    """Fetch a snapshot and store what `files` chooses of its folder."""
     with tempfile.TemporaryDirectory(prefix="espalier-pin-") as scratch:
-        folder = resolved.fetch(Path(scratch) / "artifact" / ("model" if recipe else ""))
-        if recipe:
-            check_checkpoint(folder, recipe)
-        return store.put(Path(scratch) / "artifact", prefix, {"source": resolved.source, "revision": resolved.revision})
+        folder = resolved.fetch(Path(scratch) / "fetched")
+        with _linked(files(folder)) as artifact:
+            return store.put(artifact, prefix, {"source": resolved.source, "revision": resolved.revision})
 
 
 @contextmanager

@@ -13,10 +13,26 @@ from typing import TypeVar
 from components.errors import Refusal, Unavailable
 from components.recipe import Text
 from components.store import Store
+from components.transformer.checkpoint import Checkpoint
 from components.transformer.families import family_of
 
-CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "README.md")
-"""What is taken of a release: safetensors, configuration, tokenizer and model card, never pickled weights or code."""
+CHECKPOINT_FILES = (
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "*.model",
+    "*.txt",
+    "*.tiktoken",
+    "README.md",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+"""What is taken of a release: safetensors, configuration, tokenizer, model card and licence, never pickled weights or code."""
+
+_OTHER_WEIGHTS = ("consolidated*", "*/*.safetensors")
+"""The same weights once more, in formats of other frameworks."""
 
 T = TypeVar("T")
 
@@ -51,6 +67,18 @@ def resolve_text(text: Text, store: Store) -> Resolved:
         return _hub_text(text.hub, text)
     assert text.path is not None, "a text has a path or a Hub id"
     return _s3(text.path, store)
+
+
+def checkpoint_files(checkpoint: Checkpoint) -> dict[str, Path]:
+    """What the store keeps of a checkpoint, by name in the artifact: of the weights those that are read, and no stray file."""
+    folder = checkpoint.folder
+    weights = {tensor.file for tensor in checkpoint.tensors.values()}
+    files = {path for pattern in CHECKPOINT_FILES for path in folder.glob(pattern) if path.is_file()}
+    return {
+        f"model/{path.relative_to(folder).as_posix()}": path
+        for path in sorted(files)
+        if path.suffix != ".safetensors" or path in weights
+    }
 
 
 def _s3(source: str, store: Store) -> Resolved:
@@ -98,7 +126,11 @@ def _hub_model(source: str) -> Resolved:
         family_of(json.loads(Path(config).read_text()))
         _ask_hub(
             lambda: snapshot_download(
-                repository, revision=commit, local_dir=folder, allow_patterns=list(CHECKPOINT_FILES)
+                repository,
+                revision=commit,
+                local_dir=folder,
+                allow_patterns=list(CHECKPOINT_FILES),
+                ignore_patterns=list(_OTHER_WEIGHTS),
             ),
             source,
             "release",
@@ -133,7 +165,7 @@ def _hub_text(name: str, text: Text) -> Resolved:
 
 def _ask_hub(question: Callable[[], T], name: str, kind: str) -> T:
     """Ask the Hub, and say in one sentence why it did not answer."""
-    import httpx
+    import httpx2
     from huggingface_hub import errors
 
     try:
@@ -152,7 +184,7 @@ def _ask_hub(question: Callable[[], T], name: str, kind: str) -> T:
         ) from None
     except errors.EntryNotFoundError as error:
         raise Refusal(f"the {kind} {name} lacks a file that is needed: {' '.join(str(error).split())[:200]}") from None
-    except (errors.HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except (errors.HfHubHTTPError, httpx2.HTTPError, OSError) as error:
         raise Unavailable(
             f"the Hub did not answer for the {kind} {name} ({type(error).__name__}): check the connection, or name a folder or file"
         ) from None

@@ -16,9 +16,10 @@ from components import tracking
 from components.artifacts import Manifest, Reference, describe
 from components.errors import Refusal
 from components.recipe import Recipe, Text
-from components.sources.resolve import CHECKPOINT_FILES, Resolved, resolve_release, resolve_text
+from components.sources.resolve import Resolved, checkpoint_files, resolve_release, resolve_text
 from components.stage import code_version
 from components.store import Store
+from components.transformer.checkpoint import Checkpoint
 from components.watch.claims import Claims
 
 NO_RESULT = {"watch", "promote", "finish"}
@@ -151,9 +152,9 @@ def _release(release: str, store: Store) -> tuple[str, list[str]]:
         return release, [Reference.parse(release).digest]
     folder = Path(release).expanduser()
     if folder.is_dir():
-        files = sorted({path for pattern in CHECKPOINT_FILES for path in folder.glob(pattern)})
+        files = checkpoint_files(Checkpoint.open(folder))
         # The digest that the folder has in the store.
-        return release, [Manifest(files=tuple(describe(path, f"model/{path.name}") for path in files)).digest]
+        return release, [Manifest(files=tuple(describe(path, name) for name, path in files.items())).digest]
     resolved = resolve_release(release, store)
     return _at_revision(resolved), [resolved.source, resolved.revision]
 

@@ -11,11 +11,15 @@ import boto3
 import pytest
 
 from components import tracking
+from components.pin.pin import pin_folder
+from components.recipe import Recipe
 from components.runs import Ending
 from components.store import Reference, Store
 from components.watch import find
 from components.watch.claims import Claims
 from components.watch.find import Watched, find_new, identify, look, table, take
+from tests.components.transformer.zoo import Specimen
+from tests.components.transformer.zoo import release as make_release
 
 RECIPE = """
 method: shortgpt
@@ -105,16 +109,12 @@ def test_a_text_is_known_by_its_content_wherever_it_lies(watched: Watched, store
 def test_a_folder_is_known_by_the_digest_that_it_has_in_the_store(
     tmp_path: Path, watched: Watched, store: Store
 ) -> None:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
+    folder = make_release(Specimen("llama", "llama").model(layers=4), tmp_path / "model")
     (folder / "pytorch_model.bin").write_text("is no part of a release")
     item = identify(watched.model_copy(update={"release": str(folder)}), store)
-    copy = tmp_path / "stored" / "model"
-    copy.mkdir(parents=True)
-    (copy / "config.json").write_text("{}")
-    assert item.revision == store.put_content(copy.parent, "releases").digest
-    (folder / "config.json").write_text('{"changed": 1}')
+    recipe = Recipe.from_yaml(watched.recipe, ["evaluate.speed.enabled=false"])  # its prompt is too long for this model
+    assert item.revision == pin_folder(folder, recipe, store).digest
+    (folder / "generation_config.json").write_text("{}")
     assert identify(watched.model_copy(update={"release": str(folder)}), store).key != item.key
 
 
