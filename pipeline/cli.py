@@ -121,8 +121,10 @@ def promote(
 ) -> None:
     """Make a registered version champion, after its files were read again and match their digests."""
     from pipeline.local import services
-    from pipeline.run import in_environment
+    from pipeline.run import check_name, check_services, in_environment
 
+    check_name(name)
+    check_services()
     with services(home) as environment, in_environment(environment):
         from components.promote.promote import promote as make_champion
 

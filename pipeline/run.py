@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from components import tracking
-from components.errors import StageFailed
+from components.errors import Refusal, StageFailed
 from components.pin.pin import check_checkpoint, check_text, pin_folder, pin_text
 from components.recipe import Recipe, Text
 from components.register.report import Report
-from components.store import Store
+from components.store import Store, need_space
+from components.transformer.checkpoint import Checkpoint
 from pipeline.runners import Local, Runner
 
 
@@ -55,14 +57,15 @@ def run(
         StageFailed: a stage broke; what was finished before it is kept.
     """
     check(recipe, release, name)
+    if on.embeds:
+        check_room(recipe, release, home)
+        # What the environment names is asked before what it does not name is started.
+        check_services()
     label = label or f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     folder = home / "runs" / label
     with on.services(home) as environment, in_environment(environment):
         store = Store.from_environment()
-        store.check()
-        # A cluster's stages may reach an MLflow that this machine knows nothing of.
-        if os.environ.get("MLFLOW_TRACKING_URI"):
-            tracking.check()
+        check_services()
         arguments = {
             "release": to_store(release, recipe, store),
             "recipe": texts_to_store(recipe, store).to_yaml(),
@@ -74,12 +77,56 @@ def run(
 
 
 def check(recipe: Recipe, release: str, name: str) -> None:
-    """Refuse, before anything is started, what is wrong with a release or a text on this machine."""
+    """Refuse, before anything is started, what is wrong with the name, or with a release or a text on this machine."""
+    check_name(name)
     if is_local(release):
         check_checkpoint(Path(release).expanduser(), recipe)
     for _, text in recipe.texts():
         if _is_local_text(text):
             check_text(text.path or "")
+
+
+def check_name(name: str) -> None:
+    """Refuse a registered model's name that MLflow, its filters or a path would take for something else."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise Refusal(f"the registered model's name is {name!r}: use letters, digits, '.', '_' and '-'")
+
+
+def check_room(recipe: Recipe, release: str, home: Path) -> None:
+    """Refuse, where the store is the embedded one, a disk that has not room for every checkpoint that the run leaves there.
+
+    What the home holds already is counted as a part of it, so that a run that is started again is not asked to make room twice.
+    """
+    if os.environ.get("ESPALIER_BUCKET") or not is_local(release):
+        return
+    checkpoints = (
+        2  # the release and the pruned one
+        + (recipe.regularize.schedule != "none")
+        + recipe.recover.enabled
+        + len(recipe.evaluate.controls)
+    )
+    size = Checkpoint.open(Path(release).expanduser()).bytes
+    need_space(home, checkpoints * size - _bytes_below(home))
+
+
+def _bytes_below(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        # A run beside this one may drop a file in between.
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
+
+
+def check_services() -> None:
+    """Ask the store and MLflow, as far as the environment names them, whether they answer.
+
+    A cluster's stages may reach an MLflow that this machine knows nothing of.
+    """
+    if os.environ.get("ESPALIER_BUCKET"):
+        Store.from_environment().check()
+    if os.environ.get("MLFLOW_TRACKING_URI"):
+        tracking.check()
 
 
 def is_local(release: str) -> bool:
