@@ -1,0 +1,78 @@
+"""The controls get the candidate's training and nothing else: one without the chosen layers from the start, one with all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.control.control import control
+from components.recipe import Recover, Regularize
+from components.transformer.checkpoint import Checkpoint
+from tests.components.given import TRAINING, Given, SeveralKept
+from tests.components.training.tiny import Killed, Written
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
+    return Given.lay(tmp_path_factory.mktemp("run"))
+
+
+def work(
+    given: Given,
+    out: Path,
+    kind: str,
+    journal: Written | None = None,
+    checkpoints: SeveralKept | None = None,
+    recover: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Written:
+    out.mkdir(exist_ok=True)
+    journal = journal or Written()
+    control(
+        given.release,
+        given.windows,
+        given.selection,
+        kind=kind,
+        regularize=Regularize.model_validate(TRAINING | settings),
+        recover=Recover.model_validate(TRAINING | {"validation": 0.25, "evaluate_every": 2} | (recover or {})),
+        out=out,
+        journal=journal,
+        checkpoints=checkpoints or SeveralKept(out.parent / "kept"),
+    )
+    return journal
+
+
+def test_pruned_first_has_the_candidates_layers_and_its_training(given: Given, tmp_path: Path) -> None:
+    journal = work(given, tmp_path / "out", "pruned-first")
+    assert Checkpoint.open(tmp_path / "out/model").layers == 3
+    assert given.perplexity(tmp_path / "out") < given.perplexity(given.release, without=(1,))
+    assert len(journal.curve("loss")) == TRAINING["steps"]
+
+
+def test_dense_trained_has_all_layers_and_the_same_training(given: Given, tmp_path: Path) -> None:
+    journal = work(given, tmp_path / "out", "dense-trained")
+    assert Checkpoint.open(tmp_path / "out/model").layers == 4
+    assert given.perplexity(tmp_path / "out") < given.perplexity(given.release)
+    assert len(journal.curve("loss")) == TRAINING["steps"]
+
+
+@pytest.mark.parametrize("schedule", ["anneal", "penalty"])
+def test_nothing_is_regularised_whatever_the_schedule(schedule: str, given: Given, tmp_path: Path) -> None:
+    journal = work(given, tmp_path / "out", "dense-trained", schedule=schedule)
+    assert journal.curve("penalty") == []
+
+
+def test_where_the_candidate_is_fine_tuned_so_is_the_control(given: Given, tmp_path: Path) -> None:
+    journal = work(given, tmp_path / "out", "pruned-first", recover={"enabled": True})
+    assert len(journal.curve("validation")) > 0
+    assert Checkpoint.open(tmp_path / "out/model").layers == 3
+
+
+def test_a_control_that_was_killed_goes_on_in_the_training_it_was_at(given: Given, tmp_path: Path) -> None:
+    kept = SeveralKept(tmp_path / "kept")
+    with pytest.raises(Killed):
+        work(given, tmp_path / "out", "pruned-first", Written(killed_at=5), kept, checkpoint_every=2)
+    again = work(given, tmp_path / "out", "pruned-first", checkpoints=kept, checkpoint_every=2)
+    assert [step for step, values in again.lines if "loss" in values] == [5, 6]

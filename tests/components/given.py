@@ -1,0 +1,79 @@
+"""What the training stages are given, as their runner lays it before them: artifacts in folders, made on the spot."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from components.transformer.checkpoint import load_model
+from components.transformer.gates import skipped
+from components.transformer.perplexity import perplexity
+from components.transformer.selection import Selection
+from tests.components.training.tiny import Kept, counting
+from tests.components.transformer import zoo
+
+TRAINING = {"steps": 6, "batch_size": 4, "learning_rate": 3e-3, "precision": "fp32"}
+"""Enough to learn to count a little."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """A run's folder with a release of four layers, windows of a text that counts, and layer 1 chosen to go."""
+
+    folder: Path
+
+    @classmethod
+    def lay(cls, folder: Path) -> Given:
+        """Make the artifacts."""
+        given = cls(folder)
+        zoo.release(zoo.Specimen("llama", "llama").model(layers=4), given.release / "model")
+        (given.release / "model/README.md").write_text("---\nlicense: mit\n---\n")
+        for artifact in (given.windows, given.selection):
+            artifact.mkdir()
+        save_file({"windows": counting(12).int()}, given.windows / "windows.safetensors")
+        Selection(method="sleb", removed=(1,), order=(1,)).save(given.selection)
+        return given
+
+    @property
+    def release(self) -> Path:
+        return self.folder / "release"
+
+    @property
+    def windows(self) -> Path:
+        return self.folder / "windows"
+
+    @property
+    def selection(self) -> Path:
+        return self.folder / "selection"
+
+    def perplexity(self, artifact: Path, without: tuple[int, ...] = ()) -> float:
+        """The perplexity of an artifact's model on the windows, some of its layers skipped."""
+        model = load_model(artifact / "model")
+        with skipped(model, without):
+            return perplexity(model, counting(12))
+
+
+class SeveralKept:
+    """Checkpoints of several trainings, each in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.kept = folder, dict[str, Kept]()
+
+    def within(self, name: str) -> Kept:
+        """The checkpoints of one training."""
+        return self.kept.setdefault(name, Kept(self.folder / name))
+
+
+def weights(artifact: Path) -> dict[str, torch.Tensor]:
+    """The weights of an artifact's model as they are on disk."""
+    return load_file(artifact / "model/model.safetensors")
+
+
+def digest(folder: Path) -> str:
+    """A digest of all files of a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

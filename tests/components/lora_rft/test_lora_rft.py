@@ -1,0 +1,66 @@
+"""LoRA-RFT leaves the pruned model with its adapters merged in, verified like every export."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedModel
+
+from components.lora_rft import lora_rft as stage
+from components.lora_rft.lora_rft import lora_rft
+from components.recipe import Recover
+from components.transformer.checkpoint import Checkpoint
+from components.transformer.export import VerificationError
+from tests.components.given import TRAINING, Given, weights
+from tests.components.training.tiny import Kept, Written
+
+SETTINGS = Recover.model_validate(TRAINING | {"enabled": True, "validation": 0.25, "evaluate_every": 2})
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
+    """The release stands for the pruned model: any checkpoint will do."""
+    return Given.lay(tmp_path_factory.mktemp("run"))
+
+
+def work(given: Given, out: Path) -> Written:
+    out.mkdir()
+    journal = Written()
+    lora_rft(
+        given.release, given.windows, recover=SETTINGS, out=out, journal=journal, checkpoints=Kept(out.parent / "kept")
+    )
+    return journal
+
+
+def test_the_model_is_a_plain_checkpoint_that_learnt(given: Given, tmp_path: Path) -> None:
+    work(given, tmp_path / "out")
+    made, pruned = Checkpoint.open(tmp_path / "out/model"), Checkpoint.open(given.release / "model")
+    assert (made.layers, made.parameters, made.dtype) == (4, pruned.parameters, pruned.dtype)
+    assert weights(tmp_path / "out").keys() == weights(given.release).keys()
+    assert given.perplexity(tmp_path / "out") < given.perplexity(given.release)
+
+
+def test_the_held_out_perplexity_is_journalled_from_before_the_first_step(given: Given, tmp_path: Path) -> None:
+    journal = work(given, tmp_path / "out")
+    assert [step for step, values in journal.lines if "validation" in values] == [0, 2, 4, 6]
+
+
+def test_what_was_proved_is_told(given: Given, tmp_path: Path) -> None:
+    work(given, tmp_path / "out")
+    told = json.loads((tmp_path / "out/verification.json").read_text())
+    assert (told["removed"], told["layers"], told["max_difference"]) == ([], 4, 0.0)
+
+
+def test_an_export_that_is_not_what_was_trained_is_not_published(
+    given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def saves_the_old_one(model: PreTrainedModel, source: Path, out: Path) -> None:
+        shutil.copytree(source, out)
+
+    monkeypatch.setattr(stage, "save_model", saves_the_old_one)
+    with pytest.raises(VerificationError, match="does not compute what it was exported from"):
+        work(given, tmp_path / "out")
+    assert not (tmp_path / "out/verification.json").exists()

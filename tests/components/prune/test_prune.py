@@ -1,0 +1,78 @@
+"""Prune leaves a plain checkpoint without the chosen layers, its card, and the proof; or it leaves nothing that counts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from components.prune import prune as stage
+from components.prune.card import front_matter
+from components.prune.prune import prune
+from components.recipe import Target
+from components.transformer.checkpoint import Checkpoint
+from components.transformer.export import VerificationError
+from components.transformer.surgery import cut_layers
+from tests.components.given import Given, weights
+from tests.components.training.tiny import Written
+
+LINEAGE = {"source": "owner/model", "revision": "0" * 40, "digest": "a" * 64}
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
+    return Given.lay(tmp_path_factory.mktemp("run"))
+
+
+def work(given: Given, out: Path) -> Written:
+    out.mkdir()
+    journal = Written()
+    prune(
+        given.release,
+        given.release,
+        given.selection,
+        lineage=LINEAGE,
+        method="sleb",
+        target=Target(ratio=0.25),
+        out=out,
+        journal=journal,
+    )
+    return journal
+
+
+def test_the_checkpoint_has_the_other_layers_and_nothing_else_changed(given: Given, tmp_path: Path) -> None:
+    journal = work(given, tmp_path / "out")
+    assert Checkpoint.open(tmp_path / "out/model").layers == 3
+    assert given.perplexity(tmp_path / "out") == pytest.approx(given.perplexity(given.release, without=(1,)))
+    before, after = weights(given.release), weights(tmp_path / "out")
+    assert after["model.layers.1.mlp.up_proj.weight"].equal(before["model.layers.2.mlp.up_proj.weight"])
+    assert after["model.embed_tokens.weight"].equal(before["model.embed_tokens.weight"])
+    assert journal.done[-1] == (2, 2)
+
+
+def test_what_was_proved_is_told(given: Given, tmp_path: Path) -> None:
+    work(given, tmp_path / "out")
+    told = json.loads((tmp_path / "out/verification.json").read_text())
+    assert (told["removed"], told["layers"], told["max_difference"]) == ([1], 3, 0.0)
+
+
+def test_the_card_tells_release_licence_and_recipe(given: Given, tmp_path: Path) -> None:
+    work(given, tmp_path / "out")
+    card = (tmp_path / "out/model/README.md").read_text()
+    head = front_matter(card)
+    assert (head["base_model"], head["license"]) == ("owner/model", "mit")
+    assert "ratio: 0.25" in card
+
+
+def test_a_cut_that_is_not_the_one_asked_for_is_not_published(
+    given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cuts_another(source: Path, out: Path, layers: Sequence[int]) -> None:
+        cut_layers(source, out, [layer + 1 for layer in layers])
+
+    monkeypatch.setattr(stage, "cut_layers", cuts_another)
+    with pytest.raises(VerificationError):
+        work(given, tmp_path / "out")
+    assert not (tmp_path / "out/verification.json").exists()
