@@ -36,7 +36,7 @@ def watch_pipeline(at_most: int = AT_MOST, recompress: GraphComponent = recompre
         # The same question has another answer every time. A run from an uploaded pipeline takes this from the pipeline alone.
         found.set_caching_options(False)
         with dsl.ParallelFor(found.outputs["Output"], parallelism=at_most) as item:
-            made = recompress(release=item.release, recipe=item.recipe, name=item.name, run=item.run)
+            made = recompress(release=item.release, recipe=item.recipe, name=item.model, run=item.run)
             made.set_caching_options(False)
 
     return watch

@@ -15,7 +15,7 @@ def watch(sources: list, at_most: int, lease_hours: float, seen: Output[Markdown
         lease_hours: how long a claim is believed. A run that takes longer may be started again by a later watcher.
 
     Returns:
-        the arguments of `recompress` for each item claimed.
+        release, recipe, model (the registered name) and run of each item claimed.
     """
     from datetime import timedelta
     from pathlib import Path

@@ -110,7 +110,7 @@ def find_new(
     """Claim what is new, `at_most` items of it; the rest is left to the next time.
 
     Returns:
-        the arguments of a run for each item claimed, and what was found of every source.
+        what `loop_item` gives of each item claimed, and what was found of every source.
 
     Raises:
         Refusal: the store or MLflow does not answer.
@@ -125,18 +125,18 @@ def find_new(
         if finding.state == "new" and finding.item and len(runs) < at_most:
             run = take(finding.item, claims)
             if run:
-                runs.append(arguments(finding.item, run))
+                runs.append(loop_item(finding.item, run))
     return runs, findings
 
 
-def arguments(item: Item, run: str) -> dict[str, str]:
-    """The arguments of the pipeline `recompress`."""
-    return {"release": item.release, "recipe": item.recipe, "name": item.name, "run": run}
+def loop_item(item: Item, run: str) -> dict[str, str]:
+    """What the pipeline `recompress` is told of an item. The registered name is `model`: a loop's item has a `name` of its own."""
+    return {"release": item.release, "recipe": item.recipe, "model": item.name, "run": run}
 
 
 def table(findings: Sequence[Finding], runs: Sequence[Mapping[str, str]]) -> str:
     """The findings as Markdown, for Kubeflow's user interface."""
-    claimed = {(run["name"], run["release"]) for run in runs}
+    claimed = {(run["model"], run["release"]) for run in runs}
     rows = ["| name | release | state | |", "|---|---|---|---|"]
     for finding in findings:
         item = finding.item

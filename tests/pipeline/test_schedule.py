@@ -213,7 +213,13 @@ class TestThePipeline:
         find = spec["root"]["dag"]["tasks"]["watch"]
         assert find["inputs"]["parameters"]["at_most"]["runtimeValue"]["constant"] == 3
         (inner,) = spec["components"]["comp-for-loop-1"]["dag"]["tasks"].values()
-        assert set(inner["inputs"]["parameters"]) == {"release", "recipe", "name", "run"}
+        taken = {name: one["parameterExpressionSelector"] for name, one in inner["inputs"]["parameters"].items()}
+        assert taken == {
+            "release": 'parseJson(string_value)["release"]',
+            "recipe": 'parseJson(string_value)["recipe"]',
+            "name": 'parseJson(string_value)["model"]',
+            "run": 'parseJson(string_value)["run"]',
+        }
 
     def test_asks_anew_every_time(self, package: str) -> None:
         """A recurring run of an uploaded version ignores enable_caching, so that the pipeline itself must say it."""

@@ -166,7 +166,7 @@ def test_at_most_so_many_are_taken_and_the_rest_next_time(
     assert [run["release"][-1] for run in first + second] == ["0", "1", "2"]
     assert third == []
     assert {finding.state for finding in findings} == {"claimed"}
-    assert set(first[0]) == {"release", "recipe", "name", "run"}, "they are the arguments of the pipeline recompress"
+    assert set(first[0]) == {"release", "recipe", "model", "run"}
 
 
 def test_what_was_registered_while_it_was_being_claimed_is_left_alone(
