@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run test setup check format docs clean
+.PHONY: help run test setup check format docs clean images
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,3 +42,6 @@ format: $(VENV)/dev  ## put the code into shape
 
 clean:  ## remove what was installed and what runs left
 	rm -rf $(VENV) .espalier build *.egg-info
+
+images: setup  ## build the container images for CPUs and for CUDA
+	PYTHON=$(BIN)/python images/build cpu cuda
