@@ -90,8 +90,9 @@ def schedule_create(
 
     schedules.check_cron(cron)
     cluster = Profile.load(profile, image)
-    package = schedules.compile_watch(cluster, at_most, mutable_image)
+    cluster.pinned_image(mutable_image)
     watched = _cluster_sources(_watched(sources, None, recipe, None, ()), cluster)
+    package = schedules.compile_watch(cluster, at_most, mutable_image)
     plan = schedules.Plan(
         name=schedule,
         cron=cron,
