@@ -40,23 +40,27 @@ SHAPE: dict[str, Any] = {
 }
 
 TRAINING = Optimisation(
-    steps=1000, batch_size=4, learning_rate=3e-3, warmup=0.05, weight_decay=0.1, checkpoint_every=1000
+    steps=400, batch_size=8, learning_rate=4e-3, warmup=0.05, weight_decay=0.1, checkpoint_every=400
 )
 
 OVERRIDES: tuple[str, ...] = (
-    f"calibration.length={WINDOW}",
     "calibration.samples=512",
-    "regularize.steps=100",
+    f"calibration.length={WINDOW}",
+    "gates.steps=6",
+    # Few steps, so that the whole takes minutes; a model this young still learns at a rate that would ruin a grown one.
+    "regularize.steps=60",
     "regularize.learning_rate=5e-4",
     "evaluate.controls=[pruned-first, dense-trained]",
-    "evaluate.batch_size=32",
+    # Prompt and answer fit in the window that the model was trained on.
     "evaluate.speed.batches=[1, 8]",
-    "evaluate.speed.prompt=96",
-    "evaluate.speed.generate=16",
+    f"evaluate.speed.prompt={WINDOW // 2}",
+    f"evaluate.speed.generate={WINDOW // 8}",
+    # A model of this size is timed in milliseconds, which a busy machine doubles: its speed is reported and not judged.
     "promote.perplexity_over_dense=1.1",
-    "promote.perplexity_over_control=1.02",
+    "promote.prefill_speedup=null",
     "promote.decode_speedup=null",
 )
+"""How the shipped recipe is cut to this release's size."""
 
 
 @dataclass(frozen=True)
