@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Modules are compiled as they are first imported: most of what is installed never is.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help run test setup check format docs clean images
@@ -39,6 +40,9 @@ check: $(VENV)/dev  ## formatting, linting, types and tests
 format: $(VENV)/dev  ## put the code into shape
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/dev  ## write the pages that are made from the code
+	$(BIN)/python -m pipeline.recipe_docs
 
 clean:  ## remove what was installed and what runs left
 	rm -rf $(VENV) .espalier build *.egg-info

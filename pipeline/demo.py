@@ -40,7 +40,7 @@ SHAPE: dict[str, Any] = {
 }
 
 TRAINING = Optimisation(
-    steps=400, batch_size=8, learning_rate=4e-3, warmup=0.05, weight_decay=0.1, checkpoint_every=400
+    steps=300, batch_size=8, learning_rate=4e-3, warmup=0.05, weight_decay=0.1, checkpoint_every=300
 )
 
 OVERRIDES: tuple[str, ...] = (

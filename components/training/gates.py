@@ -65,7 +65,7 @@ def learn_gates(
 
 
 def _backward(model: PreTrainedModel, batch: Tensor, gates: Tensor, left: Tensor, settings: Gates) -> float:
-    """Add the loss's gradient to the gates' window by window, so that one window's activations are held; return L_LM."""
+    """Add the loss's gradient to the gates', and return L_LM. The whole batch's activations are held: `gates.batch_size` bounds them."""
     removed = torch.nonzero(~left).flatten().tolist()
     # A skipped layer is the identity under a gate of 1 in either placement; a gate of 0 on the output would end the residual.
     applied = torch.where(left, gates, 1.0)
