@@ -51,7 +51,9 @@ def versions(name: str) -> list[str]:
 def put(folder: Path, store: Store, prefix: str) -> str:
     """Put a folder's files on S3 as somebody else would, and return the prefix."""
     for path in folder.iterdir():
-        boto3.session.Session().client("s3").upload_file(str(path), store.bucket, f"{store.prefix}/{prefix}/{path.name}".lstrip("/"))
+        boto3.session.Session().client("s3").upload_file(
+            str(path), store.bucket, f"{store.prefix}/{prefix}/{path.name}".lstrip("/")
+        )
     return store.uri(prefix)
 
 

@@ -42,7 +42,7 @@ def watched(store: Store, tmp_path: Path) -> Watched:
     text = tmp_path / "text.txt"
     text.write_text("Some words.")
     key = f"{store.prefix}/release/config.json"
-    boto3.client("s3").put_object(Bucket=store.bucket, Key=key, Body=b"{}")
+    boto3.session.Session().client("s3").put_object(Bucket=store.bucket, Key=key, Body=b"{}")
     return Watched(release=store.uri("release"), name=store.prefix, recipe=RECIPE.replace("TEXT", str(text)))
 
 

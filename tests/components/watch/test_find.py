@@ -61,7 +61,9 @@ def watched(release: str, text: Path, store: Store) -> Watched:
 
 
 def put(store: Store, name: str, content: str) -> None:
-    boto3.client("s3").put_object(Bucket=store.bucket, Key=f"{store.prefix}/{name}", Body=content.encode())
+    boto3.session.Session().client("s3").put_object(
+        Bucket=store.bucket, Key=f"{store.prefix}/{name}", Body=content.encode()
+    )
 
 
 def register(name: str, key: str, digest: str = "d" * 64) -> tracking.Version:
