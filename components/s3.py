@@ -19,7 +19,6 @@ from botocore.exceptions import (
     ConnectionClosedError,
     ConnectionError,
     CredentialRetrievalError,
-    FlexibleChecksumError,
     HTTPClientError,
     IncompleteReadError,
     NoCredentialsError,
@@ -55,7 +54,12 @@ _FULL = {"XMinioStorageFull", "QuotaExceeded", "InsufficientStorage", "507"}
 _CREDENTIALS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the role"
 
 
+# What is read is compared with its manifest's sha256. The server's own checksum adds nothing to that, and botocore reads the
+# body of an error that comes with one wrongly.
+_UNCHECKED = {"response_checksum_validation": "when_required"}
+
 PATIENT = Config(
+    **_UNCHECKED,
     connect_timeout=5,
     read_timeout=60,
     tcp_keepalive=True,
@@ -63,7 +67,7 @@ PATIENT = Config(
     retries={"mode": "standard", "total_max_attempts": 6},
 )
 """For the work: a dropped connection is tried again for about half a minute."""
-HASTY = Config(connect_timeout=2, read_timeout=5, retries={"mode": "standard", "total_max_attempts": 2})
+HASTY = Config(**_UNCHECKED, connect_timeout=2, read_timeout=5, retries={"mode": "standard", "total_max_attempts": 2})
 """For the question whether S3 is there at all."""
 
 _PART = 16 * 2**20
@@ -162,10 +166,6 @@ def _sentence(what: str, error: Exception) -> str | None:
         return f"{what} cannot be reached ({said}): check AWS_ENDPOINT_URL_S3 and the network"
     if isinstance(error, ParamValidationError):
         return f"S3 cannot be asked for {what}: {error}"
-    if isinstance(error, FlexibleChecksumError):
-        return (
-            f"{what} differs from the checksum that S3 keeps of it ({error}): it is damaged, so run what makes it again"
-        )
     if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
         return f"the disk is full ({error.filename or 'no space left'}) while moving {what}: make room and start again"
     return None

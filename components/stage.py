@@ -252,30 +252,6 @@ def code_version(stage: str) -> str:
     return digest.hexdigest()
 
 
-def environment() -> dict[str, str]:
-    """The versions and the machine that a number was made with."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system()}
-    for package in (
-        "espalier",
-        "torch",
-        "transformers",
-        "tokenizers",
-        "safetensors",
-        "accelerate",
-        "peft",
-        "kfp",
-        "mlflow",
-    ):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
 def _section(recipe: Recipe, dotted: str) -> Any:
     value: Any = recipe
     for part in dotted.split("."):

@@ -9,18 +9,15 @@ from typing import Any
 
 import torch
 
+from components.transformer.device import best_device
+
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "accelerate", "lm_eval")
-
-
-def device() -> torch.device:
-    """The device that the models are measured on: the GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def machine() -> dict[str, Any]:
     """Device, processor, GPU, threads and library versions."""
     return {
-        "device": device().type,
+        "device": best_device().type,
         "cpu": _cpu(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),

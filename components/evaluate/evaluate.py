@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from components.errors import Refusal
-from components.evaluate.context import device, machine
+from components.evaluate.context import machine
 from components.evaluate.speed import measure_speed, prefill_flops
 from components.evaluate.tasks import ZeroShot
 from components.recipe import Evaluate
 from components.training.journal import Journal
 from components.transformer.checkpoint import Checkpoint, load_model, load_tokenizer
+from components.transformer.device import best_device
 from components.transformer.perplexity import perplexity
 from components.transformer.text import (
     SEPARATOR,
@@ -108,7 +109,7 @@ class Subject:
     def load(self) -> PreTrainedModel:
         """Load the model onto the device, in the type it is stored in, once what earlier ones held is let go."""
         gc.collect()
-        return load_model(self.checkpoint.folder, device=device())
+        return load_model(self.checkpoint.folder, device=best_device())
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ def _perplexities(
 
 def _fit_together(subjects: Iterable[Subject]) -> bool:
     weights = sum(subject.checkpoint.bytes for subject in subjects)
-    free = torch.cuda.mem_get_info()[0] if device().type == "cuda" else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info()[0] if best_device().type == "cuda" else psutil.virtual_memory().available
     return weights <= TOGETHER * free
 
 

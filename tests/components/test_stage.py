@@ -347,9 +347,3 @@ class TestTelling:
     def test_an_input_that_is_no_reference_is_refused(self, store: Store) -> None:
         with pytest.raises(Refusal, match="'/tmp/model' is no reference"), opened({"model": "/tmp/model"}):
             pass
-
-
-def test_the_environment_is_told_with_every_number() -> None:
-    told = stages.environment()
-    assert {"python", "machine", "system", "torch", "transformers", "espalier"} <= told.keys()
-    assert all(told.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ PARENT = "mlflow.parentRunId"
 def client(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
     """A client, whose experiment is one that the plugin chose."""
     client = MlflowClient()
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", client.create_experiment(f"plugin {id(client)}"))
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", client.create_experiment(f"plugin {uuid.uuid4()}"))
     return client
 
 
@@ -38,7 +39,9 @@ def a_stage(run: str, key: str = "a" * 64) -> Any:
     )
 
 
-def test_the_plugins_parent_run_becomes_the_recompressions(client: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plugins_parent_run_becomes_the_recompressions(
+    client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     parent = plugin_parent(client)
     task_run(client, monkeypatch, parent)
 

@@ -163,6 +163,7 @@ def test_a_hanging_server_is_replaced(home: Path, monkeypatch: pytest.MonkeyPatc
     Services(home).up()
     hanging = pid(home)
     os.kill(hanging, signal.SIGSTOP)
+    wait_until(lambda: psutil.Process(hanging).status() == psutil.STATUS_STOPPED)
     monkeypatch.setattr(local, "_PATIENCE", 0.2)
     monkeypatch.setattr(local, "_STOP_SECONDS", 0.2)
     Services(home).up()

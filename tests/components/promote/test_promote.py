@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from components import tracking
+from components import s3, tracking
 from components.errors import Refusal
 from components.promote.promote import promote
 from components.store import Store
@@ -73,12 +73,16 @@ def test_another_challenger_stays_one(name: str, register: Callable[..., Version
 
 @pytest.mark.parametrize("damage", ["differs", "missing"])
 def test_a_version_whose_files_are_not_what_was_measured_is_refused(
-    damage: str, name: str, register: Callable[..., Version], servers_home: Path
+    damage: str, name: str, register: Callable[..., Version]
 ) -> None:
     promote(name, register("first").version)
     second = register("second")
-    weights = servers_home / "s3" / second.source.removeprefix("s3://") / "weights"
-    weights.write_text("SECOND") if damage == "differs" else weights.unlink()
+    bucket, prefix = s3.split(second.source)
+    weights = s3.client(s3.PATIENT)
+    if damage == "differs":
+        weights.put_object(Bucket=bucket, Key=f"{prefix}/weights", Body=b"SECOND")
+    else:
+        weights.delete_object(Bucket=bucket, Key=f"{prefix}/weights")
     with pytest.raises(Refusal, match=r"model/weights"):
         promote(name, second.version)
     assert aliases(name) == {"champion": "1"}
