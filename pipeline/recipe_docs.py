@@ -25,10 +25,11 @@ INTRODUCTION = """\
 
 A recipe is one YAML file. It says how a release is recompressed; which release, and under which name the result is registered,
 are arguments of the run. It is checked whole before anything starts, and a field that is not known is refused. `espalier recipes`
-lists the shipped ones; [trsp.yaml](../pipeline/recipes/trsp.yaml) names every field and says when to change it. On the command line
-`--set regularize.steps=200` gives a field another value, read as YAML.
+lists the shipped ones; [trsp.yaml](../pipeline/recipes/trsp.yaml), for layers, and [dress.yaml](../pipeline/recipes/dress.yaml), for channels,
+name every field and say when to change it. On the command line `--set regularize.steps=200` gives a field another value, read as YAML:
+a list is written `--set dress.axes=[ffn,hidden]`, a mapping `--set 'dress.ratio={{ffn: 0.5, hidden: 0.25}}'`.
 
-Methods: {methods}.
+Methods: {methods}. `[trsp, dress]` removes layers by the first and channels by the second, in one run.
 """
 
 SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
@@ -109,7 +110,8 @@ def type_name(annotation: Any) -> str:
     if origin is tuple:
         return f"list of {type_name(arguments[0])}"
     if origin is dict:
-        return f"mapping of name to {type_name(arguments[1])}"
+        keys = type_name(arguments[0]).replace("string", "name")
+        return f"mapping of {keys} to {type_name(arguments[1])}"
     if annotation is Text:
         return "[text](#a-text)"
     return {str: "string", bool: "true or false", float: "number", int: "integer"}[annotation]

@@ -39,6 +39,8 @@ def test_every_field_is_described() -> None:
         (Literal["a", "b"], "`a` or `b`"),
         (tuple[str, ...], "list of string"),
         (dict[str, Text], "mapping of name to [text](#a-text)"),
+        (dict[Literal["a", "b"], int], "mapping of `a` or `b` to integer"),
+        (str | Annotated[tuple[str, ...], Field(min_length=1)], "string or list of string"),
     ],
 )
 def test_a_type_is_said_as_a_person_writes_it(annotation: object, said: str) -> None:

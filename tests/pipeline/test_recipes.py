@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import yaml
 from pydantic import BaseModel
 
 import pipeline
+from components.errors import Refusal
 from components.recipe import Recipe, Text, methods
 
 RECIPES = sorted((Path(pipeline.__file__).parent / "recipes").glob("*.yaml"))
+WHOLE = ["trsp", "dress"]
 BASELINES = [path for path in RECIPES if path.stem in ("sleb", "shortgpt")]
 
 
@@ -54,20 +57,32 @@ def test_the_first_line_says_what_the_recipe_is(path: Path) -> None:
     assert len(first) > 20
 
 
-def test_trsp_names_every_field() -> None:
-    shipped = settings(next(path for path in RECIPES if path.stem == "trsp"))
-    for name, _ in leaves(Recipe):
-        value(shipped, name)
+def of(method: str) -> Iterator[tuple[str, Any]]:
+    """Every field that a method has a use for."""
+    foreign = {"trsp": "dress", "dress": "gates"}[method]
+    return (leaf for leaf in leaves(Recipe) if leaf[0].split(".")[0] != foreign)
 
 
-def test_trsp_ships_the_defaults() -> None:
+@pytest.mark.parametrize("method", WHOLE)
+def test_a_papers_recipe_names_every_field_of_its_method(method: str) -> None:
+    for name, _ in of(method):
+        value(settings(RECIPES[0].with_stem(method)), name)
+
+
+@pytest.mark.parametrize("method", WHOLE)
+def test_a_papers_recipe_ships_the_defaults(method: str) -> None:
     """The recipe shows what a field left out would be; only the rules of the verdict have no default to show."""
-    shipped = settings(next(path for path in RECIPES if path.stem == "trsp"))
-    expected = {
-        name: default for name, default in leaves(Recipe) if default is not ... and name.split(".")[0] != "promote"
-    }
+    shipped = settings(RECIPES[0].with_stem(method))
+    expected = {name: default for name, default in of(method) if default is not ... and name.split(".")[0] != "promote"}
     found = {name: value(shipped, name) for name in expected}
     assert {name: tuple(seen) if isinstance(seen, list) else seen for name, seen in found.items()} == expected
+
+
+@pytest.mark.parametrize("method", WHOLE)
+def test_layers_and_channels_are_one_word_away(method: str) -> None:
+    path = RECIPES[0].with_stem(method)
+    assert "[trsp, dress]" in next(line for line in path.read_text().splitlines() if line.startswith("method:"))
+    assert Recipe.load(path, ["method=[trsp, dress]"]).methods == ("trsp", "dress")
 
 
 @pytest.mark.parametrize("path", BASELINES, ids=lambda path: path.stem)
@@ -92,5 +107,59 @@ def test_quality_is_reported_on_another_domain_too(path: Path) -> None:
 
 
 def test_the_verdicts_of_the_shipped_recipes_compare() -> None:
-    """One set of rules and one set of texts, or the methods could not be told apart by their verdicts."""
-    assert len({(repr(recipe.promote), repr(recipe.evaluate)) for recipe in map(Recipe.load, RECIPES)}) == 1
+    """One set of texts, and of rules of quality, or the methods could not be told apart; as fast as fewer layers narrow ones are not."""
+    recipes = [Recipe.load(path) for path in RECIPES]
+    rules = [recipe.promote.model_dump() for recipe in recipes]
+    assert len({repr(recipe.evaluate) for recipe in recipes}) == 1
+    assert len({repr({name: rule for name, rule in one.items() if "speedup" not in name}) for one in rules}) == 1
+    assert len({repr(one) for one, recipe in zip(rules, recipes, strict=True) if recipe.methods != ("dress",)}) == 1
+
+
+class TestChannelsOnTheCommandLine:
+    """`--set` takes lists and mappings, and what is wrong in them is told in one sentence that names the field."""
+
+    DRESS = RECIPES[0].with_stem("dress")
+
+    @pytest.mark.parametrize(
+        ("override", "ratios"),
+        [
+            ("dress.axes=[ffn,hidden]", {"ffn": 0.25, "hidden": 0.25}),
+            ("dress.ratio=0.5", {"ffn": 0.5}),
+            ("dress.ratio={ffn: 0.5}", {"ffn": 0.5}),
+            ("dress.ratio.ffn=0.5", {"ffn": 0.5}),
+            ("dress={axes: [ffn, heads], ratio: {ffn: 0.5, heads: 0.25}}", {"ffn": 0.5, "heads": 0.25}),
+        ],
+    )
+    def test_a_list_or_a_mapping_is_taken(self, override: str, ratios: dict[str, float]) -> None:
+        recipe = Recipe.load(self.DRESS, [override])
+        assert recipe.dress.ratios(recipe.target.ratio) == ratios
+        assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+    @pytest.mark.parametrize(
+        ("override", "said"),
+        [
+            ("dress.axes=ffn", "the recipe's field 'dress.axes' is 'ffn': input should be a valid list"),
+            (
+                "dress.axes=[fnn]",
+                "the recipe's field 'dress.axes.0' is 'fnn': input should be 'hidden', 'ffn' or 'heads'",
+            ),
+            ("dress.ratio={ffn: 2}", "the recipe's field 'dress.ratio.ffn' is 2: input should be less than 1"),
+            (
+                "dress.ratio={fnn: 0.5}",
+                "the recipe's field 'dress.ratio.fnn' is 'fnn': input should be 'hidden', 'ffn' or 'heads'",
+            ),
+            (
+                "dress.ratio={ffn: 0.5, heads: 0.25}",
+                "the recipe's dress: dress.ratio names ['ffn', 'heads'] and dress.axes ['ffn']: name the same axes in both",
+            ),
+            ("dress.channel=random", "the recipe's field 'dress.channel' is not known: did you mean 'channels'?"),
+            (
+                "method=trsp",
+                "the recipe's method 'trsp' chooses no channels: remove the section 'dress', or add dress to method",
+            ),
+            ("gates.steps=3", "the recipe's method 'dress' learns no gates: remove the section 'gates'"),
+        ],
+    )
+    def test_what_is_wrong_is_one_sentence_without_the_types_that_were_tried(self, override: str, said: str) -> None:
+        with pytest.raises(Refusal, match=f"^{re.escape(said)}$"):
+            Recipe.load(self.DRESS, [override])
