@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import platform
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,11 @@ from transformers import PreTrainedModel
 from components.recipe import Recipe
 from components.training.journal import Silent
 from components.transformer.checkpoint import Checkpoint, layers_to_remove, load_model, load_tokenizer
+from components.transformer.gates import bypassed
+from components.transformer.narrow import narrowed
 from components.transformer.perplexity import perplexity
+from components.transformer.selection import NOTHING, Selection
+from components.transformer.surgery import cut_checkpoint
 from components.transformer.text import consecutive_windows, draw_windows, read_documents, token_stream
 
 
@@ -72,12 +77,19 @@ class Bench:
 
     def recipe(self, *overrides: str) -> Recipe:
         """Return the default recipe with the command's fields, then the given ones, in their place."""
-        base = "{method: trsp, target: {ratio: 0.25}, calibration: {data: unused.txt}, evaluate: {perplexity: {unused: unused.txt}}}"
+        base = "{method: [trsp, dress], target: {ratio: 0.25}, calibration: {data: unused.txt}, evaluate: {perplexity: {unused: unused.txt}}}"
         return Recipe.from_yaml(base, [*self.arguments.set, *overrides])
 
-    def perplexities(self, model: PreTrainedModel) -> dict[str, float]:
-        """Return the model's perplexity on every test text."""
-        return {name: perplexity(model, windows) for name, windows in self.tests.items()}
+    def cut(self, selection: Selection) -> PreTrainedModel:
+        """Load the dense model without what was selected."""
+        with tempfile.TemporaryDirectory() as folder:
+            cut_checkpoint(self.arguments.model, Path(folder), selection.removed, selection.channels)
+            return load_model(Path(folder))
+
+    def perplexities(self, model: PreTrainedModel, without: Selection = NOTHING) -> dict[str, float]:
+        """Return the model's perplexity on every test text, computed as it will be once `without` is cut."""
+        with bypassed(model, without.removed), narrowed(model, without.channels):
+            return {name: perplexity(model, windows) for name, windows in self.tests.items()}
 
     def conditions(self) -> dict[str, Any]:
         """What a figure may not travel without: data, context length, versions."""

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from components.transformer.checkpoint import Checkpoint, load_model
 from components.transformer.export import save_model, verify_cut
-from components.transformer.surgery import cut_layers, drop_layers
+from components.transformer.surgery import cut_checkpoint, drop_layers
 
 BOUND = 1.3
 """Peak memory over checkpoint size, at most."""
@@ -55,7 +55,7 @@ def make(folder: Path, gigabytes: float, dtype: str) -> None:
 
 def cut(source: Path, out: Path) -> None:
     """Cut the checkpoint on disk."""
-    cut_layers(source, out, REMOVED)
+    cut_checkpoint(source, out, REMOVED)
 
 
 def load(source: Path, out: Path) -> None:
@@ -70,7 +70,7 @@ def export(source: Path, out: Path) -> None:
 
 def verify(source: Path, out: Path) -> None:
     """Cut on disk and verify: source and cut are loaded one after the other."""
-    cut_layers(source, out, REMOVED)
+    cut_checkpoint(source, out, REMOVED)
     verify_cut(source, out, REMOVED)
 
 

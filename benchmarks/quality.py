@@ -17,13 +17,12 @@ with the same tokens, steps and trainable parameters. Ratios are of medians over
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 
 from benchmarks.common import Bench, Figures, Losses, parser
-from components.learn_gates.methods import load
+from components.learn_gates.methods import Task, load
 from components.training.journal import Silent
 from components.training.regularize import needs_teacher, regularize
-from components.transformer.surgery import drop_layers
+from components.transformer.selection import NOTHING, Selection
 
 LM_ONLY = ("regularize.objective.lm=1", "regularize.objective.kl=0", "regularize.objective.state=0")
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -36,41 +35,39 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 
 
-def measure(bench: Bench, variant: str, layers: Sequence[int], seed: int) -> dict[str, float]:
+def measure(bench: Bench, variant: str, selection: Selection, seed: int) -> dict[str, float]:
     """Train one variant and return its perplexities; `cut` is the cut without training."""
     settings = bench.recipe(*VARIANTS[variant], f"regularize.seed={seed}").regularize
-    model = bench.model()
     if variant == "cut":
-        return bench.perplexities(drop_layers(model, layers))
+        return bench.perplexities(bench.model(), selection)
     first = variant.startswith("control")
-    if first:
-        model = drop_layers(model, layers)
-    chosen = () if first or variant == "dense-trained" else layers
-    teacher = bench.model() if needs_teacher(settings, chosen) else None
-    model = regularize(model, teacher, bench.windows(seed), chosen, settings, journal=Losses())
-    if chosen:
-        model = drop_layers(model, layers)
-    return bench.perplexities(model)
+    model = bench.cut(selection) if first else bench.model()
+    chosen = NOTHING if variant == "dense-trained" else selection
+    teacher = bench.model() if needs_teacher(settings, first) else None
+    windows = bench.windows(seed)
+    model = regularize(model, teacher, windows, chosen, settings, already_cut=first, journal=Losses())
+    return bench.perplexities(model, NOTHING if first else chosen)
 
 
 def choose(bench: Bench, method: str, seed: int) -> list[int]:
     """Let a method choose the layers of a seed, in order: those of a ratio come first among those of a larger one."""
-    count = bench.count(max(bench.arguments.ratios))
-    gates = bench.recipe(f"gates.seed={seed}").gates
-    return list(load(method)(bench.model(), bench.windows(seed), count, gates, journal=Silent(), out=None).order)
+    recipe = bench.recipe(f"gates.seed={seed}", f"target.ratio={max(bench.arguments.ratios)}")
+    task = Task(recipe.target, recipe.gates)
+    return list(load(method)(bench.model(), bench.windows(seed), task, journal=Silent(), out=None).order)
 
 
 def run(bench: Bench, figures: Figures) -> None:
     """Make every figure that is not there yet, the cheapest comparisons first."""
     arguments = bench.arguments
-    figures.get("dense", measure, bench, "cut", (), 0)
+    figures.get("dense", measure, bench, "cut", NOTHING, 0)
     for seed in arguments.seeds:
         order = figures.get(f"order/{seed}", choose, bench, "trsp", seed)
         for ratio in arguments.ratios:
-            layers = sorted(order[: bench.count(ratio)])
+            layers = tuple(order[: bench.count(ratio)])
+            selection = Selection(method="trsp", removed=tuple(sorted(layers)), order=layers)
             for variant in arguments.variants:
                 at = "" if variant == "dense-trained" else f"/{ratio}"
-                figures.get(f"{variant}{at}/{seed}", measure, bench, variant, layers, seed)
+                figures.get(f"{variant}{at}/{seed}", measure, bench, variant, selection, seed)
 
 
 def summary(bench: Bench, figures: Figures) -> dict[str, dict[str, dict[str, float]]]:

@@ -15,8 +15,10 @@ from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from components.errors import Refusal
+from components.transformer.layout import Axis
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -68,7 +70,7 @@ class Target(Section):
     """How much is removed."""
 
     ratio: Fraction = Field(
-        description="The part of the layers to remove: 0.25 of 12 layers removes 3. Rounded to whole layers, at least one."
+        description="The part of the layers to remove: 0.25 of 12 layers removes 3. Rounded to whole layers, at least one. For dress alone, the part of each axis."
     )
 
 
@@ -103,6 +105,43 @@ class Gates(Section):
     seed: int = Field(0, description="Seed of the batches' order.")
 
 
+class Dress(Section):
+    """DReSS's choice of channels, made before the training."""
+
+    axes: Annotated[tuple[Axis, ...], Field(min_length=1)] = Field(
+        ("ffn",),
+        description="What is narrowed: hidden (the residual stream, the paper's), ffn (intermediate channels), heads (key-value groups with their query heads).",
+    )
+    ratio: Fraction | dict[Axis, Fraction] | None = Field(
+        None,
+        description="The part of every axis to remove, or one for each ({ffn: 0.5, heads: 0.25}); target.ratio when absent.",
+    )
+    channels: Literal["random", "magnitude", "activation"] = Field(
+        "activation",
+        description="Which go: drawn from the seed, those of the smallest weights, or those of the smallest weights × activations on the calibration windows.",
+    )
+    multiple: Count | None = Field(
+        None, description="hidden and ffn keep a multiple of this; 8 when absent, or more where the family asks for it."
+    )
+    seed: int = Field(0, description="Seed of the draw.")
+
+    @model_validator(mode="after")
+    def _axes(self) -> Dress:
+        if len(set(self.axes)) < len(self.axes):
+            raise ValueError(f"dress.axes {list(self.axes)} names an axis twice: name each once")
+        if isinstance(self.ratio, dict) and set(self.ratio) != set(self.axes):
+            raise ValueError(
+                f"dress.ratio names {sorted(self.ratio)} and dress.axes {sorted(self.axes)}: name the same axes in both"
+            )
+        return self
+
+    def ratios(self, target: float) -> dict[Axis, float]:
+        """Return the part of each axis that goes, `target` where the section names none."""
+        if isinstance(self.ratio, dict):
+            return {axis: self.ratio[axis] for axis in self.axes}
+        return dict.fromkeys(self.axes, target if self.ratio is None else self.ratio)
+
+
 class Objective(Section):
     """The weights of what is minimised. LM loss alone is the paper's objective."""
 
@@ -133,7 +172,10 @@ class Optimisation(Section):
     micro_batch_size: Count | None = Field(
         None, description="Windows a forward pass; fewer than batch_size accumulates gradients. All when absent."
     )
-    learning_rate: Rate = Field(1e-4, description="AdamW's peak learning rate.")
+    learning_rate: Rate | None = Field(
+        None,
+        description="AdamW's peak learning rate. When absent 1e-4 for adapters, and 0.08 / hidden width for whole weights: 2e-5 at the width of the papers' 7B models.",
+    )
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.03, description="The part of the steps over which the learning rate rises; it then falls linearly to 0."
     )
@@ -161,15 +203,16 @@ class Optimisation(Section):
 
 
 class Regularize(Optimisation):
-    """The second regularisation: what the chosen layers knew moves to the others before the cut."""
+    """The second regularisation: what the chosen layers and channels knew moves to the others before the cut."""
 
     schedule: Literal["anneal", "penalty", "none"] = Field(
         "anneal",
-        description="anneal: the chosen layers' gates go from 1 to 0 while the others train; penalty: the paper's norm of f(x) − x; none: no regularisation.",
+        description="anneal: the gates of what was chosen go from 1 to 0 while the rest trains; penalty: the papers' norms, of f(x) − x for layers and of the weights' slices for channels; none: no regularisation.",
     )
     anneal: Fraction = Field(0.15, description="The part of the steps over which the gates are annealed.")
     norm: Literal["l1", "l2"] = Field(
-        "l2", description="Norm of the penalty, each relative to the same norm of the layer's input."
+        "l2",
+        description="Norm of the penalty, relative to the same norm of the layer's input, or of the slice before the training.",
     )
     strength: Weight = Field(1.0, description="λ2, the weight of the penalty.")
     ramp: Annotated[float, Field(ge=0, le=1)] = Field(
@@ -250,10 +293,13 @@ class Promote(Section):
 class Recipe(Section):
     """How a release is recompressed."""
 
-    method: str = Field(description="Which method chooses what is removed.")
+    method: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        description="Which method chooses what is removed; [trsp, dress] removes layers and channels in one run."
+    )
     target: Target = Field(description="How much is removed.")
     calibration: Calibration = Field(description="The text that chooses and trains.")
     gates: Gates = Field(Gates(), description="TRSP's gates.")
+    dress: Dress = Field(Dress(), description="DReSS's channels.")
     regularize: Regularize = Field(Regularize(), description="The training before the cut.")
     recover: Recover = Field(Recover(), description="The training after the cut.")
     evaluate: Evaluate = Field(description="What is measured.")
@@ -276,12 +322,26 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if self.method not in methods():
+        for method in self.methods:
+            if method not in methods():
+                raise ValueError(
+                    f"method {method!r} is not known: use one of {', '.join(methods())}{_did_you_mean(method, methods())}"
+                )
+        if sum(method != "dress" for method in self.methods) > 1 or "dress" in self.methods[:-1]:
             raise ValueError(
-                f"method {self.method!r} is not known: use one of {', '.join(methods())}{_did_you_mean(self.method, methods())}"
+                f"method is {list(self.methods)}: name one method, or one that removes layers and then dress, such as [trsp, dress]"
             )
-        if "gates" in self.model_fields_set and self.method != "trsp":
+        if "gates" in self.model_fields_set and "trsp" not in self.methods:
             raise ValueError(f"method {self.method!r} learns no gates: remove the section 'gates'")
+        if "dress" in self.model_fields_set and "dress" not in self.methods:
+            raise ValueError(
+                f"method {self.method!r} chooses no channels: remove the section 'dress', or add dress to method"
+            )
+        if "dress" in self.methods and self.regularize.schedule == "penalty" and self.regularize.trainable == "lora":
+            raise ValueError(
+                "regularize.schedule penalty takes dress's slices of the weights to 0, which adapters do not train: "
+                "set regularize.trainable to all, or the schedule to anneal"
+            )
         if self.regularize.schedule == "none" and self.evaluate.controls:
             raise ValueError(
                 "evaluate.controls compares with training, but regularize.schedule is none: set evaluate.controls to []"
@@ -289,6 +349,11 @@ class Recipe(Section):
         if self.promote.perplexity_over_control is not None and "pruned-first" not in self.evaluate.controls:
             raise ValueError("promote.perplexity_over_control needs its control: add pruned-first to evaluate.controls")
         return self
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods, in their order."""
+        return (self.method,) if isinstance(self.method, str) else self.method
 
     def lengths(self) -> dict[str, int]:
         """Every number of tokens that a model of this recipe must be able to read, by its field."""
@@ -334,7 +399,7 @@ class Recipe(Section):
         try:
             return cls.model_validate(settings)
         except ValidationError as error:
-            raise Refusal(_sentence(error)) from None
+            raise Refusal(_sentence(error, settings)) from None
 
     @classmethod
     def load(cls, path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -357,7 +422,7 @@ def plain(sections: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def methods() -> tuple[str, ...]:
-    """The methods that choose what is removed: one file each in `components/learn_gates/methods`."""
+    """The methods there are, which choose what is removed: one file each in `components/learn_gates/methods`."""
     folder = Path(__file__).parent / "learn_gates" / "methods"
     return tuple(sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules([str(folder)])))
 
@@ -396,22 +461,47 @@ def _yaml_value(text: str) -> Any:
     return value
 
 
-def _sentence(error: ValidationError) -> str:
+def _sentence(error: ValidationError, settings: dict[str, Any]) -> str:
     """Put the first fault into one sentence, and say how many more there are."""
-    faults = error.errors(include_url=False)
-    fault = faults[0]
-    place = ".".join(str(part) for part in fault["loc"] if part != "[key]")
+    faults = [(_place(fault, settings), fault) for fault in error.errors(include_url=False)]
+    # A field of several types has a fault for each of them: what goes deepest is of the type that was meant.
+    around = [found for found in faults if _on_one_way(found[0], faults[0][0])]
+    loc, fault = max(around, key=lambda found: len(found[0]))
+    place = ".".join(map(str, loc))
     if fault["type"] == "extra_forbidden":
         known = _fields_at(fault["loc"][:-1])
-        said = f"the recipe's field {place!r} is not known{_did_you_mean(str(fault['loc'][-1]), known) or ': known there are ' + ', '.join(known)}"
+        said = f"the recipe's field {place!r} is not known{_did_you_mean(str(loc[-1]), known) or ': known there are ' + ', '.join(known)}"
     elif fault["type"] == "missing":
         said = f"the recipe's field {place!r} is missing: add it ({_fields_help(fault['loc'])})"
     elif fault["type"] == "value_error":
         said = f"the recipe's {place + ': ' if place else ''}{fault['ctx']['error']}"
     else:
-        said = f"the recipe's field {place!r} is {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
-    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-    return said + more
+        wanted = " or ".join(dict.fromkeys(_wanted(other["msg"]) for found, other in around if found == loc))
+        said = f"the recipe's field {place!r} is {fault['input']!r}: {wanted}"
+    more = len(faults) - len(around)
+    return said + (f" (and {more} more)" if more else "")
+
+
+def _place(fault: ErrorDetails, settings: Any) -> tuple[int | str, ...]:
+    """Return where in the settings a fault lies, without the types that were tried, which pydantic names among the fields."""
+    place: list[int | str] = []
+    for part in fault["loc"]:
+        if part in settings if isinstance(settings, dict) else isinstance(settings, list) and isinstance(part, int):
+            place.append(part)
+            settings = settings[part]
+    return (*place, fault["loc"][-1]) if fault["type"] == "missing" else tuple(place)
+
+
+def _on_one_way(one: Sequence[object], other: Sequence[object]) -> bool:
+    """Whether one place lies at or inside the other."""
+    return all(mine == theirs for mine, theirs in zip(one, other, strict=False))
+
+
+def _wanted(message: str) -> str:
+    """Say what pydantic expects in the words of YAML."""
+    said = message[0].lower() + message[1:]
+    said = said.replace("tuple", "list").replace("dictionary", "mapping").replace(" after validation", "")
+    return re.sub(r" or instance of \w+", "", said)
 
 
 def _did_you_mean(word: str, known: Sequence[str]) -> str:

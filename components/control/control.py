@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Protocol
 
@@ -11,8 +12,8 @@ from components.training.journal import Checkpoints, Journal
 from components.training.recover import recover as fine_tune
 from components.transformer.checkpoint import load_model
 from components.transformer.export import save_model
-from components.transformer.selection import Selection
-from components.transformer.surgery import drop_layers
+from components.transformer.selection import NOTHING, Selection
+from components.transformer.surgery import cut_checkpoint
 from components.transformer.text import load_windows
 
 
@@ -41,20 +42,31 @@ def control(
         release: the folder of the dense model's artifact.
         windows: the folder of the calibration windows.
         selection: the folder of the selection.
-        kind: `pruned-first` (the selected layers are removed before the training) or `dense-trained` (none is).
+        kind: `pruned-first` (the selection is removed before the training) or `dense-trained` (none is).
         regularize: the recipe's section; its objective and optimisation are used, its schedule is not.
         recover: the recipe's section: where the candidate is fine-tuned, so is the control.
         out: the folder to fill.
         journal: takes the losses.
         checkpoints: where the trainings keep their places.
     """
-    removed = Selection.load(selection).removed if kind == "pruned-first" else ()
-    data = load_windows(windows)
-    model = drop_layers(load_model(release / "model"), removed)
-    teacher = load_model(release / "model") if training.needs_teacher(regularize, ()) else None
-    model = training.regularize(
-        model, teacher, data, (), regularize, checkpoints=checkpoints.within("regularize"), journal=journal
-    )
-    if recover.enabled:
-        model = fine_tune(model, data, recover, checkpoints=checkpoints.within("recover"), journal=journal)
-    save_model(model, release / "model", out / "model", removed)
+    data, start, chosen = load_windows(windows), release / "model", NOTHING
+    pruned_first = kind == "pruned-first"
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        if pruned_first:
+            start, chosen = Path(scratch) / "model", Selection.load(selection)
+            cut_checkpoint(release / "model", start, chosen.removed, chosen.channels)
+        model = load_model(start)
+        teacher = load_model(release / "model") if training.needs_teacher(regularize, pruned_first) else None
+        model = training.regularize(
+            model,
+            teacher,
+            data,
+            chosen,
+            regularize,
+            already_cut=pruned_first,
+            checkpoints=checkpoints.within("regularize"),
+            journal=journal,
+        )
+        if recover.enabled:
+            model = fine_tune(model, data, recover, checkpoints=checkpoints.within("recover"), journal=journal)
+        save_model(model, start, out / "model")

@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from components.learn_gates.methods import load
-from components.recipe import Gates, Target
+from components.learn_gates.methods import Task, load
+from components.recipe import Dress, Gates, Target
 from components.training.journal import Journal
-from components.transformer.checkpoint import Checkpoint, layers_to_remove, load_model
+from components.transformer.checkpoint import load_model
 from components.transformer.device import best_device
+from components.transformer.selection import NOTHING
 from components.transformer.text import load_windows
 
 
 def choose(
-    release: Path, windows: Path, *, method: str, target: Target, gates: Gates, out: Path, journal: Journal
+    release: Path,
+    windows: Path,
+    *,
+    method: str | Sequence[str],
+    target: Target,
+    gates: Gates,
+    dress: Dress,
+    out: Path,
+    journal: Journal,
 ) -> None:
     """Leave `selection.json`, and what the method recorded on the way (TRSP: the gates' trajectory and its picture).
 
     Args:
         release: the folder of the dense model's artifact.
         windows: the folder of the calibration windows.
-        method: one of `components.recipe.methods()`.
+        method: one of `components.recipe.methods()`, or several, each of which is told what those before it chose.
         target: how much is removed.
         gates: TRSP's settings.
+        dress: DReSS's settings.
         out: the folder to fill.
         journal: takes the progress.
     """
-    checkpoint = Checkpoint.open(release / "model")
-    count = layers_to_remove(target.ratio, checkpoint.layers)
     model = load_model(release / "model", device=best_device())
-    selection = load(method)(model, load_windows(windows), count, gates, journal=journal, out=out)
+    drawn = load_windows(windows)
+    selection = NOTHING
+    for name in [method] if isinstance(method, str) else method:
+        task = Task(target, gates, dress, before=selection)
+        selection = load(name)(model, drawn, task, journal=journal, out=out)
     selection.save(out)

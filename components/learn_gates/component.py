@@ -9,7 +9,9 @@ def learn_gates(release: str, windows: str, recipe: str, run: str) -> str:
     from components.stage import stage
 
     inputs = {"release": release, "windows": windows}
-    with stage("learn_gates", run=run, recipe=recipe, sections=["method", "target", "gates"], inputs=inputs) as this:
+    with stage(
+        "learn_gates", run=run, recipe=recipe, sections=["method", "target", "gates", "dress"], inputs=inputs
+    ) as this:
         if this.pending:
             from components.learn_gates.choose import choose
 

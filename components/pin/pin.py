@@ -11,6 +11,7 @@ from components.errors import Refusal
 from components.recipe import Recipe, Text
 from components.sources.resolve import Resolved, checkpoint_files, resolve_release, resolve_text
 from components.store import Reference, Store
+from components.transformer.channels import check_channels
 from components.transformer.checkpoint import Checkpoint, layers_to_remove
 from components.transformer.text import SUFFIXES, longest_context
 
@@ -63,7 +64,10 @@ def pin_text(text: Text, store: Store) -> Reference:
 def check_checkpoint(folder: Path, recipe: Recipe) -> Checkpoint:
     """Open a checkpoint. Raises Refusal where it is one that the recipe cannot be applied to, before any work."""
     checkpoint = Checkpoint.open(folder)
-    layers_to_remove(recipe.target.ratio, checkpoint.layers)
+    if recipe.methods != ("dress",):
+        layers_to_remove(recipe.target.ratio, checkpoint.layers)
+    if "dress" in recipe.methods:
+        check_channels(checkpoint, recipe.dress.ratios(recipe.target.ratio), recipe.dress.multiple)
     most = longest_context(checkpoint.config)
     for field, length in recipe.lengths().items():
         if most is not None and length > most:

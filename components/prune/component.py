@@ -15,7 +15,7 @@ def prune(release: str, model: str, selection: str, recipe: str, run: str, check
         "prune",
         run=run,
         recipe=recipe,
-        sections=["method", "target", "calibration", "gates", "regularize"],
+        sections=["method", "target", "calibration", "gates", "dress", "regularize"],
         inputs=inputs,
     ) as this:
         if this.pending:

@@ -1,4 +1,4 @@
-"""Cut the selected layers out of the regularised model, and prove the result before it is published."""
+"""Cut what was selected out of the regularised model, and prove the result before it is published."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from components.training.journal import Journal
 from components.transformer.device import best_device
 from components.transformer.export import verify_cut
 from components.transformer.selection import Selection
-from components.transformer.surgery import cut_layers
+from components.transformer.surgery import cut_checkpoint
 
 
 def prune(
@@ -38,12 +38,12 @@ def prune(
         made_by: the recipe's sections that made the checkpoint, for its card.
 
     Raises:
-        VerificationError: the checkpoint is not the regularised model with those layers skipped.
+        VerificationError: the checkpoint is not the regularised model with those layers skipped and those channels at 0.
     """
     chosen = Selection.load(selection)
-    cut_layers(model / "model", out / "model", chosen.removed)
+    cut_checkpoint(model / "model", out / "model", chosen.removed, chosen.channels)
     journal.progress(1, 2)
-    verification = verify_cut(model / "model", out / "model", chosen.removed, device=best_device())
+    verification = verify_cut(model / "model", out / "model", chosen.removed, chosen.channels, device=best_device())
     verification.save(out)
     card = model_card(
         release=lineage,

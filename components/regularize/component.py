@@ -5,7 +5,7 @@ from components.face import component
 
 @component
 def regularize(release: str, windows: str, selection: str, recipe: str, run: str) -> str:
-    """Train the release so that the selected layers can go. Takes and returns references; resumes from its checkpoints."""
+    """Train the release so that what was selected can go. Takes and returns references; resumes from its checkpoints."""
     from components.stage import stage
 
     inputs = {"release": release, "windows": windows, "selection": selection}

@@ -1,4 +1,4 @@
-"""Train the dense model so that the selected layers can go."""
+"""Train the dense model so that what was selected can go."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def regularize(
     journal: Journal,
     checkpoints: Checkpoints,
 ) -> None:
-    """Leave the regularised model, all its layers still there, in `out/model`.
+    """Leave the regularised model, as large as the release, in `out/model`.
 
     Args:
         release: the folder of the dense model's artifact.
@@ -37,10 +37,15 @@ def regularize(
     Raises:
         Refusal: the loss is not finite.
     """
-    layers = Selection.load(selection).removed
     model = load_model(release / "model")
-    teacher = load_model(release / "model") if training.needs_teacher(regularize, layers) else None
+    teacher = load_model(release / "model") if training.needs_teacher(regularize) else None
     trained = training.regularize(
-        model, teacher, load_windows(windows), layers, regularize, checkpoints=checkpoints, journal=journal
+        model,
+        teacher,
+        load_windows(windows),
+        Selection.load(selection),
+        regularize,
+        checkpoints=checkpoints,
+        journal=journal,
     )
     save_model(trained, release / "model", out / "model")

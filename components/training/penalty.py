@@ -1,27 +1,39 @@
-"""TRSP's second regularisation: make the chosen layers the identity while the others learn what they knew.
+"""What leads to the cut: make the chosen layers the identity and the chosen channels nothing, while the rest learns what they knew.
 
-Two ways to it. The *penalty* is the paper's, made free of width, length and batch (arXiv 2505.18232 takes the unsquared norm
-of the whole batch, so that its λ2 depends on all three):
+Two ways to it. The *penalty* is the papers'. TRSP's on layers is made free of width, length and batch (arXiv 2505.18232 takes the
+unsquared norm of the whole batch, so that its λ2 depends on all three):
 
     λ2 · Σ_{i∈P} mean over tokens of ‖f_i(x) − x‖² / ‖x‖²      (ℓ2; ℓ1: ‖f_i(x) − x‖₁ / ‖x‖₁)
 
-*Annealing* gates what the chosen layers add, x + g·(f(x) − x), and takes g from 1 to 0. It leaves no residual to lose at the
-cut: when the gates are at 0 the layers are no longer computed at all.
+DReSS's on channels is a norm of the slices of the weights that the cut takes away, split into attention, feed-forward and the rest
+(arXiv 2501.17905, L_att + L_ffn + L_rest); each is the mean over its tensors, relative to where the tensor's slice stood at the start:
+
+    λ2 · Σ_parts mean over W in part of ‖W_R‖² / ‖W_R at the start‖²      (ℓ2; ℓ1: ‖W_R‖₁ / ‖W_R at the start‖₁)
+
+*Annealing* gates what the chosen layers add, x + g·(f(x) − x), and the chosen channels where they are read, and takes g from 1 to 0.
+It leaves nothing to lose at the cut: when the gates are at 0 the model computes what the cut model does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from components.transformer.gates import blocks, bypassed, gated
+from components.transformer.channels import kept_rows, layout_of
+from components.transformer.families import family_named
+from components.transformer.gates import blocks, bypassed, gated, plain
+from components.transformer.layout import Part
+from components.transformer.selection import Channels
+
+Norm = Literal["l1", "l2"]
 
 
-def penalty(seen: Mapping[int, tuple[Tensor, Tensor]], norm: Literal["l1", "l2"]) -> Tensor:
+def penalty(seen: Mapping[int, tuple[Tensor, Tensor]], norm: Norm) -> Tensor:
     """Return the sum over the watched layers of the relative distance between output and input.
 
     Args:
@@ -31,7 +43,7 @@ def penalty(seen: Mapping[int, tuple[Tensor, Tensor]], norm: Literal["l1", "l2"]
     return torch.stack([relative_change(x_in, x_out, norm) for x_in, x_out in seen.values()]).sum()
 
 
-def relative_change(x_in: Tensor, x_out: Tensor, norm: Literal["l1", "l2"]) -> Tensor:
+def relative_change(x_in: Tensor, x_out: Tensor, norm: Norm) -> Tensor:
     """Return ‖f(x) − x‖² / ‖x‖² (ℓ2) or ‖f(x) − x‖₁ / ‖x‖₁ (ℓ1), the mean over the tokens of (batch, length, hidden)."""
     x_in, change = x_in.float(), x_out.float() - x_in.float()
     size = torch.square if norm == "l2" else torch.abs
@@ -58,3 +70,83 @@ def gated_at(model: nn.Module, layers: Sequence[int], gate: float) -> AbstractCo
     gates = torch.ones(len(blocks(model)))
     gates[list(layers)] = gate
     return gated(model, gates, "branch")
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """A tensor of which channels go."""
+
+    part: Part
+    weight: Tensor
+    pieces: tuple[tuple[Tensor | None, ...], ...]
+    """The slice in pieces that do not overlap: for each, the indices taken along every dimension (None for all)."""
+    start: float
+    """Its size (‖·‖² or ‖·‖₁) before the training."""
+
+
+class Slices:
+    """The rows and columns that the cut takes away.
+
+    Made before the training, so that every tensor's slice begins at 1.
+
+    Args:
+        model: what is trained, adapters or not; adapters themselves are not sliced.
+        channels: what goes.
+        norm: ℓ1, or ℓ2 squared.
+    """
+
+    def __init__(self, model: nn.Module, channels: Channels, norm: Norm) -> None:
+        self._size = torch.square if norm == "l2" else torch.abs
+        self._slices = [
+            _Slice(part, weight, pieces, max(self._sum(weight.detach(), pieces).item(), 1e-30))
+            for part, weight, pieces in _sliced(plain(model), channels)
+        ]
+
+    def norms(self) -> dict[str, Tensor]:
+        """Return, of each part of the model, the mean over its tensors of ‖W_R‖ relative to its start, in the graph."""
+        values: dict[str, list[Tensor]] = {}
+        for piece in self._slices:
+            values.setdefault(piece.part, []).append(self._sum(piece.weight, piece.pieces) / piece.start)
+        return {f"slices_{part}": torch.stack(found).mean() for part, found in sorted(values.items())}
+
+    def _sum(self, weight: Tensor, pieces: Sequence[Sequence[Tensor | None]]) -> Tensor:
+        return torch.stack([self._size(_taken(weight, piece).float()).sum() for piece in pieces]).sum()
+
+
+def _sliced(
+    model: nn.Module, channels: Channels
+) -> Iterator[tuple[Part, Tensor, tuple[tuple[Tensor | None, ...], ...]]]:
+    """Yield every tensor that loses channels with its part of the model and its slice; tied weights once."""
+    config: Any = model.config
+    family = family_named(config.model_type)
+    layout = layout_of(family)
+    widths = layout.widths(config.to_dict())
+    for full, weight in model.named_parameters():
+        name = full.replace(".base_layer.", ".")
+        if ".lora_" in name:
+            continue
+        block = family.block_of(name)
+        kept = kept_rows(layout, widths, name, weight.shape, channels.at(block[0] if block else None))
+        if any(rows is not None for rows in kept):
+            yield layout.part(name), weight, tuple(_pieces(kept, weight))
+
+
+def _pieces(kept: Sequence[list[int] | None], weight: Tensor) -> Iterator[tuple[Tensor | None, ...]]:
+    """Part what goes into pieces: what goes along one dimension, of what stays along those before it."""
+    before: list[Tensor | None] = []
+    for dimension, rows in enumerate(kept):
+        if rows is None:
+            before.append(None)
+            continue
+        stays = torch.zeros(weight.shape[dimension], dtype=torch.bool)
+        stays[rows] = True
+        gone = stays.logical_not().nonzero().flatten().to(weight.device)
+        yield (*before, gone, *(None for _ in kept[dimension + 1 :]))
+        before.append(stays.nonzero().flatten().to(weight.device))
+
+
+def _taken(weight: Tensor, piece: Sequence[Tensor | None]) -> Tensor:
+    for dimension, rows in enumerate(piece):
+        if rows is not None:
+            weight = weight.index_select(dimension, rows.to(weight.device))
+    return weight

@@ -40,6 +40,7 @@ def recover(
     Raises:
         Refusal: there are too few windows to hold some out, or the loss is not finite.
     """
+    settings = loop.with_learning_rate(settings, width=None)
     training, held_out = split(windows, settings)
     journal = journal or Silent()
     trained = lora.adapted(model, settings.lora, settings.seed)

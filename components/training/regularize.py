@@ -1,8 +1,8 @@
-"""Train a model so that its chosen layers can go: TRSP's second regularisation, and the same training without it.
+"""Train a model so that chosen layers and channels can go, and the same training without that.
 
-regularize(model, teacher, windows, removed, settings)                       # the candidate: cut it afterwards
-regularize(drop_layers(model, removed), teacher, windows, (), settings)      # control: pruned first
-regularize(model, teacher, windows, (), settings)                            # control: the dense model
+regularize(model, teacher, windows, selection, settings)                             # the candidate: cut it afterwards
+regularize(cut_model, teacher, windows, selection, settings, already_cut=True)       # control: pruned first
+regularize(model, teacher, windows, NOTHING, settings)                               # control: the dense model
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -18,25 +19,28 @@ from components.recipe import Regularize
 from components.training import loop, lora, objective, penalty
 from components.training.journal import Checkpoints, Journal, NoCheckpoints, Silent
 from components.transformer.gates import final_state, watched
+from components.transformer.narrow import narrowed
+from components.transformer.selection import NO_CHANNELS, Selection
 
 
-def needs_teacher(settings: Regularize, layers: Sequence[int]) -> bool:
+def needs_teacher(settings: Regularize, already_cut: bool = False) -> bool:
     """Say whether `regularize` must be given the dense model as a second one.
 
     It need not where the objective asks for none, nor where adapters are trained on the dense model: it is its own teacher
     with the adapters off.
     """
-    own = settings.trainable == "lora" and len(layers) > 0
-    return objective.uses_teacher(settings.objective) and not own
+    own = settings.trainable == "lora" and not already_cut
+    return settings.schedule != "none" and objective.uses_teacher(settings.objective) and not own
 
 
 def regularize(
     model: PreTrainedModel,
     teacher: PreTrainedModel | None,
     windows: Tensor,
-    layers: Sequence[int],
+    selection: Selection,
     settings: Regularize,
     *,
+    already_cut: bool = False,
     checkpoints: Checkpoints | None = None,
     journal: Journal | None = None,
     section: str = "regularize",
@@ -47,10 +51,11 @@ def regularize(
         model: what is trained.
         teacher: the dense model, frozen; None where `needs_teacher` says no.
         windows: token ids (windows, length).
-        layers: the layers to make the identity; none for a control, which gets the objective alone.
+        selection: what is to go; `NOTHING` for the dense model's own training.
         settings: schedule, objective and optimisation.
+        already_cut: whether the model has lost the selection already: a control, which gets the objective alone.
         checkpoints: where the training keeps its place.
-        journal: takes loss, its parts and the learning rate.
+        journal: takes loss, its parts and the learning rate, and the norm of the slices that are to go.
         section: the recipe's section, named in a refusal.
 
     Raises:
@@ -59,19 +64,22 @@ def regularize(
     """
     if settings.schedule == "none":
         return model
-    if teacher is None and needs_teacher(settings, layers):
+    if teacher is None and needs_teacher(settings, already_cut):
         raise ValueError("the objective compares with the dense model: give it as the teacher")
     trained: PreTrainedModel | PeftModel = (
         lora.adapted(model, settings.lora, settings.seed)
         if settings.trainable == "lora"
         else model.requires_grad_(True)
     )
+    # The release's width, so that a control that was narrowed first is trained at the same rate.
+    width = model.config.hidden_size + (len(selection.channels.hidden) if already_cut else 0)
+    settings = loop.with_learning_rate(settings, None if settings.trainable == "lora" else width)
     if teacher is not None:
         teacher.eval().requires_grad_(False)
     loop.train(
         trained,
         windows,
-        _Loss(model, trained, teacher, layers, settings),
+        _Loss(model, trained, teacher, selection, already_cut, settings),
         settings,
         section=section,
         checkpoints=checkpoints or NoCheckpoints(),
@@ -81,18 +89,23 @@ def regularize(
 
 
 class _Loss:
-    """What a step minimises: the objective, and the penalty on the chosen layers where that is the schedule."""
+    """What a step minimises: the objective, and the penalties on what is to go where that is the schedule."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         trained: PreTrainedModel | PeftModel,
-        teacher: nn.Module | None,
-        layers: Sequence[int],
+        teacher: PreTrainedModel | None,
+        selection: Selection,
+        already_cut: bool,
         settings: Regularize,
     ) -> None:
-        self.model, self.trained, self.teacher = model, trained, teacher
-        self.layers, self.settings = layers, settings
+        self.model, self.trained, self.teacher, self.settings = model, trained, teacher, settings
+        self.already_cut = already_cut
+        self.hidden = selection.channels.hidden
+        self.layers = () if already_cut else selection.removed
+        self.channels = NO_CHANNELS if already_cut else selection.channels
+        self.slices = penalty.Slices(trained, self.channels, settings.norm) if self.channels else None
 
     @contextmanager
     def __call__(self, wrapped: nn.Module, batch: Tensor, step: int) -> Iterator[Mapping[str, Tensor]]:
@@ -100,25 +113,46 @@ class _Loss:
         settings = self.settings
         target = self._targets(batch)  # before the gates, which the teacher may not see
         gate = penalty.annealed(step, settings.steps, settings.anneal) if settings.schedule == "anneal" else 1.0
-        watching = settings.schedule == "penalty" and len(self.layers) > 0
+        penalised = settings.schedule == "penalty"
         with (
             penalty.gated_at(self.model, self.layers, gate),
-            watched(self.model, self.layers if watching else ()) as seen,
+            narrowed(self.model, self.channels, gate),
+            watched(self.model, self.layers if penalised else ()) as seen,
             final_state(self.model) as final,
         ):
             logits = wrapped(input_ids=batch, use_cache=False).logits
-            parts = objective.weighted(settings.objective, logits, final.value, batch, target)
-            if watching:
+            parts = objective.weighted(settings.objective, logits, self._staying(final.value), batch, target)
+            weight = settings.strength * penalty.ramped(step, settings.steps, settings.ramp) if penalised else 0.0
+            if seen:
                 parts["penalty"] = penalty.penalty(seen, settings.norm)
-                weight = settings.strength * penalty.ramped(step, settings.steps, settings.ramp)
                 parts["loss"] = parts["loss"] + weight * parts["penalty"]
+            if self.slices:
+                with torch.set_grad_enabled(penalised):
+                    norms = self.slices.norms()
+                if penalised:
+                    parts["loss"] = parts["loss"] + weight * torch.stack(list(norms.values())).sum()
+                # As the model sees them: behind their gates.
+                parts |= {name: norm.detach() * gate for name, norm in norms.items()}
             yield parts
 
     def _targets(self, batch: Tensor) -> objective.Targets:
-        """Ask the teacher; trained adapters switched off are the dense model."""
+        """Ask the teacher; trained adapters switched off are the dense model. Of its final state, what stays is compared."""
+        target = objective.Targets(None, None)
         if self.teacher is not None:
-            return objective.targets(self.teacher.to(batch.device), batch, self.settings.objective)
-        if isinstance(self.trained, PeftModel) and objective.uses_teacher(self.settings.objective):
+            target = objective.targets(self.teacher.to(batch.device), batch, self.settings.objective)
+        elif isinstance(self.trained, PeftModel) and objective.uses_teacher(self.settings.objective):
             with self.trained.disable_adapter():
-                return objective.targets(self.model, batch, self.settings.objective)
-        return objective.Targets(None, None)
+                target = objective.targets(self.model, batch, self.settings.objective)
+        return target._replace(state=_without(target.state, self.hidden))
+
+    def _staying(self, state: Tensor | None) -> Tensor | None:
+        return state if self.already_cut else _without(state, self.hidden)
+
+
+def _without(state: Tensor | None, hidden: Sequence[int]) -> Tensor | None:
+    """Return a state (batch, length, hidden) without some of its channels."""
+    if state is None or not hidden:
+        return state
+    stays = torch.ones(state.shape[-1], dtype=torch.bool, device=state.device)
+    stays[list(hidden)] = False
+    return state[..., stays]

@@ -7,7 +7,7 @@ slow is imported. `load_model` imports transformers, and refuses a load that lef
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from components.errors import Refusal
 from components.transformer.families import Config, Family, family_of
+from components.transformer.layout import Widths
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +40,13 @@ class Stored:
     """Byte offset in the file."""
     size: int
     """Bytes."""
+
+    def pieces(self, length: int = 1 << 24) -> Iterator[bytes]:
+        """Yield the tensor's bytes, a piece at a time, so that none is ever held whole."""
+        with self.file.open("rb") as file:
+            file.seek(self.start)
+            for done in range(0, self.size, length):
+                yield file.read(min(length, self.size - done))
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,13 @@ class Checkpoint:
     def layers(self) -> int:
         """The number of layers."""
         return self.family.layers(self.config)
+
+    @property
+    def widths(self) -> Widths | None:
+        """The widths; None where the family's channels, or what the config leaves to its class, are not known."""
+        layout = self.family.layout
+        known = layout is not None and layout.hidden[0] in self.config and layout.heads in self.config
+        return layout.widths(self.config) if layout and known else None
 
     @cached_property
     def parameters(self) -> int:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
 from components.errors import Refusal
+from components.transformer.layout import ATTENTION, ENDS, HEAD_NORMS, LLAMA, NORMS, SANDWICH, Layout
 
 Config = Mapping[str, Any]
 """The mapping of a config.json."""
@@ -73,8 +74,8 @@ class Family:
     """The config fields that speak of single layers, each with its rule."""
     unsupported: Mapping[str, str] = field(default_factory=dict)
     """Config fields that are refused when they are set, each with the reason."""
-    experts: bool = False
-    """Whether the blocks hold a mixture of experts: layers can be removed, channels cannot."""
+    layout: Layout | None = LLAMA
+    """Where its channels lie; None where only layers can be removed, as of a mixture of experts."""
 
     def layers(self, config: Config) -> int:
         """The number of layers the config states. Raises Refusal where it states none."""
@@ -102,19 +103,76 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         row.model_type: row
         for row in (
-            Family("llama", "Llama 2 and 3"),
-            Family("opt", "OPT", blocks="model.decoder.layers"),
-            Family("phi", "Phi-1, 1.5 and 2"),
+            Family("llama", "Llama 2 and 3", layout=replace(LLAMA, divides=True)),
+            Family(
+                "opt",
+                "OPT",
+                blocks="model.decoder.layers",
+                layout=Layout(
+                    {
+                        **ATTENTION,
+                        "out_proj": "hidden query",
+                        "fc1": "ffn hidden",
+                        "fc2": "hidden ffn",
+                        "self_attn_layer_norm": "hidden",
+                        "final_layer_norm": "hidden",
+                        "embed_tokens": "any hidden",
+                        "embed_positions": "any hidden",
+                        "lm_head": "any hidden",
+                    },
+                    hidden=("hidden_size", "word_embed_proj_dim"),
+                    ffn="ffn_dim",
+                    groups=None,
+                    head=None,
+                ),
+            ),
+            Family(
+                "phi",
+                "Phi-1, 1.5 and 2",
+                layout=Layout(
+                    {
+                        **ATTENTION,
+                        "self_attn.dense": "hidden query",
+                        "fc1": "ffn hidden",
+                        "fc2": "hidden ffn",
+                        "q_layernorm": "any",
+                        "k_layernorm": "any",
+                        "input_layernorm": "hidden",
+                        "final_layernorm": "hidden",
+                        **ENDS,
+                    },
+                    head=None,
+                ),
+            ),
             Family("mistral", "Mistral"),
             Family("qwen2", "Qwen2 and 2.5", per_layer=_WINDOWED),
-            Family("qwen3", "Qwen3", per_layer=_WINDOWED),
-            Family("gemma2", "Gemma 2", per_layer=_TYPED),
+            Family("qwen3", "Qwen3", per_layer=_WINDOWED, layout=Layout({**LLAMA.modules, **HEAD_NORMS})),
+            Family(
+                "gemma2",
+                "Gemma 2",
+                per_layer=_TYPED,
+                layout=Layout({**LLAMA.modules, **SANDWICH}, divides=True, scaled_embedding=True),
+            ),
             Family(
                 "gemma3_text",
                 "Gemma 3 (text)",
                 per_layer={**_TYPED, "sliding_window_pattern": spelled_out, "_sliding_window_pattern": spelled_out},
+                layout=Layout({**LLAMA.modules, **SANDWICH, **HEAD_NORMS}, divides=True, scaled_embedding=True),
             ),
-            Family("phi3", "Phi-3"),
+            Family(
+                "phi3",
+                "Phi-3",
+                layout=Layout(
+                    {
+                        "qkv_proj": "query+key+key hidden",
+                        "o_proj": "hidden query",
+                        "gate_up_proj": "ffn+ffn hidden",
+                        "down_proj": "hidden ffn",
+                        **NORMS,
+                        **ENDS,
+                    }
+                ),
+            ),
             Family(
                 "gpt2",
                 "GPT-2",
@@ -124,24 +182,72 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                     "scale_attn_by_inverse_layer_idx": "scales attention by each layer's index, and a cut renumbers the layers",
                     "add_cross_attention": "lets the blocks read an encoder",
                 },
+                layout=Layout(
+                    {
+                        "c_attn": "query+key+key hidden",
+                        "attn.c_proj": "hidden query",
+                        "c_fc": "ffn hidden",
+                        "mlp.c_proj": "hidden ffn",
+                        "ln_1": "hidden",
+                        "ln_2": "hidden",
+                        "ln_f": "hidden",
+                        "wte": "any hidden",
+                        "wpe": "any hidden",
+                        "lm_head": "any hidden",
+                    },
+                    hidden=("n_embd",),
+                    ffn="n_inner",
+                    heads="n_head",
+                    groups=None,
+                    head=None,
+                    transposed=True,
+                ),
             ),
-            Family("gpt_neox", "GPT-NeoX and Pythia", blocks="gpt_neox.layers"),
+            Family(
+                "gpt_neox",
+                "GPT-NeoX and Pythia",
+                blocks="gpt_neox.layers",
+                layout=Layout(
+                    {
+                        "query_key_value": "qkv hidden",
+                        "attention.dense": "hidden query",
+                        "dense_h_to_4h": "ffn hidden",
+                        "dense_4h_to_h": "hidden ffn",
+                        "input_layernorm": "hidden",
+                        "post_attention_layernorm": "hidden",
+                        "final_layer_norm": "hidden",
+                        "embed_in": "any hidden",
+                        "embed_out": "any hidden",
+                        "lm_head": "any hidden",
+                    },
+                    groups=None,
+                    head=None,
+                ),
+            ),
             Family(
                 "smollm3",
                 "SmolLM3",
                 per_layer={**_WINDOWED, "no_rope_layers": one_each, "no_rope_layer_interval": spelled_out},
             ),
-            Family("olmo2", "OLMo 2"),
+            Family(
+                "olmo2",
+                "OLMo 2",
+                layout=Layout({**LLAMA.modules, **SANDWICH, "q_norm": "query", "k_norm": "key"}),
+            ),
             Family("granite", "Granite"),
-            Family("starcoder2", "StarCoder2"),
-            Family("stablelm", "StableLM"),
+            Family(
+                "starcoder2",
+                "StarCoder2",
+                layout=Layout({**ATTENTION, "c_fc": "ffn hidden", "c_proj": "hidden ffn", **NORMS, **ENDS}),
+            ),
+            Family("stablelm", "StableLM", layout=replace(LLAMA, head=None)),
             Family(
                 "qwen3_moe",
                 "Qwen3-MoE",
                 per_layer={**_WINDOWED, "mlp_only_layers": dense_layers, "decoder_sparse_step": every_layer},
-                experts=True,
+                layout=None,
             ),
-            Family("mixtral", "Mixtral", experts=True),
+            Family("mixtral", "Mixtral", layout=None),
         )
     }
 )

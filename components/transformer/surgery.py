@@ -1,4 +1,4 @@
-"""Removing layers: from a model in memory, and from a checkpoint on disk without loading it.
+"""Removing layers from a model in memory, and layers and channels from a checkpoint on disk without loading it.
 
 Both renumber what is left and bring every per-layer config field in step (`families.cut_config`); what goes unrenumbered
 elsewhere loads without a word and generates wrong text.
@@ -9,11 +9,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
+from components.transformer.channels import cut_widths, kept_rows, layout_of
 from components.transformer.checkpoint import INDEX, WEIGHTS, Checkpoint, Stored
 from components.transformer.families import Config, Family, cut_config, family_named, kept_layers
+from components.transformer.selection import NO_CHANNELS, Channels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,18 +69,28 @@ def drop_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
     return model
 
 
-def cut_layers(source: Path, out: Path, layers: Sequence[int], remote_code: bool = False) -> None:
-    """Write the checkpoint of `source` without `layers` to the folder `out`.
+def cut_checkpoint(
+    source: Path, out: Path, layers: Sequence[int] = (), channels: Channels = NO_CHANNELS, remote_code: bool = False
+) -> None:
+    """Write the checkpoint of `source` without `layers` and `channels` to the folder `out`.
 
-    The tensors' bytes are copied as they are, so every dtype and layout travels and no weight is ever held in memory.
+    The tensors' bytes are copied as they are, so that every dtype and layout travels. No more than one tensor is ever held in
+    memory, and that only where channels of it go.
+
+    Args:
+        source: the checkpoint to cut.
+        out: the folder to fill.
+        layers: indices of the layers that go.
+        channels: the channels that go.
+        remote_code: whether the source's own code travels.
 
     Raises:
         Refusal: `source` cannot be pruned, a layer is not of the model, or none would stay.
     """
     checkpoint = Checkpoint.open(source, remote_code)
-    config = cut_config(written_out(checkpoint.config, checkpoint.family), checkpoint.family, layers)
+    tensors, config = remaining(checkpoint, layers, channels), remaining_config(checkpoint, layers, channels)
     out.mkdir(parents=True, exist_ok=True)
-    _write_weights(out, renumbered(checkpoint, layers))
+    _write_weights(out, tensors)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     carry(source, out, remote_code)
 
@@ -93,18 +107,61 @@ def written_out(config: Config, family: Family) -> dict[str, Any]:
     return dict(config) | {field: value for field, value in filled.items() if value is not None}
 
 
-def renumbered(checkpoint: Checkpoint, layers: Sequence[int]) -> dict[str, Stored]:
-    """Return the tensors that stay when `layers` go, by their names in the cut checkpoint."""
+def remaining_config(checkpoint: Checkpoint, layers: Sequence[int], channels: Channels) -> dict[str, Any]:
+    """Return the config of what stays when `layers` and `channels` go."""
+    family = checkpoint.family
+    return cut_widths(cut_config(written_out(checkpoint.config, family), family, layers), family, channels)
+
+
+def remaining(checkpoint: Checkpoint, layers: Sequence[int], channels: Channels) -> dict[str, Stored]:
+    """Return the tensors that stay when `layers` and `channels` go, by their names in the cut checkpoint.
+
+    Raises:
+        Refusal: the family's layout does not know a tensor that may hold channels.
+    """
     number = {old: new for new, old in enumerate(kept_layers(checkpoint.layers, layers))}
     tensors = {}
     for name, tensor in checkpoint.tensors.items():
         block = checkpoint.family.block_of(name)
         if block is None:
-            tensors[name] = tensor
+            tensors[name] = _sliced(checkpoint, name, tensor, channels, None)
         elif block[0] in number:
-            _, start, end = block
-            tensors[f"{name[:start]}{number[block[0]]}{name[end:]}"] = tensor
+            layer, start, end = block
+            tensors[f"{name[:start]}{number[layer]}{name[end:]}"] = _sliced(checkpoint, name, tensor, channels, layer)
     return tensors
+
+
+def _sliced(checkpoint: Checkpoint, name: str, tensor: Stored, channels: Channels, layer: int | None) -> Stored:
+    if not channels:
+        return tensor
+    layout = layout_of(checkpoint.family)
+    kept = kept_rows(layout, layout.widths(checkpoint.config), name, tensor.shape, channels.at(layer))
+    if all(rows is None for rows in kept):
+        return tensor
+    shape = tuple(size if rows is None else len(rows) for rows, size in zip(kept, tensor.shape, strict=True))
+    size = _width(tensor) * prod(shape)
+    return Sliced(tensor.file, tensor.dtype, shape, tensor.start, size, whole=tensor.shape, kept=tuple(kept))
+
+
+@dataclass(frozen=True)
+class Sliced(Stored):
+    """What stays of a stored tensor."""
+
+    whole: tuple[int, ...]
+    """The shape as it is stored."""
+    kept: tuple[list[int] | None, ...]
+    """For each dimension the indices that stay, or None where all do."""
+
+    def pieces(self, length: int = 1 << 24) -> Iterator[bytes]:
+        """Yield the bytes that stay, in one piece."""
+        import numpy
+
+        # Only moved, never computed with: any type of the same width will do.
+        found: Any = numpy.memmap(self.file, f"u{_width(self)}", mode="r", offset=self.start, shape=self.whole)
+        for dimension, rows in enumerate(self.kept):
+            if rows is not None:
+                found = found.take(rows, axis=dimension)
+        yield found.tobytes()
 
 
 def carry(source: Path, out: Path, remote_code: bool = False) -> None:
@@ -167,19 +224,9 @@ def _write_shard(path: Path, tensors: Mapping[str, Stored]) -> None:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in ordered.values():
-            _copy_bytes(tensor, file)
+            file.writelines(tensor.pieces())
 
 
 def _width(tensor: Stored) -> int:
     """Bytes of one element."""
     return {"F64": 8, "F32": 4}.get(tensor.dtype, 2)
-
-
-def _copy_bytes(tensor: Stored, file: BinaryIO, piece: int = 1 << 24) -> None:
-    with tensor.file.open("rb") as source:
-        source.seek(tensor.start)
-        left = tensor.size
-        while left:
-            read = source.read(min(piece, left))
-            file.write(read)
-            left -= len(read)

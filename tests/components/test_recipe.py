@@ -115,7 +115,10 @@ class TestAValueThatIsNotAllowed:
 
     def test_is_a_method_that_is_not_there(self) -> None:
         said = refusal(method="tsrp")
-        assert said == "the recipe's method 'tsrp' is not known: use one of shortgpt, sleb, trsp: did you mean 'trsp'?"
+        assert (
+            said
+            == "the recipe's method 'tsrp' is not known: use one of dress, shortgpt, sleb, trsp: did you mean 'trsp'?"
+        )
 
     def test_is_a_batch_that_its_parts_do_not_fill(self) -> None:
         said = refusal(regularize={"batch_size": 8, "micro_batch_size": 3})
@@ -262,7 +265,7 @@ def test_a_recipe_is_immutable() -> None:
 
 
 def test_a_method_is_a_file_of_the_methods_folder() -> None:
-    assert methods() == ("shortgpt", "sleb", "trsp")
+    assert methods() == ("dress", "shortgpt", "sleb", "trsp")
 
 
 def test_sections_are_plain_data_for_json() -> None:

@@ -3,30 +3,46 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from components.recipe import Gates
+from components.recipe import Dress, Gates, Target
 from components.training.journal import Journal
-from components.transformer.selection import Selection
+from components.transformer.checkpoint import layers_to_remove
+from components.transformer.gates import blocks
+from components.transformer.selection import NOTHING, Selection
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a method is asked for: the recipe's sections, and what the method before it chose."""
+
+    target: Target
+    gates: Gates = field(default_factory=Gates)
+    dress: Dress = field(default_factory=Dress)
+    before: Selection = NOTHING
+
+    def layers(self, model: PreTrainedModel) -> int:
+        """Return how many layers go. Raises Refusal where none would stay."""
+        return layers_to_remove(self.target.ratio, len(blocks(model)))
 
 
 class Choose(Protocol):
     """What every method's `choose` is."""
 
     def __call__(
-        self, model: PreTrainedModel, windows: Tensor, count: int, gates: Gates, *, journal: Journal, out: Path | None
+        self, model: PreTrainedModel, windows: Tensor, task: Task, *, journal: Journal, out: Path | None
     ) -> Selection:
-        """Choose `count` layers of the model to remove.
+        """Choose what of the model is removed.
 
         Args:
             model: the dense model, left as it was.
             windows: token ids (windows, length) to judge by.
-            count: how many layers go, fewer than the model has.
-            gates: the recipe's section; a method without gates takes its batch size alone.
+            task: how much goes, and how to choose it; a method without gates takes the batch size of that section alone.
             journal: takes curves and progress.
             out: an existing folder for what the method leaves beside its choice; None leaves nothing.
         """

@@ -7,21 +7,19 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from components.recipe import Gates
+from components.learn_gates.methods import Task
 from components.training.journal import Journal
 from components.transformer.gates import blocks, bypassed
 from components.transformer.perplexity import perplexity
 from components.transformer.selection import Selection
 
 
-def choose(
-    model: PreTrainedModel, windows: Tensor, count: int, gates: Gates, *, journal: Journal, out: Path | None
-) -> Selection:
+def choose(model: PreTrainedModel, windows: Tensor, task: Task, *, journal: Journal, out: Path | None) -> Selection:
     """Choose greedily: each round measures every layer that is left on all windows, with those gone before it skipped.
 
     `scores["perplexity"]` is, for each layer, the perplexity without it in the last round that measured it.
     """
-    layers = range(len(blocks(model)))
+    layers, count = range(len(blocks(model))), task.layers(model)
     total = sum(len(layers) - gone for gone in range(count))
     order: list[int] = []
     scores = dict.fromkeys(layers, 0.0)
@@ -29,7 +27,7 @@ def choose(
     for _ in range(count):
         for layer in (layer for layer in layers if layer not in order):
             with bypassed(model, [*order, layer]):
-                scores[layer] = perplexity(model, windows, gates.batch_size)
+                scores[layer] = perplexity(model, windows, task.gates.batch_size)
             done += 1
             journal.progress(done, total, perplexity=scores[layer])
         order.append(min((layer for layer in layers if layer not in order), key=scores.__getitem__))

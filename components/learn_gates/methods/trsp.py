@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from components.learn_gates.methods import Task
 from components.learn_gates.trajectory import Step, draw, save
 from components.recipe import Gates
 from components.training.gates import learn_gates
@@ -21,10 +22,8 @@ from components.transformer.perplexity import perplexity
 from components.transformer.selection import Selection
 
 
-def choose(
-    model: PreTrainedModel, windows: Tensor, count: int, gates: Gates, *, journal: Journal, out: Path | None
-) -> Selection:
-    """Choose `count` layers, and leave `trajectory.jsonl` and `gates.svg` in `out`.
+def choose(model: PreTrainedModel, windows: Tensor, task: Task, *, journal: Journal, out: Path | None) -> Selection:
+    """Choose layers, and leave `trajectory.jsonl` and `gates.svg` in `out`.
 
     Iterative: after each round the least needed layer goes, and the gates of the others are learned on from where they stand.
     One-shot: all steps are taken at once, and the layers go by the gates they end with.
@@ -32,6 +31,7 @@ def choose(
     `scores["gate"]` is each layer's gate when it went, or at the end; `scores["perplexity"]` the perplexity without it when it
     was last measured, and 0 where it never was on a shortlist.
     """
+    gates, count = task.gates, task.layers(model)
     search = _Search(model, windows, count, gates, journal)
     for number in range(count):
         if number == 0 or gates.strategy == "iterative":

@@ -14,7 +14,8 @@ from components.prune.prune import prune
 from components.recipe import Target
 from components.transformer.checkpoint import Checkpoint
 from components.transformer.export import VerificationError
-from components.transformer.surgery import cut_layers
+from components.transformer.selection import Channels
+from components.transformer.surgery import cut_checkpoint
 from tests.components.given import Given, weights
 from tests.components.training.tiny import Written
 
@@ -69,10 +70,10 @@ def test_the_card_tells_release_licence_and_recipe(given: Given, tmp_path: Path)
 def test_a_cut_that_is_not_the_one_asked_for_is_not_published(
     given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def cuts_another(source: Path, out: Path, layers: Sequence[int]) -> None:
-        cut_layers(source, out, [layer + 1 for layer in layers])
+    def cuts_another(source: Path, out: Path, layers: Sequence[int], channels: Channels) -> None:
+        cut_checkpoint(source, out, [layer + 1 for layer in layers], channels)
 
-    monkeypatch.setattr(stage, "cut_layers", cuts_another)
+    monkeypatch.setattr(stage, "cut_checkpoint", cuts_another)
     with pytest.raises(VerificationError):
         work(given, tmp_path / "out")
     assert not (tmp_path / "out/verification.json").exists()

@@ -10,7 +10,7 @@ import pytest
 from components.recipe import Regularize
 from components.regularize.regularize import regularize
 from components.transformer.checkpoint import Checkpoint
-from components.transformer.surgery import cut_layers
+from components.transformer.surgery import cut_checkpoint
 from tests.components.given import TRAINING, Given, digest, weights
 from tests.components.training.tiny import Kept, Written, same
 
@@ -57,7 +57,7 @@ def test_every_step_is_journalled(given: Given, tmp_path: Path) -> None:
 
 def test_the_annealed_layer_can_be_cut_without_a_change(given: Given, tmp_path: Path) -> None:
     out = work(given, tmp_path / "out")
-    cut_layers(out / "model", tmp_path / "cut/model", (1,))
+    cut_checkpoint(out / "model", tmp_path / "cut/model", (1,))
     assert given.perplexity(tmp_path / "cut") == pytest.approx(given.perplexity(out, without=(1,)))
 
 

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 from components.errors import Refusal
 from components.recipe import Gates
 from components.training.gates import learn_gates
-from tests.components.training.tiny import counting, llama, same, weights
+from tests.components.training.tiny import chosen, counting, llama, same, weights
 
 
 def settings(**fields: Any) -> Gates:
@@ -32,7 +32,7 @@ def idle() -> LlamaForCausalLM:
 
     objective = Objective(lm=1, kl=0, state=0)
     asked = Regularize(steps=60, learning_rate=3e-3, precision="fp32", objective=objective, anneal=0.01)
-    return regularize(llama(), None, counting(), [2], asked)
+    return regularize(llama(), None, counting(), chosen(2), asked)
 
 
 def test_the_layer_that_does_no_good_gets_the_smallest_gate(idle: LlamaForCausalLM) -> None:

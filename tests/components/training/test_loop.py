@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from components.errors import Refusal
 from components.recipe import Optimisation
 from components.training.journal import NoCheckpoints, Silent
-from components.training.loop import Order, learning_rate, train
+from components.training.loop import Order, learning_rate, train, with_learning_rate
 from components.training.objective import lm_loss
 from components.transformer.gates import gated
 from tests.components.training.tiny import Kept, Killed, Written, counting, llama, same, weights
@@ -67,6 +67,13 @@ class TestLearningRate:
 
     def test_starts_at_the_peak_without_a_warm_up(self) -> None:
         assert learning_rate(0, settings(warmup=0.0)) == 3e-3
+
+    def test_falls_with_the_width_where_the_recipe_leaves_it_open(self) -> None:
+        open_ = settings(learning_rate=None)
+        assert with_learning_rate(open_, width=4096).learning_rate == pytest.approx(2e-5, rel=0.05)
+        assert with_learning_rate(open_, width=256).learning_rate == pytest.approx(3.1e-4, rel=0.05)
+        assert with_learning_rate(open_, width=None).learning_rate == 1e-4
+        assert with_learning_rate(settings(learning_rate=0.5), width=4096).learning_rate == 0.5
 
 
 class TestTraining:

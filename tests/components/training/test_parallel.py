@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from components.recipe import Objective, Regularize
 from components.training.regularize import regularize
-from tests.components.training.tiny import Kept, Written, counting, llama, weights
+from tests.components.training.tiny import Kept, Written, chosen, counting, llama, weights
 
 ROOT = Path(__file__).parents[3]
 
@@ -31,7 +31,7 @@ def train(out: Path) -> None:
     )
     journal, rank = Written(), int(os.environ.get("RANK", 0))
     checkpoints = Kept(out / f"kept-{rank}")
-    model = regularize(llama(), llama(), counting(), [1], settings, checkpoints=checkpoints, journal=journal)
+    model = regularize(llama(), llama(), counting(), chosen(1), settings, checkpoints=checkpoints, journal=journal)
     held = {name: weight for name, weight in weights(model).items() if name != "lm_head.weight"}
     save_file(held | {"loss": torch.tensor(journal.curve("loss"))}, out / f"{rank}.safetensors")
     assert bool(checkpoints.steps) == (rank == 0)

@@ -14,8 +14,9 @@ from components.recipe import Lora, Objective, Regularize
 from components.training.regularize import needs_teacher, regularize
 from components.transformer.gates import skipped, watched
 from components.transformer.perplexity import perplexity
+from components.transformer.selection import NOTHING
 from components.transformer.surgery import drop_layers
-from tests.components.training.tiny import Kept, Killed, Written, counting, llama, same, weights
+from tests.components.training.tiny import Kept, Killed, Written, chosen, counting, llama, same, weights
 
 LM = Objective(lm=1, kl=0, state=0)
 
@@ -23,7 +24,7 @@ LM = Objective(lm=1, kl=0, state=0)
 @pytest.fixture(scope="module")
 def taught() -> LlamaForCausalLM:
     """A dense model that has learnt to count, so that removing a layer costs something."""
-    return regularize(llama(), None, counting(), (), settings(steps=60, objective=LM))
+    return regularize(llama(), None, counting(), NOTHING, settings(steps=60, objective=LM))
 
 
 def settings(**fields: Any) -> Regularize:
@@ -41,7 +42,7 @@ def change(model: LlamaForCausalLM, layer: int) -> float:
 def test_annealed_layers_can_go_without_loss(taught: LlamaForCausalLM) -> None:
     removed = [1, 2]
     cut = perplexity(drop_layers(copy.deepcopy(taught), removed), counting())
-    model = regularize(copy.deepcopy(taught), taught, counting(), removed, settings())
+    model = regularize(copy.deepcopy(taught), taught, counting(), chosen(*removed), settings())
     after = perplexity(drop_layers(model, removed), counting())
     assert after < 0.7 * cut
 
@@ -49,40 +50,48 @@ def test_annealed_layers_can_go_without_loss(taught: LlamaForCausalLM) -> None:
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 def test_the_penalty_makes_the_chosen_layers_nearly_the_identity(taught: LlamaForCausalLM, norm: str) -> None:
     fields = {"schedule": "penalty", "norm": norm, "objective": LM, "steps": 40}
-    penalised = regularize(copy.deepcopy(taught), None, counting(), [1], settings(strength=3.0, **fields))
-    free = regularize(copy.deepcopy(taught), None, counting(), [1], settings(strength=0.0, **fields))
+    penalised = regularize(copy.deepcopy(taught), None, counting(), chosen(1), settings(strength=3.0, **fields))
+    free = regularize(copy.deepcopy(taught), None, counting(), chosen(1), settings(strength=0.0, **fields))
     assert change(penalised, 1) < 0.3 * change(free, 1)
     assert change(penalised, 2) > change(penalised, 1)
 
 
 def test_the_curve_has_every_part_by_name(taught: LlamaForCausalLM) -> None:
     journal = Written()
-    regularize(copy.deepcopy(taught), taught, counting(), [1], settings(steps=2, schedule="penalty"), journal=journal)
+    regularize(
+        copy.deepcopy(taught), taught, counting(), chosen(1), settings(steps=2, schedule="penalty"), journal=journal
+    )
     assert set(journal.lines[0][1]) == {"loss", "lm", "kl", "state", "penalty", "learning_rate", "gradient_norm"}
     assert journal.lines[0][1]["kl"] == pytest.approx(0, abs=1e-5)  # nothing has moved yet
 
 
 def test_a_control_gets_the_objective_alone(taught: LlamaForCausalLM) -> None:
     journal = Written()
-    regularize(copy.deepcopy(taught), taught, counting(), (), settings(steps=2, schedule="penalty"), journal=journal)
+    asked = settings(steps=2, schedule="penalty")
+    cut = drop_layers(copy.deepcopy(taught), [1])
+    regularize(cut, taught, counting(), chosen(1), asked, already_cut=True, journal=journal)
     assert "penalty" not in journal.lines[0][1]
 
 
 def test_cutting_first_is_annealing_over_no_step(taught: LlamaForCausalLM) -> None:
     """The candidate and its control differ in when the layers go, and in nothing else."""
-    candidate = regularize(copy.deepcopy(taught), taught, counting(), [1], settings(steps=4, anneal=0.01))
-    control = regularize(drop_layers(copy.deepcopy(taught), [1]), taught, counting(), (), settings(steps=4))
+    candidate = regularize(copy.deepcopy(taught), taught, counting(), chosen(1), settings(steps=4, anneal=0.01))
+    control = regularize(
+        drop_layers(copy.deepcopy(taught), [1]), taught, counting(), chosen(1), settings(steps=4), already_cut=True
+    )
     assert same(weights(drop_layers(candidate, [1])), weights(control))
 
 
 def test_the_teacher_does_not_move(taught: LlamaForCausalLM) -> None:
     before = weights(taught)
-    regularize(copy.deepcopy(taught), taught, counting(), [1], settings(steps=2))
+    regularize(copy.deepcopy(taught), taught, counting(), chosen(1), settings(steps=2))
     assert same(weights(taught), before)
 
 
 def test_the_model_comes_back_in_the_type_it_came_in(taught: LlamaForCausalLM) -> None:
-    model = regularize(copy.deepcopy(taught).bfloat16(), taught, counting(), [1], settings(steps=2, precision="auto"))
+    model = regularize(
+        copy.deepcopy(taught).bfloat16(), taught, counting(), chosen(1), settings(steps=2, precision="auto")
+    )
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
 
 
@@ -90,23 +99,24 @@ class TestAdapters:
     def test_their_teacher_is_the_model_without_them_and_without_its_gates(self, taught: LlamaForCausalLM) -> None:
         asked = settings(steps=6, trainable="lora", lora=Lora(rank=4), anneal=0.5)
         own, given = Written(), Written()
-        assert not needs_teacher(asked, [1])
-        regularize(copy.deepcopy(taught), None, counting(), [1], asked, journal=own)
-        regularize(copy.deepcopy(taught), taught, counting(), [1], asked, journal=given)
+        assert not needs_teacher(asked)
+        regularize(copy.deepcopy(taught), None, counting(), chosen(1), asked, journal=own)
+        regularize(copy.deepcopy(taught), taught, counting(), chosen(1), asked, journal=given)
         assert own.curve("kl") == pytest.approx(given.curve("kl"), rel=1e-4)
 
     def test_they_are_merged_into_a_plain_model_that_computes_the_same(self, taught: LlamaForCausalLM) -> None:
         model = regularize(
-            copy.deepcopy(taught), None, counting(), [1], settings(trainable="lora", lora=Lora(rank=4), steps=30)
+            copy.deepcopy(taught), None, counting(), chosen(1), settings(trainable="lora", lora=Lora(rank=4), steps=30)
         )
         assert weights(model).keys() == weights(taught).keys()
         with skipped(taught, [1]):
             assert perplexity(drop_layers(model, [1]), counting()) < perplexity(taught, counting())
 
     def test_a_control_with_adapters_needs_the_dense_model(self, taught: LlamaForCausalLM) -> None:
-        assert needs_teacher(settings(trainable="lora"), ())
+        assert needs_teacher(settings(trainable="lora"), already_cut=True)
+        cut = drop_layers(copy.deepcopy(taught), [1])
         with pytest.raises(ValueError, match="give it as the teacher"):
-            regularize(copy.deepcopy(taught), None, counting(), (), settings(trainable="lora"))
+            regularize(cut, None, counting(), chosen(1), settings(trainable="lora"), already_cut=True)
 
 
 @pytest.mark.parametrize("trainable", ["all", "lora"])
@@ -116,16 +126,18 @@ def test_killed_and_taken_up_it_ends_with_the_very_weights(
 ) -> None:
     """Killed while the gates fall (3), and when the layers are skipped already (5)."""
     asked = settings(steps=6, anneal=0.6, trainable=trainable, lora=Lora(rank=4, dropout=0.2), checkpoint_every=2)
-    uninterrupted = regularize(copy.deepcopy(taught), taught, counting(), [1, 2], asked)
+    uninterrupted = regularize(copy.deepcopy(taught), taught, counting(), chosen(1, 2), asked)
     checkpoints = Kept(tmp_path / "kept")
     journal = Written(killed_at=killed_at)
     with pytest.raises(Killed):
-        regularize(copy.deepcopy(taught), taught, counting(), [1, 2], asked, checkpoints=checkpoints, journal=journal)
-    resumed = regularize(copy.deepcopy(taught), taught, counting(), [1, 2], asked, checkpoints=checkpoints)
+        regularize(
+            copy.deepcopy(taught), taught, counting(), chosen(1, 2), asked, checkpoints=checkpoints, journal=journal
+        )
+    resumed = regularize(copy.deepcopy(taught), taught, counting(), chosen(1, 2), asked, checkpoints=checkpoints)
     assert same(weights(resumed), weights(uninterrupted))
 
 
 def test_no_schedule_leaves_the_model_alone(taught: LlamaForCausalLM) -> None:
     model = copy.deepcopy(taught)
-    assert regularize(model, None, counting(), [1], settings(schedule="none")) is model
+    assert regularize(model, None, counting(), chosen(1), settings(schedule="none")) is model
     assert same(weights(model), weights(taught))

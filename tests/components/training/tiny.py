@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from components.transformer.selection import NO_CHANNELS, Channels, Selection
+
 VOCABULARY = 48
 
 
@@ -34,6 +36,11 @@ def counting(windows: int = 24, length: int = 16) -> Tensor:
     """Return windows (windows, length) of tokens that count upwards: a text that is learnt in a few steps."""
     starts = torch.randint(VOCABULARY, (windows, 1), generator=torch.Generator().manual_seed(0))
     return (starts + torch.arange(length)) % VOCABULARY
+
+
+def chosen(*layers: int, channels: Channels = NO_CHANNELS) -> Selection:
+    """Return the selection of these layers and channels."""
+    return Selection(method="hand", removed=layers, order=layers, channels=channels)
 
 
 class Kept:

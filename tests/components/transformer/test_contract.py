@@ -16,7 +16,7 @@ from components.transformer import surgery
 from components.transformer.checkpoint import Checkpoint, load_model
 from components.transformer.export import save_model, verify_cut
 from components.transformer.gates import Placement, blocks, gated, skipped
-from components.transformer.surgery import cut_layers, drop_layers
+from components.transformer.surgery import cut_checkpoint, drop_layers
 from tests.components.transformer.zoo import LENGTH, SPECIMENS, Specimen, logits, prompts, release
 
 LAYERS = 6
@@ -100,7 +100,7 @@ def test_a_layer_dropped_in_memory_equals_it_skipped(
 def test_a_cut_on_disk_equals_the_layers_skipped(
     source: Path, skipping: Tensor, layers: tuple[int, ...], tmp_path: Path
 ) -> None:
-    cut_layers(source, tmp_path, layers)
+    cut_checkpoint(source, tmp_path, layers)
     model = reloaded(tmp_path)
     assert torch.equal(logits(model), skipping)
     assert_cache_changes_nothing(model)
@@ -119,7 +119,7 @@ def test_a_model_dropped_and_saved_equals_the_layers_skipped(
 def test_the_export_is_verified_and_keeps_the_dtype(specimen: Specimen, dtype: torch.dtype, tmp_path: Path) -> None:
     model = specimen.model(LAYERS, dtype=dtype)
     source = release(model, tmp_path / "source")
-    cut_layers(source, tmp_path / "cut", (1, 4))
+    cut_checkpoint(source, tmp_path / "cut", (1, 4))
     verification = verify_cut(source, tmp_path / "cut", (1, 4))
     assert verification.max_difference == 0
     save_model(model.float(), source, tmp_path / "saved")
@@ -132,18 +132,18 @@ def test_shards_come_in_and_go_out(
 ) -> None:
     sharded = release(specimen.model(LAYERS), tmp_path / "source", shard="40KB")
     monkeypatch.setattr(surgery, "SHARD_BYTES", 30_000)
-    cut_layers(sharded, tmp_path / "shards", (0, 4))
+    cut_checkpoint(sharded, tmp_path / "shards", (0, 4))
     monkeypatch.undo()
-    cut_layers(source, tmp_path / "one", (0, 4))
+    cut_checkpoint(source, tmp_path / "one", (0, 4))
     assert len(list(sharded.glob("*.safetensors"))) > 1
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
     assert torch.equal(logits(reloaded(tmp_path / "shards")), logits(reloaded(tmp_path / "one")))
 
 
 def test_a_cut_model_can_be_cut_again(source: Path, dense: PreTrainedModel, tmp_path: Path) -> None:
-    cut_layers(source, tmp_path / "once", (1, 3))  # 0 2 4 5 stay
-    cut_layers(tmp_path / "once", tmp_path / "twice", (0, 2))  # 2 5 stay
-    cut_layers(source, tmp_path / "at-once", (0, 1, 3, 4))
+    cut_checkpoint(source, tmp_path / "once", (1, 3))  # 0 2 4 5 stay
+    cut_checkpoint(tmp_path / "once", tmp_path / "twice", (0, 2))  # 2 5 stay
+    cut_checkpoint(source, tmp_path / "at-once", (0, 1, 3, 4))
     with skipped(dense, (0, 1, 3, 4)):
         assert torch.equal(logits(reloaded(tmp_path / "twice")), logits(dense))
     assert Checkpoint.open(tmp_path / "twice").config == Checkpoint.open(tmp_path / "at-once").config
@@ -152,7 +152,7 @@ def test_a_cut_model_can_be_cut_again(source: Path, dense: PreTrainedModel, tmp_
 def test_what_travels_with_the_weights_is_the_release_s_own(
     source: Path, model: PreTrainedModel, tmp_path: Path
 ) -> None:
-    cut_layers(source, tmp_path / "cut", (0,))
+    cut_checkpoint(source, tmp_path / "cut", (0,))
     save_model(model, source, tmp_path / "saved")
     names = {path.name for path in source.iterdir()} - {"config.json", "model.safetensors"}
     assert {"tokenizer.json", "chat_template.jinja", "generation_config.json", "LICENSE"} <= names

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from components.transformer.checkpoint import Checkpoint, load_model
 from components.transformer.export import VerificationError, answers, save_model, verify_cut, verify_export
-from components.transformer.surgery import cut_layers, drop_layers
+from components.transformer.surgery import cut_checkpoint, drop_layers
 from tests.components.transformer.zoo import SPECIMENS, release
 
 BY_NAME = {specimen.name: specimen for specimen in SPECIMENS}
@@ -26,7 +26,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def cut(source: Path, tmp_path: Path) -> Path:
     """The source without layers 1 and 2, waiting to be spoilt."""
-    cut_layers(source, tmp_path / "cut", (1, 2))
+    cut_checkpoint(source, tmp_path / "cut", (1, 2))
     return tmp_path / "cut"
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from components.errors import Refusal
 from components.transformer import surgery
 from components.transformer.checkpoint import Checkpoint, load_model
-from components.transformer.surgery import cut_layers, drop_layers
+from components.transformer.surgery import cut_checkpoint, drop_layers
 from tests.components.transformer.zoo import SPECIMENS, logits, release
 
 BY_NAME = {specimen.name: specimen for specimen in SPECIMENS}
@@ -24,7 +24,7 @@ def config_of(folder: Path) -> dict[str, object]:
 
 def test_the_tensors_left_are_the_release_s_bytes_under_new_numbers(tmp_path: Path) -> None:
     model = BY_NAME["llama"].model(4, dtype=torch.bfloat16)
-    cut_layers(release(model, tmp_path / "source"), tmp_path / "cut", (0, 2))
+    cut_checkpoint(release(model, tmp_path / "source"), tmp_path / "cut", (0, 2))
     tensors = load_file(tmp_path / "cut" / "model.safetensors")
     for new, old in enumerate((1, 3)):
         for name, parameter in model.model.layers[old].named_parameters():
@@ -36,7 +36,7 @@ def test_the_config_changes_in_what_the_cut_changes_only(tmp_path: Path) -> None
     source = release(BY_NAME["llama"].model(4), tmp_path / "source")
     config = config_of(source) | {"a_field_of_the_release": "stays"}
     (source / "config.json").write_text(json.dumps(config))
-    cut_layers(source, tmp_path / "cut", (0,))
+    cut_checkpoint(source, tmp_path / "cut", (0,))
     assert config_of(tmp_path / "cut") == config | {"num_hidden_layers": 3}
 
 
@@ -46,7 +46,7 @@ def test_a_list_the_config_left_out_is_written(tmp_path: Path) -> None:
     config = config_of(source)
     whole = config.pop("layer_types")
     (source / "config.json").write_text(json.dumps(config))
-    cut_layers(source, tmp_path / "cut", (1,))
+    cut_checkpoint(source, tmp_path / "cut", (1,))
     assert isinstance(whole, list)
     assert config_of(tmp_path / "cut")["layer_types"] == [whole[0], whole[2], whole[3]]
 
@@ -59,7 +59,7 @@ def test_a_checkpoint_of_the_bare_base_model_is_cut(tmp_path: Path) -> None:
         name.removeprefix("transformer."): tensor for name, tensor in load_file(source / "model.safetensors").items()
     }
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    cut_layers(source, tmp_path / "cut", (1,))
+    cut_checkpoint(source, tmp_path / "cut", (1,))
     assert "h.1.ln_1.weight" in Checkpoint.open(tmp_path / "cut").tensors
     assert torch.equal(logits(load_model(tmp_path / "cut")), logits(drop_layers(model, [1])))
 
@@ -68,7 +68,7 @@ def test_constants_that_transformers_ignores_are_left_behind(tmp_path: Path) -> 
     source = release(BY_NAME["gpt2"].model(2), tmp_path / "source")
     tensors = load_file(source / "model.safetensors") | {"transformer.h.1.attn.bias": torch.ones(1, 1, 8, 8)}
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    cut_layers(source, tmp_path / "cut", (0,))
+    cut_checkpoint(source, tmp_path / "cut", (0,))
     assert not [name for name in load_file(tmp_path / "cut" / "model.safetensors") if name.endswith(".attn.bias")]
 
 
@@ -77,7 +77,7 @@ def test_shards_hold_at_most_their_size_and_the_index_names_them(
 ) -> None:
     source = release(BY_NAME["llama"].model(4), tmp_path / "source")
     monkeypatch.setattr(surgery, "SHARD_BYTES", 20_000)
-    cut_layers(source, tmp_path / "cut", (3,))
+    cut_checkpoint(source, tmp_path / "cut", (3,))
     index = json.loads((tmp_path / "cut" / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in (tmp_path / "cut").glob("*.safetensors"))
     assert sorted(set(index["weight_map"].values())) == files
@@ -101,5 +101,5 @@ def test_every_index_of_a_layer_in_memory_is_renumbered() -> None:
 def test_an_impossible_cut_writes_nothing(layers: tuple[int, ...], tmp_path: Path) -> None:
     source = release(BY_NAME["llama"].model(4), tmp_path / "source")
     with pytest.raises(Refusal):
-        cut_layers(source, tmp_path / "cut", layers)
+        cut_checkpoint(source, tmp_path / "cut", layers)
     assert not (tmp_path / "cut").exists()
