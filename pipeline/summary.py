@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from components.register.measured import Measured, ratio
+from components.register.measured import Measured, differing, ratio
 from components.register.page import ABSENT, count, number, times, verdict_sentence
 from components.register.report import Report
+from components.transformer.removal import NOUNS
 
 
 def print_summary(report: Report | Mapping[str, Any], console: Console) -> None:
@@ -40,7 +41,9 @@ def summary_table(report: Report) -> Table:
 
 def _rows(models: Mapping[str, Measured]) -> Iterator[tuple[str, list[str]]]:
     each = models.values()
-    yield "layers", [str(model.layers) for model in each]
+    for axis in differing(each):
+        counts = [model.along(axis) for model in each]
+        yield NOUNS[axis], [ABSENT if count is None else f"{count:,}" for count in counts]
     yield "parameters", _beside([float(model.parameters) for model in each], count)
     for text in dict.fromkeys(text for model in each for text in model.perplexity):
         yield f"perplexity {text}", _beside([model.perplexity.get(text) for model in each], number)

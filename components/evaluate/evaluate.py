@@ -10,7 +10,7 @@ import gc
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,7 @@ def evaluate(
 ) -> None:
     """Measure the models and leave `evaluation.json`.
 
-    It holds `models` (name → parameters, bytes, layers, dtype, perplexity, tasks, speed, prefill_flops, notes) and the
+    It holds `models` (name → parameters, bytes, layers, widths, dtype, perplexity, tasks, speed, prefill_flops, notes) and the
     `context` of the numbers. A number that is not finite is null there, and a note says what it was. Bytes are those of the
     stored weights; prefill_flops are those of one sequence of `speed.prompt` tokens.
 
@@ -192,6 +192,7 @@ def _quality(
         "parameters": checkpoint.parameters,
         "bytes": checkpoint.bytes,
         "layers": checkpoint.layers,
+        "widths": asdict(checkpoint.widths) if checkpoint.widths else None,
         "dtype": checkpoint.dtype,
         "perplexity": perplexities,
         "tasks": tasks,

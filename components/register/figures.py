@@ -108,11 +108,31 @@ def curve(points: Curve, name: str, *, mark: tuple[float, str] | None = None) ->
         axes.plot(*_columns(points), **(thin if smooth else {"color": ACCENT, "marker": "o", "markersize": 3}))
         axes.plot(*_columns(smooth), color=ACCENT)
         if mark:
-            axes.axvline(mark[0], color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
-            top = axes.get_xaxis_transform()
-            axes.annotate(mark[1], (mark[0], 1), (4, -8), top, textcoords="offset points", color=MUTED)
+            _mark(axes, mark)
 
     return _panel(draw, "optimizer step", name, f"{name} over {len(points)} recorded steps")
+
+
+def slices(parts: Mapping[str, Curve], name: str, *, mark: tuple[float, str] | None = None) -> str:
+    """Draw how the slices of the weights that the cut takes away shrink while the rest trains: one line a part of the model.
+
+    Args:
+        parts: (step, norm relative to its start) by the part's name.
+        name: what the vertical axis says.
+        mark: a step to draw a line at, and what happens there.
+    """
+    styles = [(ACCENT, "solid"), (INK, (0, (5, 2))), (MUTED, (0, (1, 1.5)))]
+
+    def draw(axes: Axes) -> None:
+        for (part, points), (colour, dashes) in zip(parts.items(), styles, strict=False):
+            axes.plot(*_columns(points), color=colour, linestyle=dashes, label=part)
+        axes.set_ylim(bottom=0)
+        if mark:
+            _mark(axes, mark)
+        # Below the mark's words. The lines begin together and end together, so that names at their ends would crowd.
+        axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.92))
+
+    return _panel(draw, "optimizer step", name, f"{name}: {', '.join(parts)}")
 
 
 def pareto(models: Mapping[str, Measured], text: str) -> str:
@@ -181,6 +201,13 @@ def _label(axes: Axes, points: Mapping[str, tuple[float, float]], left_of: float
         for name, height in zip(near, heights, strict=True):
             offset = (-8 if beyond else 8, (height - points[name][1]) / unit)
             axes.annotate(name, points[name], offset, textcoords="offset points", **aligned)
+
+
+def _mark(axes: Axes, mark: tuple[float, str]) -> None:
+    """Draw a line at a step, and say at its top what happens there."""
+    step, words = mark
+    axes.axvline(step, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
+    axes.annotate(words, (step, 1), (4, -8), axes.get_xaxis_transform(), textcoords="offset points", color=MUTED)
 
 
 def _columns_of(points: Mapping[str, tuple[float, float]], width: float) -> list[list[str]]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, field_validator
 
 from components.errors import Refusal
+from components.transformer.layout import Widths
+from components.transformer.removal import ALONG, Along
 
 
 def finite(value: Any) -> Any:
@@ -40,6 +42,8 @@ class Measured(BaseModel):
     parameters: int
     bytes: int
     layers: int
+    widths: Widths | None = None
+    """None where they are not known."""
     perplexity: dict[str, Metric] = {}
     """By the text's name."""
     tasks: dict[str, Any] = {}
@@ -56,10 +60,23 @@ class Measured(BaseModel):
     def _only_measured(cls, speed: dict[str, dict[str, Throughput]]) -> dict[str, dict[str, Throughput]]:
         return {phase: batches for phase, batches in speed.items() if batches}
 
+    def along(self, axis: Along) -> int | None:
+        """Return how many layers, or how many channels of another axis, the model has; None where that is not known."""
+        if axis == "layers":
+            return self.layers
+        return self.widths.of(axis) if self.widths else None
+
     def tokens_per_second(self, phase: str, batch: str) -> float | None:
         """Return the throughput of a phase at a batch size, or None where it was not measured."""
         measured = self.speed.get(phase, {}).get(batch)
         return measured.tokens_per_second if measured else None
+
+
+def differing(models: Iterable[Measured]) -> list[Along]:
+    """Return the axes along which the models differ; layers, where they differ along none."""
+    measured = list(models)
+    differ = [axis for axis in ALONG if len({model.along(axis) for model in measured} - {None}) > 1]
+    return differ or ["layers"]
 
 
 def ratio(value: float | None, base: float | None) -> float | None:

@@ -15,9 +15,11 @@ from markupsafe import Markup
 
 from components.recipe import Recipe
 from components.register import figures
-from components.register.measured import Measured, ratio
+from components.register.measured import Measured, differing, ratio
 from components.register.report import Curve, Curves, Report
 from components.register.verdict import Rule
+from components.transformer.channels import ALIGNED
+from components.transformer.removal import NOUNS, Removal, in_words
 
 ABSENT = "–"
 
@@ -41,9 +43,29 @@ ABOUT = {
     "dense": "the release as it came",
     "candidate": "the pruned model this report is about",
     "champion": "the model in service now",
-    "pruned-first": "control: the same layers cut first, then trained as the candidate was",
+    "pruned-first": "control: the same cut made first, then trained as the candidate was",
     "dense-trained": "control: nothing cut, trained as the candidate was",
 }
+
+AXES = {
+    "layers": "whole transformer layers",
+    "hidden": "channels of the residual stream, in every tensor that reads or writes it",
+    "ffn": "intermediate channels of each layer's feed-forward network",
+    "heads": "key-value groups of each layer, with the query heads that read them",
+}
+"""What an axis is."""
+
+CHOSEN = {
+    "random": "drawn at random",
+    "magnitude": "those of the smallest weights",
+    "activation": "those of the smallest weights × activations on the calibration windows",
+}
+"""Which channels DReSS's choices take."""
+
+PARTS = {"attention": "attention", "ffn": "feed-forward", "rest": "embeddings, head and norms"}
+"""The parts of the model whose slices are told apart, as in the curve `slices_attention`."""
+
+_SLICES = {f"slices_{part}": part for part in PARTS}
 
 BACKSTAGE = ("learning_rate", "gradient_norm")
 """Metrics that say how the training ran rather than what came of it: left to MLflow."""
@@ -77,17 +99,21 @@ def render(report: Report, curves: Curves) -> str:
         title=_title(report),
         headline=headline(report),
         rules=[(rule, rule.note or _against(rule)) for rule in report.verdict.rules],
-        about=ABOUT,
+        about=ABOUT | AXES,
         columns=columns(report),
         quality=quality(report),
         speed=speed(report.models()),
         notes=list(notes(report, recipe)),
         promised=times(ratio(report.dense.prefill_flops, report.candidate.prefill_flops), 2),
         pareto=_pareto(report),
-        layers=layers(report),
+        taken=in_words(report.removals()),
+        axes=axes(report, recipe) if report.selection.channels else [],
+        chosen=CHOSEN[recipe.dress.channels],
+        layers=layers(report) if report.selection.removed else [],
         scored=[SCORES.get(name, name) for name in _scored(report)],
         gates=_gates(report, curves),
         training=_training(curves.regularize, _mark(recipe)),
+        slices=_slices(curves.regularize, recipe),
         recovery=_training(curves.recover, None),
         stages=sum(_stages(report).values()),
         timing=_stages(report),
@@ -149,6 +175,15 @@ def count(value: float) -> str:
 def times(value: float | None, digits: int = 3) -> str:
     """A ratio: 0.988×."""
     return ABSENT if value is None else f"{value:.{digits}f}×"
+
+
+def percent(part: float) -> str:
+    """A part: 25 %, and 24.8 % where it is no whole number.
+
+    >>> percent(0.25), percent(0.2480)
+    ('25 %', '24.8 %')
+    """
+    return f"{100 * part:.1f}".removesuffix(".0") + " %"
 
 
 def seconds(value: float) -> str:
@@ -224,7 +259,8 @@ def columns(report: Report) -> list[Cell]:
     """The heads of the quality table: a name, and beneath it what the number is."""
     texts, tasks = _measured_on(report)
     return [
-        *(Cell(name) for name in ("layers", "parameters", "size")),
+        *(Cell(NOUNS[axis].removesuffix(" a layer")) for axis in differing(report.models().values())),
+        *(Cell(name) for name in ("parameters", "size")),
         *(Cell(text, "perplexity") for text in texts),
         *(Cell(task, "accuracy") for task in tasks),
     ]
@@ -233,12 +269,12 @@ def columns(report: Report) -> list[Cell]:
 def quality(report: Report) -> list[tuple[str, list[Cell]]]:
     """The rows of the quality table: a model, and its numbers in the order of `columns`, each beside the dense model's."""
     texts, tasks = _measured_on(report)
-    dense = report.dense
+    dense, axes = report.dense, differing(report.models().values())
     return [
         (
             name,
             [
-                Cell(str(model.layers), f"of {dense.layers}"),
+                *(_whole_of(model.along(axis), dense.along(axis)) for axis in axes),
                 Cell(count(model.parameters), times(ratio(model.parameters, dense.parameters))),
                 Cell(f"{count(model.bytes)}B", times(ratio(model.bytes, dense.bytes))),
                 *(_compared(model.perplexity.get(text), dense.perplexity.get(text)) for text in texts),
@@ -257,6 +293,10 @@ def _measured_on(report: Report) -> tuple[list[str], list[str]]:
 
 def _compared(value: float | None, base: float | None) -> Cell:
     return Cell(number(value), times(ratio(value, base)) if value is not None else "")
+
+
+def _whole_of(found: int | None, base: int | None) -> Cell:
+    return Cell(ABSENT if found is None else f"{found:,}", ABSENT if base is None else f"of {base:,}")
 
 
 def _accuracy(found: Any, base: Any) -> Cell:
@@ -307,7 +347,7 @@ def notes(report: Report, recipe: Recipe) -> Iterator[str]:
         yield from _adaptation(report, recipe)
     if trained and "pruned-first" not in report.controls:
         yield (
-            "No control was trained with the same layers cut first, so nothing here tells what training before the cut "
+            "No control was cut first and then trained, so nothing here tells what training before the cut "
             "brought over training after it: add pruned-first to evaluate.controls."
         )
     if len(report.candidate.perplexity) == 1:
@@ -343,6 +383,41 @@ def _same_source(recipe: Recipe, name: str) -> bool:
     path, beside = text.path or "", calibration.path or ""
     # An object's place in the store is its digest: nothing of where it came from.
     return path == beside or ("s3://" not in path + beside and Path(path).parent == Path(beside).parent)
+
+
+def axes(report: Report, recipe: Recipe) -> list[tuple[str, list[Cell]]]:
+    """The rows of the table of what was cut: an axis; before and after, the part that went, and what was asked for."""
+    return [
+        (
+            removal.axis,
+            [
+                Cell(f"{removal.before:,}"),
+                Cell(f"{removal.after:,}"),
+                Cell(percent(removal.part), f"{removal.removed:,}"),
+                _asked(removal, recipe),
+            ],
+        )
+        for removal in report.removals()
+    ]
+
+
+def _asked(removal: Removal, recipe: Recipe) -> Cell:
+    """The part that the recipe asks for, and why another one went."""
+    target = recipe.target.ratio
+    asked = target if removal.axis == "layers" else recipe.dress.ratios(target).get(removal.axis)
+    if asked is None:
+        other = "heads" if removal.axis == "hidden" else "hidden"
+        return Cell(ABSENT, f"shrinks with {other} in this family")
+    return Cell(percent(asked), _rounded(removal, recipe) if abs(removal.part - asked) > 5e-4 else "")
+
+
+def _rounded(removal: Removal, recipe: Recipe) -> str:
+    """Say what a part was rounded to."""
+    multiple = recipe.dress.multiple or ALIGNED
+    if removal.axis in ("hidden", "ffn") and removal.after % multiple == 0:
+        return f"rounded: a multiple of {multiple} stays"
+    whole = {"layers": "layers", "heads": "key-value groups"}.get(removal.axis, "heads, with which it shrinks")
+    return f"rounded to whole {whole}"
 
 
 def layers(report: Report) -> list[Layer]:
@@ -386,9 +461,18 @@ def _gates(report: Report, curves: Curves) -> Markup | None:
 
 def _training(curves: Mapping[str, Curve], mark: tuple[float, str] | None) -> list[Markup]:
     """A panel a metric, the loss first; a metric that never changes has nothing to show."""
-    shown = [name for name in curves if name not in BACKSTAGE and len({value for _, value in curves[name]}) > 1]
+    shown = [
+        name for name in curves if name not in (*BACKSTAGE, *_SLICES) and len({value for _, value in curves[name]}) > 1
+    ]
     shown.sort(key=lambda name: name != "loss")
     return [Markup(figures.curve(curves[name], METRICS.get(name, name), mark=mark)) for name in shown]
+
+
+def _slices(curves: Mapping[str, Curve], recipe: Recipe) -> Markup | None:
+    """The norms of what the cut takes away, every part of the model in one panel."""
+    parts = {PARTS[part]: curves[name] for name, part in _SLICES.items() if name in curves}
+    norm = "squared ℓ2 norm" if recipe.regularize.norm == "l2" else "ℓ1 norm"
+    return Markup(figures.slices(parts, f"{norm} of the slices, of its start", mark=_mark(recipe))) if parts else None
 
 
 def _mark(recipe: Recipe) -> tuple[float, str] | None:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from components.recipe import Recipe
 from components.register.measured import Measured, finite, read_evaluation
 from components.register.verdict import Verdict, judge
+from components.transformer.removal import Removal, removals
 from components.transformer.selection import Selection
 
 CONTROLS = ("pruned-first", "dense-trained")
@@ -68,6 +69,10 @@ class Report(BaseModel):
         """Every measured model by name: dense and candidate first, then the champion and the controls there are."""
         champion = {"champion": self.champion} if self.champion else {}
         return {"dense": self.dense, "candidate": self.candidate, **champion, **self.controls}
+
+    def removals(self) -> list[Removal]:
+        """What the selection takes along each axis."""
+        return removals(self.selection, self.dense.layers, self.dense.widths)
 
     def to_json(self) -> str:
         """Return the report as strict JSON: a number that is not finite is null."""
@@ -143,10 +148,11 @@ def build(
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
-    """Return every field of the recipe with its value. Gates that a method does not learn are not told."""
+    """Return every field of the recipe with its value. What a method has no use for is not told."""
     dumped = recipe.model_dump(mode="json")
-    if recipe.method != "trsp" and "gates" not in recipe.model_fields_set:
-        del dumped["gates"]
+    for section, method in (("gates", "trsp"), ("dress", "dress")):
+        if method not in recipe.methods:
+            del dumped[section]
     return dumped
 
 

@@ -167,13 +167,22 @@ def _evidence(run: str, evaluation: Reference, report: Report) -> dict[str, str]
         "espalier.revision": str(report.release.revision),
         "espalier.release_digest": report.release.digest,
         "espalier.method": report.selection.method,
-        "espalier.removed": f"{report.selection.axis} {', '.join(map(str, report.selection.removed))}",
+        "espalier.removed": removed(report),
         "espalier.verdict": "pass" if report.verdict.passed else "fail",
         "espalier.evaluation_reference": str(evaluation),
         "espalier.recipe": json.dumps(report.recipe)[:4900],
         **({f"{tracking.ITEM}.{item}": "made"} if item else {}),
         **ratios,
     }
+
+
+def removed(report: Report) -> str:
+    """Name the layers that went, and count the channels: a tag holds 8,000 characters, and a model has more channels than that."""
+    layers = ", ".join(map(str, report.selection.removed))
+    return "; ".join(
+        f"layers {layers}" if removal.axis == "layers" else f"{removal.axis} {removal.removed} of {removal.before}"
+        for removal in report.removals()
+    )
 
 
 def _measured(report: Report) -> dict[str, tuple[float, str, str]]:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from components.register.report import Report
 from pipeline.summary import print_summary
-from tests.components.register.conftest import RECIPE, build_report, measurements, write_run
+from tests.components.register.conftest import RECIPE, build_channels, build_report, measurements, write_run
 
 
 def printed(report: Report | dict[str, Any]) -> list[str]:
@@ -27,6 +27,14 @@ def test_models_stand_side_by_side_with_their_ratio_to_dense(tmp_path: Path) -> 
     assert "perplexity technical 227.3 259.1 1.140× 269.0 1.183× 231.4 1.018× 251.8 1.108×" in lines
     assert lines[-1] == "Pass: all 10 rules hold"
     assert printed(json.loads(report.to_json())) == lines
+
+
+def test_channels_are_shown_where_any_model_has_fewer(tmp_path: Path) -> None:
+    lines = printed(build_channels(tmp_path))
+    assert "layers 12 12 12 12 10" in lines
+    assert "hidden channels 256 192 192 256 256" in lines
+    assert "ffn channels a layer 684 512 512 684 684" in lines
+    assert not any(line.startswith("key-value") for line in lines)
 
 
 def test_broken_rules_are_named_with_what_was_found_and_asked(tmp_path: Path) -> None:

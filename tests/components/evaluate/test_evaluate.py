@@ -20,6 +20,8 @@ from components.recipe import Evaluate
 from components.training.journal import Silent
 from components.transformer.checkpoint import load_model
 from components.transformer.perplexity import perplexity
+from components.transformer.selection import Channels
+from components.transformer.surgery import cut_checkpoint
 from components.transformer.text import consecutive_windows, read_documents, token_stream
 from tests.components.transformer import zoo
 
@@ -73,6 +75,17 @@ def measure(models: Mapping[str, Path], texts: Mapping[str, Path], out: Path, **
     digests = {name: given.pop(name) for name in ("model_digests", "text_digests") if name in given}
     evaluate(models, texts, evaluate=settings(**given), out=out, journal=journal, **digests)
     return json.loads((out / "evaluation.json").read_text())
+
+
+def test_a_narrower_model_is_measured_at_its_widths(models: dict, texts: dict, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    narrow = Channels(ffn=((0, 2, 5, 7, 8, 9, 10, 11),) * 4, heads=((1,),) * 4)
+    cut_checkpoint(models["dense"] / "model", tmp_path / "candidate" / "model", channels=narrow)
+    found = measure(models | {"candidate": tmp_path / "candidate"}, texts, tmp_path / "out", **QUICK)["models"]
+    config = load_model(models["dense"] / "model").config
+    assert found["dense"]["widths"]["ffn"] - found["candidate"]["widths"]["ffn"] == 8
+    assert found["dense"]["widths"]["groups"] - found["candidate"]["widths"]["groups"] == 1
+    assert found["dense"]["widths"]["hidden"] == found["candidate"]["widths"]["hidden"] == config.hidden_size
 
 
 def test_every_model_is_measured_on_every_text_at_every_batch(models: dict, texts: dict, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import pytest
 
 from components.recipe import Recipe
 from components.register.report import Curves, Report, build, read_curves
-from components.transformer.selection import Selection
+from components.transformer.layout import Widths
+from components.transformer.selection import Channels, Selection
 
 BATCHES = ("1", "8", "64")
 REMOVED = (9, 7, 4)
+WIDTHS = Widths(hidden=256, ffn=684, heads=8, groups=4, head=32)
 GATES = (0.93, 0.71, 0.62, 0.58, 0.31, 0.52, 0.49, 0.27, 0.47, 0.22, 0.55, 0.78)
 WITHOUT = (0.0, 0.0, 0.0, 0.0, 77.9, 0.0, 79.2, 71.3, 74.8, 69.6, 0.0, 0.0)
 
@@ -36,12 +39,14 @@ def throughput(base: float, tokens: int, batch: int, noise: random.Random) -> di
     return {"tokens_per_second": rate, "latency_ms_p50": latency, "latency_ms_p90": latency * 1.04}
 
 
-def model(layers: int, perplexity: dict[str, float], pace: float) -> dict[str, Any]:
-    parameters = 2_097_408 + layers * 722_432
+def model(layers: int, perplexity: dict[str, float], pace: float, widths: Widths = WIDTHS) -> dict[str, Any]:
+    attention = 2 * widths.hidden * widths.head * (widths.heads + widths.groups)
+    parameters = 8193 * widths.hidden + layers * (attention + 3 * widths.hidden * widths.ffn + 2 * widths.hidden)
     return {
         "parameters": parameters,
         "bytes": 2 * parameters,
         "layers": layers,
+        "widths": asdict(widths),
         "perplexity": perplexity,
         "tasks": {},
         "prefill_flops": 1024 * parameters,
@@ -50,13 +55,13 @@ def model(layers: int, perplexity: dict[str, float], pace: float) -> dict[str, A
     }
 
 
-def measurements() -> dict[str, Any]:
+def measurements(layers: int = 9, widths: Widths = WIDTHS) -> dict[str, Any]:
     """The `models` of an evaluation, as the run of the reference model has them."""
     return {
         "dense": model(12, {"wikitext2": 59.41, "technical": 227.3}, 1.0),
-        "candidate": model(9, {"wikitext2": 58.72, "technical": 259.1}, 1.29),
+        "candidate": model(layers, {"wikitext2": 58.72, "technical": 259.1}, 1.29, widths),
         "champion": model(10, {"wikitext2": 63.05, "technical": 251.8}, 1.17),
-        "pruned-first": model(9, {"wikitext2": 60.24, "technical": 269.0}, 1.288),
+        "pruned-first": model(layers, {"wikitext2": 60.24, "technical": 269.0}, 1.288, widths),
         "dense-trained": model(12, {"wikitext2": 56.83, "technical": 231.4}, 1.001),
     }
 
@@ -126,6 +131,14 @@ def losses(steps: int, start: float, end: float, names: tuple[str, ...], seed: i
     ]
 
 
+def slices(step: float, channels: Channels) -> dict[str, float]:
+    """The norms of the cut slices, each part of the model at a pace of its own while the gates go from 1 to 0."""
+    parts = {"hidden": ("attention", "ffn", "rest"), "ffn": ("ffn",), "heads": ("attention",)}
+    paces = {"attention": 0.002, "ffn": 0.006, "rest": -0.001}
+    cut = dict.fromkeys(part for axis in channels.axes for part in parts[axis])
+    return {f"slices_{part}": max(0.0, 1 - (step - 1) / 15) * (1 - paces[part] * step) for part in cut}
+
+
 def recovery() -> list[dict[str, float]]:
     """Sixty steps of LoRA, the held-out windows looked at every twenty."""
     looks = [{"step": step, "validation": 61.2 - 1.9 * (1 - math.exp(-step / 15))} for step in (0, 20, 40, 60)]
@@ -137,18 +150,35 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def write_run(folder: Path, models: dict[str, Any] | None = None) -> Path:
+LAYERS = Selection(
+    method="trsp",
+    removed=tuple(sorted(REMOVED)),
+    order=REMOVED,
+    scores={"gate": GATES, "perplexity": WITHOUT},
+)
+CHANNELS = Selection(
+    method="dress",
+    axis="hidden+ffn",
+    channels=Channels(
+        hidden=tuple(range(0, 256, 4)), ffn=tuple(tuple(range(layer, layer + 3 * 172, 3)) for layer in range(12))
+    ),
+)
+BOTH = LAYERS.model_copy(
+    update={"method": "trsp+dress", "axis": "layers+ffn", "channels": Channels(ffn=CHANNELS.channels.ffn)}
+)
+
+
+def write_run(folder: Path, models: dict[str, Any] | None = None, selection: Selection = LAYERS) -> Path:
     """Leave what the stages leave, in a folder each."""
     for name in ("selection", "evaluation"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    Selection(
-        method="trsp",
-        removed=tuple(sorted(REMOVED)),
-        order=REMOVED,
-        scores={"gate": GATES, "perplexity": WITHOUT},
-    ).save(folder / "selection")
-    write_lines(folder / "selection" / "trajectory.jsonl", trajectory())
-    write_lines(folder / "regularize" / "metrics.jsonl", losses(100, 4.62, 4.05, ("loss", "lm", "kl", "state"), 2))
+    selection.save(folder / "selection")
+    if selection.removed:
+        write_lines(folder / "selection" / "trajectory.jsonl", trajectory())
+    training = losses(100, 4.62, 4.05, ("loss", "lm", "kl", "state"), 2)
+    for line in training:
+        line |= slices(line["step"], selection.channels)
+    write_lines(folder / "regularize" / "metrics.jsonl", training)
     write_lines(folder / "recover" / "metrics.jsonl", recovery())
     found = {"models": measurements() if models is None else models}
     (folder / "evaluation" / "evaluation.json").write_text(json.dumps(found))
@@ -166,6 +196,22 @@ def build_report(folder: Path, recipe: str = RECIPE, **changed: Any) -> Report:
         "evaluation": folder / "evaluation",
     }
     return build(**(given | changed))
+
+
+NARROWER = {"hidden+ffn": replace(WIDTHS, hidden=192, ffn=512), "layers+ffn": replace(WIDTHS, ffn=512)}
+
+
+def build_channels(folder: Path, **changed: Any) -> Report:
+    """The report of a run that cut hidden and ffn, and no layer."""
+    write_run(folder, measurements(12, NARROWER["hidden+ffn"]), CHANNELS)
+    recipe = RECIPE.replace("method: trsp", "method: dress\ndress: {axes: [hidden, ffn]}")
+    return build_report(folder, recipe, **changed)
+
+
+def build_both(folder: Path) -> Report:
+    """The report of a run that cut layers, and ffn of those that stay."""
+    write_run(folder, measurements(9, NARROWER["layers+ffn"]), BOTH)
+    return build_report(folder, RECIPE.replace("method: trsp", "method: [trsp, dress]"))
 
 
 def curves_of(folder: Path) -> Curves:

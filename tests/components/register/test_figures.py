@@ -26,11 +26,16 @@ def drawn() -> dict[str, str]:
     return {
         "gates": figures.gates(ROUNDS, (4, 7, 9)),
         "curve": figures.curve([(step, 1 / step) for step in range(1, 101)], "loss", mark=(15, "gates at 0")),
+        "slices": figures.slices(
+            {part: [(step, 1 / step) for step in range(1, 101)] for part in ("attention", "feed-forward", "rest")},
+            "norm",
+            mark=(15, "gates at 0"),
+        ),
         "pareto": figures.pareto(MODELS, "technical"),
     }
 
 
-@pytest.mark.parametrize("name", ["gates", "curve", "pareto"])
+@pytest.mark.parametrize("name", ["gates", "curve", "slices", "pareto"])
 def test_a_figure_takes_the_pages_colours_and_loads_nothing(name: str) -> None:
     svg = drawn()[name]
     ElementTree.fromstring(svg)
@@ -52,6 +57,12 @@ def test_every_model_with_the_number_is_a_named_point() -> None:
     assert all(f">{name}<" in drawn()["pareto"] for name in MODELS)
     without = {**MODELS, "champion": MODELS["champion"].model_copy(update={"perplexity": {}})}
     assert ">champion<" not in figures.pareto(without, "technical")
+
+
+def test_each_part_of_the_model_has_a_name_and_a_line_of_its_own() -> None:
+    svg = drawn()["slices"]
+    assert all(f">{part}<" in svg for part in ("attention", "feed-forward", "rest", "gates at 0"))
+    assert len(set(re.findall(r"stroke-dasharray: [\d., ]+", svg))) == 3  # two of the lines, and the mark
 
 
 def test_hostile_names_stay_text() -> None:

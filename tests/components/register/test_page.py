@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,18 @@ import pytest
 
 from components.register.page import count, number, render, seconds, task_accuracy, times
 from components.register.report import Curves, Report
-from tests.components.register.conftest import RECIPE, RELEASE, build_report, curves_of, measurements, write_run
+from components.transformer.selection import Channels, Selection
+from tests.components.register.conftest import (
+    RECIPE,
+    RELEASE,
+    WIDTHS,
+    build_both,
+    build_channels,
+    build_report,
+    curves_of,
+    measurements,
+    write_run,
+)
 
 Rewrite = Callable[[dict[str, Any]], Report]
 VOID = {"meta", "br", "wbr", "img", "link", "input", "hr"}
@@ -29,6 +41,7 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.loads: list[str] = []
         self.ids: list[str] = []
+        self.classes: list[str] = []
         self.words: list[str] = []
         self.feed(html)
         self.close()
@@ -42,6 +55,7 @@ class Page(HTMLParser):
         self.tags.append(tag)
         self.loads += [value or "" for name, value in attrs if name in LOADS]
         self.ids += [value or "" for name, value in attrs if name == "id"]
+        self.classes += [value or "" for name, value in attrs if name == "class"]
         if tag not in VOID:
             self.open.append(tag)
 
@@ -102,6 +116,57 @@ def test_the_layers_that_went_are_marked_with_their_place(report: Report) -> Non
     assert html.count('class="gone"') == 3
     assert "9, 7, 4, in the order they went" in html
     assert re.search(r'<li class="gone"[^>]*><b>9</b>.*cut 1', html)
+
+
+class TestChannels:
+    """What a run that cut channels shows, with layers and without."""
+
+    def test_channels_alone_are_told_axis_by_axis_and_no_layer_is_drawn(self, tmp_path: Path) -> None:
+        page = page_of(build_channels(tmp_path), curves_of(tmp_path))
+        assert "dress removed 64 of 256 hidden channels and 172 of 684 ffn channels a layer." in page.text
+        assert re.search(r"hidden channels of the residual stream[^0-9]+256 192 25 % 64 25 % ffn", page.text)
+        assert re.search(r"ffn intermediate [^0-9]+684 512 25\.1 % 172 25 % rounded: a multiple of 8 stays", page.text)
+        assert "smallest weights × activations on the calibration windows" in page.text
+        assert "strip" not in page.classes
+        assert "in the order they went" not in page.text
+        assert page.tags.count("svg") == 2 + 4 + 1 + 2  # Pareto a text, four training curves, the slices, the recovery
+
+    def test_layers_and_channels_are_both_there(self, tmp_path: Path) -> None:
+        page = page_of(build_both(tmp_path), curves_of(tmp_path))
+        assert "trsp and dress removed 3 of 12 layers and 172 of 684 ffn channels a layer." in page.text
+        assert "layers whole transformer layers 12 9 25 % 3 25 % ffn" in page.text
+        assert "9, 7, 4, in the order they went" in page.text
+        assert page.classes.count("gone") == 3
+
+    def test_layers_alone_have_no_table_of_axes(self, report: Report, run: Path) -> None:
+        page = page_of(report, curves_of(run))
+        assert "trsp removed 3 of 12 layers." in page.text
+        assert "Axis Before After" not in page.text
+        assert "slices" not in page.text
+
+    def test_every_models_width_stands_beside_its_quality(self, tmp_path: Path) -> None:
+        text = page_of(build_channels(tmp_path)).text
+        assert "Model layers hidden channels ffn channels parameters size" in text  # layers: the champion lost some
+        assert "this report is about 12 of 12 192 of 256 512 of 684 6.886 M" in text
+
+    def test_an_axis_that_went_along_says_with_which(self, tmp_path: Path) -> None:
+        """As in OPT, where only `hidden` was asked for."""
+        widths = replace(WIDTHS, hidden=192, heads=6, groups=3)
+        channels = Channels(hidden=tuple(range(64)), heads=((3,),) * 12)
+        selection = Selection(method="dress", axis="hidden+heads", channels=channels)
+        run = write_run(tmp_path, measurements(12, widths), selection)
+        recipe = RECIPE.replace("method: trsp", "method: dress\ndress: {axes: [hidden], ratio: 0.3}")
+        text = page_of(build_report(run, recipe)).text
+        assert "256 192 25 % 64 30 % rounded: a multiple of 8 stays" in text
+        assert "4 3 25 % 1 – shrinks with hidden in this family" in text
+        assert "64 of 256 hidden channels and 1 of 4 key-value groups a layer" in text
+
+    def test_thousands_of_channels_are_counted_and_not_listed(self, tmp_path: Path) -> None:
+        report = build_channels(tmp_path)
+        wide = Channels(ffn=(tuple(range(0, 11008, 4)),) * 32)
+        listed = report.model_copy(update={"selection": Selection(method="dress", axis="ffn", channels=wide)})
+        assert len(render(listed, Curves())) < 60_000
+        assert len(listed.to_json()) > 500_000
 
 
 def test_the_bare_minimum_is_a_page_too(tmp_path: Path) -> None:

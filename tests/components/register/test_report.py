@@ -12,7 +12,15 @@ import pytest
 
 from components.recipe import Recipe
 from components.register.report import Report, read_curves
-from tests.components.register.conftest import RECIPE, RELEASE, TIMING, build_report, curves_of, write_lines
+from tests.components.register.conftest import (
+    RECIPE,
+    RELEASE,
+    TIMING,
+    build_channels,
+    build_report,
+    curves_of,
+    write_lines,
+)
 
 Rewrite = Callable[[dict[str, Any]], Report]
 
@@ -34,6 +42,18 @@ def test_report_json_has_the_fields_that_are_promised(report: Report) -> None:
     assert {"name", "value", "threshold", "passed"} <= set(told["verdict"]["rules"][0])
     assert set(told["registered"]) == {"name", "version", "aliases", "source"}
     assert told["timing"] == TIMING
+
+
+def test_the_selection_holds_every_channel_and_each_model_its_widths(tmp_path: Path) -> None:
+    told = json.loads(build_channels(tmp_path).to_json())
+    assert told["selection"]["axis"] == "hidden+ffn"
+    assert told["selection"]["removed"] == []
+    assert told["selection"]["channels"]["hidden"] == list(range(0, 256, 4))
+    assert [len(layer) for layer in told["selection"]["channels"]["ffn"]] == [172] * 12
+    assert told["selection"]["channels"]["heads"] == []
+    assert told["dense"]["widths"] == {"hidden": 256, "ffn": 684, "heads": 8, "groups": 4, "head": 32}
+    assert told["candidate"]["widths"] == {"hidden": 192, "ffn": 512, "heads": 8, "groups": 4, "head": 32}
+    assert Report.model_validate(told) == build_channels(tmp_path)
 
 
 def test_report_json_is_read_back_equal(report: Report, tmp_path: Path) -> None:
@@ -61,13 +81,14 @@ def test_the_champion_is_null_and_controls_are_empty_where_there_are_none(
     assert told["controls"] == {}
 
 
-@pytest.mark.parametrize("method", ["trsp", "sleb"])
+@pytest.mark.parametrize("method", ["trsp", "sleb", "dress"])
 def test_the_recipe_is_told_with_its_defaults_and_can_be_run_again(run: Path, method: str) -> None:
     recipe = RECIPE.replace("method: trsp", f"method: {method}")
     told = build_report(run, recipe).recipe
     assert told["regularize"]["learning_rate"] == Recipe.from_yaml(recipe).regularize.learning_rate
     assert Recipe.model_validate(told) == Recipe.from_yaml(recipe)
     assert ("gates" in told) == (method == "trsp")
+    assert ("dress" in told) == (method == "dress")
 
 
 def test_curves_are_read_by_name_a_repeated_step_once_and_in_order(tmp_path: Path) -> None:
