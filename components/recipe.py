@@ -421,6 +421,16 @@ def plain(sections: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def used(sections: Mapping[str, Any], method: str | Sequence[str]) -> dict[str, Any]:
+    """Return sections of a recipe without those that its methods have no use for."""
+    chosen = [method] if isinstance(method, str) else method
+    return {name: part for name, part in sections.items() if _OWN.get(name) in (None, *chosen)}
+
+
+_OWN = {"gates": "trsp", "dress": "dress"}
+"""Sections of one method alone."""
+
+
 def methods() -> tuple[str, ...]:
     """The methods there are, which choose what is removed: one file each in `components/learn_gates/methods`."""
     folder = Path(__file__).parent / "learn_gates" / "methods"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from components.transformer.layout import Widths
+from components.transformer.removal import Removal, in_words, percent, removals
 from components.transformer.selection import Selection
 
 CARRIED = ("license", "license_name", "license_link", "language")
@@ -22,6 +24,7 @@ def model_card(
     release: Mapping[str, Any],
     recipe: Mapping[str, Any],
     selection: Selection,
+    widths: Widths | None,
     verification: Mapping[str, Any],
     release_card: str = "",
 ) -> str:
@@ -31,23 +34,38 @@ def model_card(
         release: `source`, `revision` (None where the source has none) and `digest` of what was pruned.
         recipe: the recipe's sections that made this checkpoint, as plain data.
         selection: what was removed.
+        widths: of what was pruned; None where they are not known, and only layers were removed.
         verification: `verification.json`: `layers` left, and what was compared.
         release_card: the release's own README.md, whose licence and language are carried over.
     """
-    removed, layers = selection.removed, int(verification["layers"]) + len(selection.removed)
+    layers = int(verification["layers"]) + len(selection.removed)
+    found = removals(selection, layers, widths)
     return _template().render(
-        front_matter=yaml.safe_dump(_front_matter(release, selection, release_card), sort_keys=False).strip(),
+        front_matter=yaml.safe_dump(_front_matter(release, selection, found, release_card), sort_keys=False).strip(),
         release=release,
         selection=selection,
-        layers=layers,
-        kept=[layer for layer in range(layers) if layer not in removed],
+        removed=in_words(found),
+        axes=[removal for removal in found if removal.axis != "layers"],
+        shown=_shown(selection),
+        layers=range(layers) if selection.removed else (),
+        kept=[layer for layer in range(layers) if layer not in selection.removed],
         scores={name: values for name, values in selection.scores.items() if len(values) == layers},
         verification={name: value for name, value in verification.items() if name not in ("removed", "layers")},
         recipe=yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).strip(),
     )
 
 
-def _front_matter(release: Mapping[str, Any], selection: Selection, release_card: str) -> dict[str, Any]:
+def _shown(selection: Selection) -> str:
+    """How the model that was cut stands in for the cut one, when the two are compared."""
+    layers, channels = "those layers skipped", "those channels gated to 0"
+    if selection.removed and selection.channels:
+        return f"{layers} and {channels}"
+    return channels if selection.channels else layers
+
+
+def _front_matter(
+    release: Mapping[str, Any], selection: Selection, found: Sequence[Removal], release_card: str
+) -> dict[str, Any]:
     carried = front_matter(release_card)
     base = _hub_id(release)
     return {
@@ -55,7 +73,11 @@ def _front_matter(release: Mapping[str, Any], selection: Selection, release_card
         **({"base_model": base} if base else {}),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["pruned", f"{selection.axis.removesuffix('s')}-pruning", selection.method],
+        "tags": [
+            "pruned",
+            *(f"{removal.axis.removesuffix('s')}-pruning" for removal in found),
+            *selection.method.split("+"),
+        ],
     }
 
 
@@ -86,7 +108,7 @@ def _template() -> Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(code=code, plain=plain, score=score)
+    environment.filters.update(code=code, plain=plain, score=score, percent=percent)
     return environment.get_template("card.md.j2")
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from components.prune.card import model_card
-from components.recipe import plain
+from components.recipe import plain, used
 from components.training.journal import Journal
+from components.transformer.checkpoint import Checkpoint
 from components.transformer.device import best_device
 from components.transformer.export import verify_cut
 from components.transformer.selection import Selection
@@ -24,6 +25,7 @@ def prune(
     lineage: Mapping[str, Any],
     out: Path,
     journal: Journal,
+    method: str | Sequence[str],
     **made_by: Any,
 ) -> None:
     """Leave a plain Hugging Face checkpoint with its model card in `out/model`, and `verification.json`.
@@ -35,7 +37,8 @@ def prune(
         lineage: the release's `source`, `revision` and `digest`.
         out: the folder to fill.
         journal: takes the progress.
-        made_by: the recipe's sections that made the checkpoint, for its card.
+        method: the recipe's, and
+        made_by: its sections that made the checkpoint, for its card.
 
     Raises:
         VerificationError: the checkpoint is not the regularised model with those layers skipped and those channels at 0.
@@ -47,8 +50,9 @@ def prune(
     verification.save(out)
     card = model_card(
         release=lineage,
-        recipe=plain(made_by),
+        recipe=plain({"method": method, **used(made_by, method)}),
         selection=chosen,
+        widths=Checkpoint.open(model / "model").widths,
         verification=asdict(verification),
         release_card=_card(release),
     )

@@ -19,7 +19,7 @@ from components.register.measured import Measured, differing, ratio
 from components.register.report import Curve, Curves, Report
 from components.register.verdict import Rule
 from components.transformer.channels import ALIGNED
-from components.transformer.removal import NOUNS, Removal, in_words
+from components.transformer.removal import NOUNS, Removal, in_words, percent
 
 ABSENT = "–"
 
@@ -175,15 +175,6 @@ def count(value: float) -> str:
 def times(value: float | None, digits: int = 3) -> str:
     """A ratio: 0.988×."""
     return ABSENT if value is None else f"{value:.{digits}f}×"
-
-
-def percent(part: float) -> str:
-    """A part: 25 %, and 24.8 % where it is no whole number.
-
-    >>> percent(0.25), percent(0.2480)
-    ('25 %', '24.8 %')
-    """
-    return f"{100 * part:.1f}".removesuffix(".0") + " %"
 
 
 def seconds(value: float) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from components.recipe import Recipe
+from components.recipe import Recipe, used
 from components.register.measured import Measured, finite, read_evaluation
 from components.register.verdict import Verdict, judge
 from components.transformer.removal import Removal, removals
@@ -149,11 +149,7 @@ def build(
 
 def settings(recipe: Recipe) -> dict[str, Any]:
     """Return every field of the recipe with its value. What a method has no use for is not told."""
-    dumped = recipe.model_dump(mode="json")
-    for section, method in (("gates", "trsp"), ("dress", "dress")):
-        if method not in recipe.methods:
-            del dumped[section]
-    return dumped
+    return used(recipe.model_dump(mode="json"), recipe.method)
 
 
 def read_curves(*, selection: Path, regularize: Path | None = None, recover: Path | None = None) -> Curves:

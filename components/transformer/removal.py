@@ -69,3 +69,12 @@ def in_words(found: Sequence[Removal]) -> str:
     """
     *others, last = [str(removal) for removal in found] or ["nothing"]
     return f"{', '.join(others)} and {last}" if others else last
+
+
+def percent(part: float) -> str:
+    """Return a part as a person reads it.
+
+    >>> percent(0.25), percent(0.2515)
+    ('25 %', '25.1 %')
+    """
+    return f"{100 * part:.1f}".removesuffix(".0") + " %"

@@ -8,18 +8,32 @@ import pytest
 import yaml
 
 from components.prune.card import front_matter, model_card
-from components.transformer.selection import Selection
+from components.transformer.layout import Widths
+from components.transformer.selection import Channels, Selection
 
 RELEASE = {"source": "org/base@main", "revision": "0123456789" * 4, "digest": "sha256:" + "ab" * 32}
 SELECTION = Selection(
     method="sleb", removed=(1, 3), order=(3, 1), scores={"perplexity": (90.0, 12.5, 0.0, 11.25), "short": (1.0,)}
 )
 VERIFICATION = {"removed": [1, 3], "layers": 2, "parameters": 8599296, "dtype": "bfloat16", "max_difference": 3.1e-6}
+WIDTHS = Widths(hidden=64, ffn=1024, heads=8, groups=4, head=8)
+CHANNELS = Selection(
+    method="dress", axis="ffn+heads", channels=Channels(ffn=(tuple(range(264)),) * 2, heads=((3,),) * 2)
+)
+BOTH = SELECTION.model_copy(
+    update={"method": "trsp+dress", "axis": "layers+ffn", "channels": Channels(ffn=(tuple(range(264)),) * 4)}
+)
 RECIPE = {"method": "sleb", "target": {"ratio": 0.5}}
 
 
 def card(**changed: Any) -> str:
-    given = {"release": RELEASE, "recipe": RECIPE, "selection": SELECTION, "verification": VERIFICATION}
+    given = {
+        "release": RELEASE,
+        "recipe": RECIPE,
+        "selection": SELECTION,
+        "widths": WIDTHS,
+        "verification": VERIFICATION,
+    }
     return model_card(**(given | changed))
 
 
@@ -52,8 +66,27 @@ def test_a_release_card_without_a_readable_head_carries_nothing(text: str) -> No
 def test_each_layer_is_told_with_its_new_place_and_its_score() -> None:
     rows = [line for line in card().splitlines() if line[:3] in ("| 0", "| 1", "| 2", "| 3")]
     assert rows == ["| 0 | 0 | 90 |", "| 1 | removed | 12.5 |", "| 2 | 1 | – |", "| 3 | removed | 11.25 |"]
-    assert "2 of its 4 layers were removed by `sleb`" in card()
+    assert "2 of 4 layers were removed by `sleb`" in card()
     assert "Layers 3, 1 of the release, in this order" in card()
+
+
+def test_channels_are_told_axis_by_axis_and_counted() -> None:
+    told = card(selection=CHANNELS)
+    assert "`org/base@main` without 264 of 1,024 ffn channels a layer and 1 of 4 key-value groups a layer" in told
+    assert "| ffn | 1,024 | 760 | 25.8 % |\n| heads | 4 | 3 | 25 % |" in told
+    assert "cut from, those channels gated to 0." in told
+    assert "layer of the release" not in told
+    assert "261" not in told
+    assert front_matter(told)["tags"] == ["pruned", "ffn-pruning", "head-pruning", "dress"]
+
+
+def test_layers_and_channels_are_told_together() -> None:
+    told = card(selection=BOTH)
+    assert "2 of 4 layers and 264 of 1,024 ffn channels a layer were removed by `trsp` and `dress`" in told
+    assert "| ffn | 1,024 | 760 | 25.8 % |" in told
+    assert "| 3 | removed | 11.25 |" in told
+    assert "those layers skipped and those channels gated to 0." in told
+    assert front_matter(told)["tags"] == ["pruned", "layer-pruning", "ffn-pruning", "trsp", "dress"]
 
 
 def test_lineage_verification_and_recipe_are_told() -> None:
