@@ -8,7 +8,7 @@ def control(kind: str, release: str, windows: str, selection: str, recipe: str, 
     """Train a control where the recipe asks for it; the empty reference where it does not.
 
     Args:
-        kind: pruned-first (the selected layers go first, then the same training) or dense-trained (the same training alone).
+        kind: pruned-first (what was selected goes first, then the same training) or dense-trained (the same training alone).
     """
     from components.stage import stage
 

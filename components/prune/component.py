@@ -7,7 +7,7 @@ from components.face import component
 
 @component
 def prune(release: str, model: str, selection: str, recipe: str, run: str, checkpoint: Output[Model]) -> str:
-    """Cut the selected layers, export and verify. Takes and returns references; `checkpoint` shows them in the UI."""
+    """Cut what was selected, export and verify. Takes and returns references; `checkpoint` shows them in the UI."""
     from components.stage import stage
 
     inputs = {"release": release, "model": model, "selection": selection}

@@ -1,1 +1,1 @@
-"""The second regularisation: what the chosen layers knew moves to the others."""
+"""The second regularisation: what the layers and channels that go knew moves to the rest."""
