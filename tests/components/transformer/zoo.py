@@ -6,6 +6,7 @@ to be held to the whole contract (test_contract.py).
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from components.transformer.channels import channels_to_remove, layout_of
+from components.transformer.families import FAMILIES
+from components.transformer.layout import Axis
+from components.transformer.selection import AXES, Channels
 
 VOCABULARY = 96
 LENGTH = 20
@@ -32,6 +38,9 @@ class Specimen:
     """Whether the family has fewer key-value heads than heads, where asked."""
     ties: bool = True
     """Whether its tied form is part of the property tests."""
+
+    def __str__(self) -> str:
+        return self.name
 
     def model(
         self,
@@ -129,6 +138,44 @@ SPECIMENS = (
     ),
     Specimen("mixtral", "mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 )
+
+PROJECTED, HEAD_NORMED = "opt-post-norm", "stablelm"
+"""Of families from which channels can be cut, the specimens from which none can."""
+
+NARROWABLE = (
+    *(
+        specimen
+        for specimen in SPECIMENS
+        if FAMILIES[specimen.model_type].layout and specimen.name not in (PROJECTED, HEAD_NORMED)
+    ),
+    Specimen(
+        "opt-post-norm-whole",
+        "opt",
+        {"ffn_dim": 48, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
+        grouped=False,
+    ),
+    Specimen("stablelm-biased", "stablelm", {"use_qkv_bias": True}),
+)
+"""The specimens from which channels can be cut."""
+
+AXES_CUT: tuple[tuple[Axis, ...], ...] = (*((axis,) for axis in AXES), AXES)
+"""Each axis alone, and all of them together."""
+
+
+def draw_channels(model: PreTrainedModel, axes: Sequence[Axis] = AXES, ratio: float = 0.5, seed: int = 0) -> Channels:
+    """Draw channels to remove, others in every layer: as many as `ratio` asks of each axis."""
+    family, config = FAMILIES[model.config.model_type], model.config.to_dict()
+    counts = channels_to_remove(family, config, dict.fromkeys(axes, ratio), None)
+    widths = layout_of(family).widths(config)
+    draw = random.Random(seed)
+
+    def some(axis: Axis) -> tuple[int, ...]:
+        return tuple(sorted(draw.sample(range(widths.of(axis)), counts.get(axis, 0))))
+
+    def of_each_layer(axis: Axis) -> tuple[tuple[int, ...], ...]:
+        return tuple(some(axis) for _ in range(family.layers(config))) if axis in counts else ()
+
+    return Channels(hidden=some("hidden"), ffn=of_each_layer("ffn"), heads=of_each_layer("heads"))
 
 
 def release(model: PreTrainedModel, folder: Path, shard: str = "5GB") -> Path:
