@@ -27,7 +27,7 @@ A recipe is one YAML file. It says how a release is recompressed; which release,
 are arguments of the run. It is checked whole before anything starts, and a field that is not known is refused. `espalier recipes`
 lists the shipped ones; [trsp.yaml](../pipeline/recipes/trsp.yaml), for layers, and [dress.yaml](../pipeline/recipes/dress.yaml), for channels,
 name every field and say when to change it. On the command line `--set regularize.steps=200` gives a field another value, read as YAML:
-a list is written `--set dress.axes=[ffn,hidden]`, a mapping `--set 'dress.ratio={{ffn: 0.5, hidden: 0.25}}'`.
+a list is written `--set 'dress.axes=[ffn, hidden]'`, a mapping `--set 'dress.ratio={{ffn: 0.5, hidden: 0.25}}'`.
 
 Methods: {methods}. `[trsp, dress]` removes layers by the first and channels by the second, in one run.
 """
