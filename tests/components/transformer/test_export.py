@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from components.transformer.checkpoint import Checkpoint, load_model
 from components.transformer.export import VerificationError, answers, save_model, verify_cut, verify_export
+from components.transformer.selection import Channels
 from components.transformer.surgery import cut_checkpoint, drop_layers
 from tests.components.transformer.zoo import SPECIMENS, release
 
@@ -131,3 +132,71 @@ def test_adapters_are_saved_merged_only(source: Path, tmp_path: Path) -> None:
     merged = adapted.merge_and_unload()
     save_model(merged, source, tmp_path / "out")
     verify_export(answers(merged), tmp_path / "out")
+
+
+CHANNELS = Channels(hidden=tuple(range(0, 32, 2)), ffn=(tuple(range(24)),) * 3, heads=((0,), (1,), (1,)))
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    return release(BY_NAME["llama"].model(3, dtype=torch.bfloat16), tmp_path / "dense")
+
+
+@pytest.fixture
+def narrow(dense: Path, tmp_path: Path) -> Path:
+    """The dense model without layer 1 and CHANNELS, waiting to be spoilt."""
+    cut_checkpoint(dense, tmp_path / "narrow", (1,), CHANNELS)
+    return tmp_path / "narrow"
+
+
+def test_a_cut_of_layers_and_channels_is_verified_within_rounding(dense: Path, narrow: Path) -> None:
+    verification = verify_cut(dense, narrow, (1,), CHANNELS)
+    assert (verification.layers, verification.dtype) == (2, "bfloat16")
+    assert verification.parameters == Checkpoint.open(narrow).parameters < Checkpoint.open(dense).parameters
+
+
+@pytest.mark.parametrize(
+    ("axis", "others", "tensor"),
+    [
+        ("hidden", tuple(range(1, 32, 2)), r"lm_head\.weight"),
+        ("ffn", (tuple(range(24)), tuple(range(24)), tuple(range(1, 25))), r"layers\.1\.mlp"),
+        ("heads", ((0,), (1,), (0,)), r"layers\.1\.self_attn"),
+    ],
+)
+def test_a_cut_of_other_channels_is_caught(dense: Path, narrow: Path, axis: str, others: object, tensor: str) -> None:
+    """As many, so that every shape and the config are right."""
+    asked = Channels.model_validate(CHANNELS.model_dump() | {axis: others})
+    with pytest.raises(VerificationError, match=f"holds another .*{tensor}"):
+        verify_cut(dense, narrow, (1,), asked)
+
+
+@pytest.mark.parametrize(
+    ("axis", "more", "field"),
+    [
+        ("hidden", (0, *range(16, 32)), "hidden_size is 16 and should be 15"),
+        ("ffn", (tuple(range(25)),) * 3, "intermediate_size is 24 and should be 23"),
+        ("heads", (), "num_attention_heads is 2 and should be 4"),
+    ],
+)
+def test_a_cut_of_another_width_is_caught(dense: Path, narrow: Path, axis: str, more: object, field: str) -> None:
+    asked = Channels.model_validate(CHANNELS.model_dump() | {axis: more})
+    with pytest.raises(VerificationError, match=rf"config\.json's {field}"):
+        verify_cut(dense, narrow, (1,), asked)
+
+
+def test_a_slice_of_other_bytes_is_caught(dense: Path, narrow: Path) -> None:
+    tensors = load_file(narrow / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 4] += 0.5
+    save_file(tensors, narrow / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(VerificationError, match=r"holds another layers\.1\.mlp\.down_proj\.weight"):
+        verify_cut(dense, narrow, (1,), CHANNELS)
+
+
+def test_channels_rotated_among_the_query_heads_are_caught(dense: Path, narrow: Path) -> None:
+    """Even where only the logits tell: heads that read another position are another model."""
+    expected = answers(load_model(narrow))
+    tensors = load_file(narrow / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file(tensors | {name: tensors[name].roll(1, 0)}, narrow / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(VerificationError, match="does not compute what it was exported from"):
+        verify_export(expected, narrow, exact=False)

@@ -8,19 +8,33 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import HealthCheck, given, reject, seed, settings
 from hypothesis import strategies as draw
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from components.errors import Refusal
+from components.transformer.channels import FAR
 from components.transformer.checkpoint import Checkpoint
-from components.transformer.export import save_model
+from components.transformer.export import save_model, verify_cut
 from components.transformer.families import FAMILIES
 from components.transformer.gates import gated, skipped
+from components.transformer.layout import Axis
+from components.transformer.narrow import narrowed
+from components.transformer.selection import AXES
 from components.transformer.surgery import cut_checkpoint, drop_layers
-from tests.components.transformer.zoo import SPECIMENS, Specimen, logits, prompts
+from tests.components.transformer.zoo import (
+    NARROWABLE,
+    SPECIMENS,
+    Specimen,
+    draw_channels,
+    logits,
+    prompts,
+    widths_of,
+)
 
 CASES = 300
 PARTS = 4
+CHANNEL_CASES = 60
 
 
 class Case(NamedTuple):
@@ -31,6 +45,18 @@ class Case(NamedTuple):
     key_value_heads: int
     tied: bool
     dtype: torch.dtype
+
+
+class ChannelCase(NamedTuple):
+    specimen: Specimen
+    layers: int
+    removed: tuple[int, ...]
+    heads: int
+    key_value_heads: int
+    tied: bool
+    dtype: torch.dtype
+    ratios: dict[Axis, float]
+    seed: int
 
 
 @draw.composite
@@ -49,8 +75,29 @@ def cases(take: draw.DrawFn) -> Case:
     )
 
 
+@draw.composite
+def channel_cases(take: draw.DrawFn) -> ChannelCase:
+    layers = take(draw.integers(1, 4))
+    heads = take(draw.sampled_from([2, 4, 8]))
+    ratio, axes = take(draw.floats(0.1, 0.8)), take(draw.sets(draw.sampled_from(AXES), min_size=1))
+    return ChannelCase(
+        specimen=take(draw.sampled_from(NARROWABLE)),
+        layers=layers,
+        removed=tuple(sorted(take(draw.sets(draw.integers(0, layers - 1), max_size=layers - 1)))),
+        heads=heads,
+        key_value_heads=take(draw.sampled_from([count for count in (2, 4, 8) if heads % count == 0])),
+        tied=take(draw.booleans()),
+        dtype=take(draw.sampled_from([torch.float32, torch.bfloat16])),
+        ratios=dict.fromkeys(sorted(axes), ratio),
+        seed=take(draw.integers(0, 2**16)),
+    )
+
+
 def test_the_specimens_show_every_family() -> None:
     assert {specimen.model_type for specimen in SPECIMENS} == set(FAMILIES)
+    assert {specimen.model_type for specimen in NARROWABLE} == {
+        model_type for model_type, family in FAMILIES.items() if family.layout
+    }
 
 
 @pytest.mark.parametrize("part", range(PARTS))
@@ -85,6 +132,37 @@ def hold(case: Case, folder: Path) -> None:
     save_model(drop_layers(model, case.removed), folder / "source", folder / "saved", removed=case.removed)
     assert torch.equal(logits(model), expected)
     assert_is(folder / "saved", expected, case)
+
+
+def test_channel_gates_cuts_and_exports_agree() -> None:
+    @seed(0)
+    @settings(max_examples=CHANNEL_CASES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(channel_cases())
+    def agree(case: ChannelCase) -> None:
+        with TemporaryDirectory() as folder:
+            hold_channels(case, Path(folder))
+
+    agree()
+
+
+def hold_channels(case: ChannelCase, folder: Path) -> None:
+    """Hold one drawn case to the contract: what is removed is near what was asked for, and every way of removing it is one model."""
+    model = case.specimen.model(case.layers, case.heads, case.key_value_heads, case.tied, case.dtype)
+    try:
+        channels = draw_channels(model, ratios=case.ratios, seed=case.seed)
+    except Refusal:  # no width that the model can have is near the ratio (test_channels.py)
+        reject()
+    for axis, ratio in case.ratios.items():
+        assert abs(channels.count(axis) / widths_of(model).of(axis) - ratio) <= FAR
+
+    dense = logits(model)
+    with narrowed(model, channels, gate=1.0):
+        assert torch.equal(logits(model), dense)
+    model.save_pretrained(folder / "source")
+    cut_checkpoint(folder / "source", folder / "cut", case.removed, channels)
+    verification = verify_cut(folder / "source", folder / "cut", case.removed, channels)
+    assert verification.layers == case.layers - len(case.removed)
+    assert verification.parameters < Checkpoint.open(folder / "source").parameters
 
 
 def assert_is(folder: Path, expected: torch.Tensor, case: Case) -> PreTrainedModel:

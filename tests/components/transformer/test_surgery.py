@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from components.errors import Refusal
 from components.transformer import surgery
 from components.transformer.checkpoint import Checkpoint, load_model
+from components.transformer.selection import Channels
 from components.transformer.surgery import cut_checkpoint, drop_layers
-from tests.components.transformer.zoo import SPECIMENS, logits, release
+from tests.components.transformer.zoo import PROJECTED, SPECIMENS, draw_channels, logits, release
 
 BY_NAME = {specimen.name: specimen for specimen in SPECIMENS}
 
@@ -86,6 +87,45 @@ def test_shards_hold_at_most_their_size_and_the_index_names_them(
         tensors = load_file(tmp_path / "cut" / file)
         assert {index["weight_map"][name] for name in tensors} == {file}
         assert sum(tensor.nbytes for tensor in tensors.values()) <= 20_000
+
+
+def test_channels_that_stay_are_the_release_s_bytes(tmp_path: Path) -> None:
+    model = BY_NAME["llama"].model(3, dtype=torch.bfloat16)
+    channels = Channels(hidden=tuple(range(0, 16)), ffn=((0,), (1,), (2,)), heads=((0,), (1,), (0,)))
+    cut_checkpoint(release(model, tmp_path / "source"), tmp_path / "cut", (1,), channels)
+    tensors = load_file(tmp_path / "cut" / "model.safetensors")
+    last = model.model.layers[2]
+    expected = {
+        "model.embed_tokens.weight": model.model.embed_tokens.weight[:, 16:],
+        "model.norm.weight": model.model.norm.weight[16:],
+        "model.layers.1.self_attn.q_proj.weight": last.self_attn.q_proj.weight[16:, 16:],
+        "model.layers.1.self_attn.v_proj.weight": last.self_attn.v_proj.weight[8:, 16:],
+        "model.layers.1.self_attn.o_proj.weight": last.self_attn.o_proj.weight[16:, 16:],
+        "model.layers.1.mlp.down_proj.weight": last.mlp.down_proj.weight[16:, [0, 1, *range(3, 48)]],
+    }
+    for name, weight in expected.items():
+        assert torch.equal(tensors[name], weight)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
+def test_channels_are_cut_across_shards(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = BY_NAME[name].model(2)
+    channels = draw_channels(model)
+    cut_checkpoint(release(model, tmp_path / "source"), tmp_path / "one", channels=channels)
+    sharded = release(model, tmp_path / "sharded", shard="20KB")
+    monkeypatch.setattr(surgery, "SHARD_BYTES", 10_000)
+    cut_checkpoint(sharded, tmp_path / "shards", channels=channels)
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    assert torch.equal(logits(load_model(tmp_path / "shards")), logits(load_model(tmp_path / "one")))
+    assert Checkpoint.open(tmp_path / "shards").bytes == Checkpoint.open(tmp_path / "one").bytes
+
+
+def test_a_cut_of_channels_that_the_layout_does_not_know_writes_nothing(tmp_path: Path) -> None:
+    source = release(BY_NAME[PROJECTED].model(2), tmp_path / "source")
+    with pytest.raises(Refusal, match="remove layers instead"):
+        cut_checkpoint(source, tmp_path / "cut", channels=Channels(ffn=((0,), (0,))))
+    assert not (tmp_path / "cut").exists()
 
 
 def test_every_index_of_a_layer_in_memory_is_renumbered() -> None:

@@ -7,7 +7,7 @@ to be held to the whole contract (test_contract.py).
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from components.transformer.channels import channels_to_remove, layout_of
 from components.transformer.families import FAMILIES
-from components.transformer.layout import Axis
+from components.transformer.layout import Axis, Widths
 from components.transformer.selection import AXES, Channels
 
 VOCABULARY = 96
@@ -162,11 +162,22 @@ AXES_CUT: tuple[tuple[Axis, ...], ...] = (*((axis,) for axis in AXES), AXES)
 """Each axis alone, and all of them together."""
 
 
-def draw_channels(model: PreTrainedModel, axes: Sequence[Axis] = AXES, ratio: float = 0.5, seed: int = 0) -> Channels:
-    """Draw channels to remove, others in every layer: as many as `ratio` asks of each axis."""
+def widths_of(model: PreTrainedModel) -> Widths:
+    """Return the widths that the model's config states."""
+    return layout_of(FAMILIES[model.config.model_type]).widths(model.config.to_dict())
+
+
+def draw_channels(
+    model: PreTrainedModel,
+    axes: Sequence[Axis] = AXES,
+    ratios: Mapping[Axis, float] | None = None,
+    seed: int = 0,
+    multiple: int | None = None,
+) -> Channels:
+    """Draw channels to remove, others in every layer: half of each of `axes`, or what `ratios` ask for."""
     family, config = FAMILIES[model.config.model_type], model.config.to_dict()
-    counts = channels_to_remove(family, config, dict.fromkeys(axes, ratio), None)
-    widths = layout_of(family).widths(config)
+    counts = channels_to_remove(family, config, ratios or dict.fromkeys(axes, 0.5), multiple)
+    widths = widths_of(model)
     draw = random.Random(seed)
 
     def some(axis: Axis) -> tuple[int, ...]:
