@@ -87,7 +87,8 @@ class _Slice:
 class Slices:
     """The rows and columns that the cut takes away.
 
-    Made before the training, so that every tensor's slice begins at 1.
+    Made before the training, so that every tensor's slice begins at 1. One that is 0 already, such as a bias that was never
+    trained, has nothing to lose and is left out: relative to nothing, its first step would be infinite.
 
     Args:
         model: what is trained, adapters or not; adapters themselves are not sliced.
@@ -97,10 +98,11 @@ class Slices:
 
     def __init__(self, model: nn.Module, channels: Channels, norm: Norm) -> None:
         self._size = torch.square if norm == "l2" else torch.abs
-        self._slices = [
-            _Slice(part, weight, pieces, max(self._sum(weight.detach(), pieces).item(), 1e-30))
+        found = (
+            _Slice(part, weight, pieces, self._sum(weight.detach(), pieces).item())
             for part, weight, pieces in _sliced(plain(model), channels)
-        ]
+        )
+        self._slices = [piece for piece in found if piece.start > 0]
 
     def norms(self) -> dict[str, Tensor]:
         """Return, of each part of the model, the mean over its tensors of ‖W_R‖ relative to its start, in the graph."""

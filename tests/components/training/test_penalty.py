@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from components.training.penalty import annealed, gated_at, penalty, ramped, relative_change
+from components.recipe import Lora
+from components.training.lora import adapted
+from components.training.penalty import Norm, Slices, annealed, gated_at, penalty, ramped, relative_change
 from components.transformer.gates import skipped, watched
+from components.transformer.selection import Channels
 from tests.components.training.tiny import counting, llama
+from tests.components.transformer.zoo import AXES_CUT, NARROWABLE, Specimen, draw_channels
 
 
 def test_l2_is_the_squared_change_relative_to_the_input_token_by_token() -> None:
@@ -62,3 +68,116 @@ def test_gates_take_the_chosen_layers_from_whole_to_gone() -> None:
     assert not torch.allclose(outputs[1], whole)
     assert not torch.allclose(outputs[1], gone)
     assert torch.equal(model(input_ids=batch).logits, whole)
+
+
+HIDDEN, FFN, GROUP = (3, 5, 8), (0, 7), (1,)
+CHANNELS = Channels(hidden=HIDDEN, ffn=(FFN,) * 2, heads=(GROUP,) * 2)
+
+
+def sizes(slices: Slices) -> dict[str, float]:
+    return {name: norm.item() for name, norm in slices.norms().items()}
+
+
+@torch.no_grad()
+def scale(model: PreTrainedModel, name: str, factor: float) -> None:
+    model.get_parameter(name).mul_(factor)
+
+
+def union(weight: Tensor, rows: tuple[int, ...], columns: tuple[int, ...]) -> Tensor:
+    """What goes of a matrix: rows and columns, and where they cross once."""
+    gone = torch.zeros_like(weight, dtype=torch.bool)
+    gone[list(rows)] = True
+    gone[:, list(columns)] = True
+    return weight[gone]
+
+
+class TestSlices:
+    @pytest.mark.parametrize("norm", ["l1", "l2"])
+    @pytest.mark.parametrize("specimen", NARROWABLE, ids=str)
+    def test_begin_at_1_in_every_part_of_every_family(self, specimen: Specimen, norm: Norm) -> None:
+        model = specimen.model(2)
+        found = sizes(Slices(model, draw_channels(model), norm))
+        assert found == pytest.approx({"slices_attention": 1, "slices_ffn": 1, "slices_rest": 1})
+
+    @pytest.mark.parametrize("axes", AXES_CUT, ids="+".join)
+    def test_are_of_the_parts_that_the_axis_runs_through(self, axes) -> None:
+        """The residual stream runs through all of them."""
+        model = llama(2)
+        parts = {"ffn": {"slices_ffn"}, "heads": {"slices_attention"}}
+        everywhere = {"slices_attention", "slices_ffn", "slices_rest"}
+        expected = set().union(*(parts.get(axis, everywhere) for axis in axes))
+        assert set(sizes(Slices(model, draw_channels(model, axes), "l2"))) == expected
+
+    @pytest.mark.parametrize(("norm", "power"), [("l1", 1), ("l2", 2)])
+    def test_are_the_mean_over_the_tensors_of_a_part_each_relative_to_its_start(self, norm: Norm, power: int) -> None:
+        """Six matrices of feed-forward layers: one is halved, one is gone."""
+        model = llama(2)
+        slices = Slices(model, CHANNELS, norm)
+        scale(model, "model.layers.0.mlp.up_proj.weight", 0.5)
+        scale(model, "model.layers.1.mlp.down_proj.weight", 0)
+        found = sizes(slices)
+        assert found["slices_ffn"] == pytest.approx((4 + 0.5**power) / 6)
+        assert found["slices_attention"] == found["slices_rest"] == pytest.approx(1)
+
+    @pytest.mark.parametrize("norm", ["l1", "l2"])
+    def test_count_what_goes_by_its_row_and_by_its_column_once(self, norm: Norm) -> None:
+        model = llama(2)
+        slices = Slices(model, CHANNELS, norm)
+        weight = model.model.layers[0].mlp.down_proj.weight
+        size = torch.square if norm == "l2" else torch.abs
+        start = size(union(weight, HIDDEN, FFN)).sum()
+        with torch.no_grad():
+            weight[3] *= 3  # a row that goes
+            weight[:, 7] *= 2  # a column that goes, across it
+            weight[0, 1] += 5  # what stays
+        grown = size(union(weight, HIDDEN, FFN)).sum() / start
+        assert sizes(slices)["slices_ffn"] == pytest.approx((5 + grown.item()) / 6, rel=1e-5)
+
+    def test_are_nothing_of_what_stays(self) -> None:
+        """Their gradient is in the rows and columns that go, and nowhere else."""
+        model = llama(2)
+        torch.stack(list(Slices(model, CHANNELS, "l2").norms().values())).sum().backward()
+        gradient = model.model.layers[1].mlp.down_proj.weight.grad
+        assert union(gradient, HIDDEN, FFN).ne(0).all()
+        assert gradient.ne(0).sum() == union(gradient, HIDDEN, FFN).numel()
+        embedding = model.get_input_embeddings().weight.grad
+        assert set(embedding.ne(0).any(0).nonzero().flatten().tolist()) == set(HIDDEN)
+
+    def test_count_tied_weights_once(self) -> None:
+        """Of the rest there are an embedding, which is the head too, and five norms."""
+        model = llama(2)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        slices = Slices(model, CHANNELS, "l2")
+        scale(model, "model.embed_tokens.weight", 0)
+        assert sizes(slices)["slices_rest"] == pytest.approx(5 / 6)
+
+    def test_of_a_model_with_adapters_are_those_of_its_own_weights(self) -> None:
+        model = llama(2)
+        expected = {name: norm.clone() for name, norm in Slices(llama(2), CHANNELS, "l2").norms().items()}
+        slices = Slices(adapted(model, Lora(rank=2), seed=0), CHANNELS, "l2")
+        assert sizes(slices) == pytest.approx({name: norm.item() for name, norm in expected.items()})
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.base_layer.weight.zero_()
+        assert sizes(slices)["slices_ffn"] == pytest.approx(5 / 6)
+
+    def test_that_were_0_at_the_start_count_for_nothing(self) -> None:
+        """As the biases of a GPT-2 that was never trained."""
+        model = next(specimen for specimen in NARROWABLE if specimen.name == "gpt2").model(2)
+        biases = [weight for name, weight in model.named_parameters() if name.endswith("bias")]
+        for bias in biases:
+            bias.data.zero_()
+        slices = Slices(model, draw_channels(model), "l2")
+        for bias in biases:
+            bias.data += 1e-3
+        assert sizes(slices) == pytest.approx({"slices_attention": 1, "slices_ffn": 1, "slices_rest": 1})
+
+    @pytest.mark.parametrize("norm", ["l1", "l2"])
+    def test_sink_when_they_are_minimised(self, norm: Norm) -> None:
+        model = llama(2)
+        slices = Slices(model, CHANNELS, norm)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+        for _ in range(40):
+            optimizer.zero_grad()
+            torch.stack(list(slices.norms().values())).sum().backward()
+            optimizer.step()
+        assert max(sizes(slices).values()) < 0.2
