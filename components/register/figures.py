@@ -126,11 +126,11 @@ def slices(parts: Mapping[str, Curve], name: str, *, mark: tuple[float, str] | N
     def draw(axes: Axes) -> None:
         for (part, points), (colour, dashes) in zip(parts.items(), styles, strict=False):
             axes.plot(*_columns(points), color=colour, linestyle=dashes, label=part)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.18 * axes.get_ylim()[1])  # above the curves there is room for the mark's words
         if mark:
             _mark(axes, mark)
         # Below the mark's words. The lines begin together and end together, so that names at their ends would crowd.
-        axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.92))
+        axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.8))
 
     return _panel(draw, "optimizer step", name, f"{name}: {', '.join(parts)}")
 

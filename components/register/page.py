@@ -467,12 +467,12 @@ def _slices(curves: Mapping[str, Curve], recipe: Recipe) -> Markup | None:
 
 
 def _mark(recipe: Recipe) -> tuple[float, str] | None:
-    """The step from which the regularisation is at its full strength."""
+    """The step from which the regularisation is at its full strength; steps are counted from 1 where they are recorded."""
     regularize = recipe.regularize
     if regularize.schedule == "anneal":
-        return regularize.anneal * regularize.steps, "gates at 0"
+        return round(regularize.anneal * regularize.steps) + 1, "gates at 0"
     if regularize.schedule == "penalty" and regularize.ramp:
-        return regularize.ramp * regularize.steps, "full penalty"
+        return round(regularize.ramp * regularize.steps) + 1, "full penalty"
     return None
 
 
