@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from components.transformer.channels import kept_rows, layout_of
+from components.transformer.channels import layout_of
 from components.transformer.families import FAMILIES
 from components.transformer.gates import final_state, gated, skipped
 from components.transformer.layout import Axis, axis_of
@@ -25,6 +25,7 @@ from tests.components.transformer.zoo import (
     draw_channels,
     logits,
     prompts,
+    scale_slices,
 )
 
 BY_NAME = {specimen.name: specimen for specimen in NARROWABLE}
@@ -49,19 +50,10 @@ def model() -> PreTrainedModel:
     return BY_NAME["llama-biased"].model(LAYERS)
 
 
-@torch.no_grad()
 def zeroed(model: PreTrainedModel, channels: Channels) -> PreTrainedModel:
-    """Return a copy whose weights are 0 wherever the cut takes them away: in the rows and columns W_R."""
-    family = FAMILIES[model.config.model_type]
-    layout, model = layout_of(family), copy.deepcopy(model)
-    widths = layout.widths(model.config.to_dict())
-    for name, weight in model.named_parameters():
-        block = family.block_of(name)
-        kept = kept_rows(layout, widths, name, weight.shape, channels.at(block[0] if block else None))
-        for dimension, rows in enumerate(kept):
-            if rows is not None:
-                gone = torch.tensor(sorted(set(range(weight.shape[dimension])) - set(rows)))
-                weight.index_fill_(dimension, gone, 0)
+    """Return a copy whose weights are 0 wherever the cut takes them away."""
+    model = copy.deepcopy(model)
+    scale_slices(model, channels, 0)
     return model
 
 

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from components.transformer.channels import channels_to_remove, layout_of
+from components.transformer.channels import channels_to_remove, kept_rows, layout_of
 from components.transformer.families import FAMILIES
 from components.transformer.layout import Axis, Widths
 from components.transformer.selection import AXES, Channels
@@ -187,6 +187,19 @@ def draw_channels(
         return tuple(some(axis) for _ in range(family.layers(config))) if axis in counts else ()
 
     return Channels(hidden=some("hidden"), ffn=of_each_layer("ffn"), heads=of_each_layer("heads"))
+
+
+@torch.no_grad()
+def scale_slices(model: PreTrainedModel, channels: Channels, factor: float) -> None:
+    """Scale, in place, what the cut takes away of every weight: the rows and columns W_R."""
+    family, widths = FAMILIES[model.config.model_type], widths_of(model)
+    for name, weight in model.named_parameters():
+        block = family.block_of(name)
+        at = channels.at(block[0] if block else None)
+        for dimension, rows in enumerate(kept_rows(layout_of(family), widths, name, weight.shape, at)):
+            if rows is not None:
+                scale = torch.full((weight.shape[dimension],), factor).index_fill(0, torch.tensor(rows), 1.0)
+                weight *= scale.unflatten(0, [-1] + [1] * (weight.ndim - 1 - dimension))
 
 
 def release(model: PreTrainedModel, folder: Path, shard: str = "5GB") -> Path:
