@@ -93,14 +93,14 @@ FAR = 0.1
 
 
 def _nearest(axis: Axis, ratio: float, width: int, allowed: Sequence[int]) -> int:
-    kept = min(allowed, key=lambda count: abs(1 - count / width - ratio), default=None)
-    if kept is None or abs(1 - kept / width - ratio) > FAR:
-        can = ", ".join(f"{1 - count / width:.2g}" for count in reversed(allowed[-4:])) if allowed else "none"
+    near = sorted(allowed, key=lambda count: abs(1 - count / width - ratio))
+    if not near or abs(1 - near[0] / width - ratio) > FAR:
+        can = ", ".join(f"{1 - count / width:.2g}" for count in sorted(near[:4], reverse=True)) or "none"
         raise Refusal(
             f"of the {width} channels of the axis {axis} no number near {ratio:.0%} can go (possible parts are {can}): set dress.ratio to "
             "one of them, dress.multiple lower, or cut hidden and heads together"
         )
-    return kept
+    return near[0]
 
 
 def kept_rows(
