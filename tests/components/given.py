@@ -11,23 +11,30 @@ from safetensors.torch import load_file, save_file
 
 from components.transformer.checkpoint import load_model
 from components.transformer.gates import skipped
+from components.transformer.narrow import narrowed
 from components.transformer.perplexity import perplexity
-from components.transformer.selection import Selection
+from components.transformer.selection import NO_CHANNELS, Channels, Selection
 from tests.components.training.tiny import Kept, counting
 from tests.components.transformer import zoo
+
+CHANNELS = Channels(hidden=tuple(range(0, 32, 2)), ffn=(tuple(range(16)),) * 4, heads=((0,), (1,), (1,), (0,)))
+"""Of the release's channels half the hidden ones, a third of ffn and one of two groups."""
 
 TRAINING = {"steps": 6, "batch_size": 4, "learning_rate": 3e-3, "precision": "fp32"}
 """Enough to learn to count a little."""
 
+ADAPTERS = {"trainable": "lora", "steps": 20, "learning_rate": 0.02}
+"""Enough for adapters."""
+
 
 @dataclass(frozen=True)
 class Given:
-    """A run's folder with a release of four layers, windows of a text that counts, and layer 1 chosen to go."""
+    """A run's folder with a release of four layers, windows of a text that counts, and layer 1 chosen to go, or channels too."""
 
     folder: Path
 
     @classmethod
-    def lay(cls, folder: Path) -> Given:
+    def lay(cls, folder: Path, channels: Channels = NO_CHANNELS) -> Given:
         """Make the artifacts."""
         given = cls(folder)
         zoo.release(zoo.Specimen("llama", "llama").model(layers=4), given.release / "model")
@@ -35,7 +42,7 @@ class Given:
         for artifact in (given.windows, given.selection):
             artifact.mkdir()
         save_file({"windows": counting(12).int()}, given.windows / "windows.safetensors")
-        Selection(method="sleb", removed=(1,), order=(1,)).save(given.selection)
+        Selection(method="sleb", removed=(1,), order=(1,), channels=channels).save(given.selection)
         return given
 
     @property
@@ -50,10 +57,10 @@ class Given:
     def selection(self) -> Path:
         return self.folder / "selection"
 
-    def perplexity(self, artifact: Path, without: tuple[int, ...] = ()) -> float:
-        """The perplexity of an artifact's model on the windows, some of its layers skipped."""
+    def perplexity(self, artifact: Path, without: tuple[int, ...] = (), channels: Channels = NO_CHANNELS) -> float:
+        """The perplexity of an artifact's model on the windows, some of its layers skipped and some channels gated to 0."""
         model = load_model(artifact / "model")
-        with skipped(model, without):
+        with skipped(model, without), narrowed(model, channels):
             return perplexity(model, counting(12))
 
 

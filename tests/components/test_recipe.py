@@ -151,6 +151,89 @@ class TestFieldsThatDoNotGoTogether:
         assert recipe(**rule, evaluate__controls=["pruned-first"]).promote.perplexity_over_control == 1.0
 
 
+class TestMethods:
+    def test_are_one_or_one_of_layers_and_then_dress(self) -> None:
+        assert recipe().methods == ("trsp",)
+        assert recipe(method="dress").methods == ("dress",)
+        assert recipe(method=["trsp", "dress"]).methods == ("trsp", "dress")
+        assert recipe("method=[sleb, dress]").methods == ("sleb", "dress")
+
+    @pytest.mark.parametrize(
+        "method", [["dress", "trsp"], ["sleb", "trsp"], ["dress", "dress"], ["trsp", "sleb", "dress"]]
+    )
+    def test_of_another_kind_or_order_are_refused(self, method: list[str]) -> None:
+        said = refusal(method=method)
+        assert said.startswith(f"the recipe's method is {method}: name one method, or one that removes layers and then")
+
+    def test_that_are_none_are_refused(self) -> None:
+        assert refusal(method=[]).startswith("the recipe's ")
+
+    def test_that_are_not_there_are_refused_by_name(self) -> None:
+        said = refusal(method=["trsp", "dres"])
+        assert said.startswith("the recipe's method 'dres' is not known")
+        assert said.endswith("did you mean 'dress'?")
+
+    def test_of_which_one_is_trsp_may_have_gates(self) -> None:
+        assert recipe(method=["trsp", "dress"], gates__steps=5).gates.steps == 5
+        assert "learns no gates" in refusal(method="dress", gates__steps=5)
+        assert "learns no gates" in refusal(method=["sleb", "dress"], gates__steps=5)
+
+
+class TestDress:
+    @pytest.mark.parametrize("method", ["trsp", "sleb"])
+    def test_is_a_section_of_its_own_method_s(self, method: str) -> None:
+        said = refusal(method=method, dress__axes=["ffn"])
+        assert said == (
+            f"the recipe's method {method!r} chooses no channels: remove the section 'dress', or add dress to method"
+        )
+
+    def test_takes_target_s_ratio_one_of_its_own_or_one_for_each_axis(self) -> None:
+        axes = {"method": "dress", "dress__axes": ["hidden", "ffn"]}
+        assert recipe(**axes).dress.ratios(0.25) == {"hidden": 0.25, "ffn": 0.25}
+        assert recipe(**axes, dress__ratio=0.5).dress.ratios(0.25) == {"hidden": 0.5, "ffn": 0.5}
+        each = {"hidden": 0.1, "ffn": 0.6}
+        assert recipe(**axes, dress__ratio=each).dress.ratios(0.25) == each
+
+    def test_names_an_axis_once(self) -> None:
+        said = refusal(method="dress", dress__axes=["ffn", "ffn"])
+        assert said == "the recipe's dress: dress.axes ['ffn', 'ffn'] names an axis twice: name each once"
+
+    @pytest.mark.parametrize("ratio", [{"ffn": 0.5}, {"ffn": 0.5, "hidden": 0.5, "heads": 0.5}, {}])
+    def test_names_the_same_axes_in_axes_and_ratio(self, ratio: dict[str, float]) -> None:
+        said = refusal(method="dress", dress__axes=["ffn", "hidden"], dress__ratio=ratio)
+        assert said.endswith(
+            f"dress.ratio names {sorted(ratio)} and dress.axes ['ffn', 'hidden']: name the same axes in both"
+        )
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("axes", []),
+            ("axes", ["width"]),
+            ("ratio", 0),
+            ("ratio", 1.0),
+            ("ratio", {"ffn": 1.5}),
+            ("ratio", {"width": 0.5}),
+            ("channels", "largest"),
+            ("multiple", 0),
+        ],
+    )
+    def test_refuses_a_value_that_is_not_allowed_by_its_field(self, field: str, value: Any) -> None:
+        said = refusal(method="dress", **{f"dress__{field}": value})
+        assert said.startswith(f"the recipe's field 'dress.{field}")
+
+    def test_of_a_penalty_needs_weights_that_train(self) -> None:
+        penalty = {"regularize__schedule": "penalty", "regularize__trainable": "lora"}
+        said = refusal(method=["trsp", "dress"], **penalty)
+        assert "which adapters do not train: set regularize.trainable to all, or the schedule to anneal" in said
+        assert recipe(method="trsp", **penalty).regularize.trainable == "lora"
+        assert recipe(method="dress", regularize__trainable="lora").regularize.schedule == "anneal"
+
+    def test_comes_back_from_its_yaml(self) -> None:
+        made = recipe(method=["trsp", "dress"], dress__axes=["ffn", "heads"], dress__ratio={"ffn": 0.5, "heads": 0.25})
+        assert Recipe.from_yaml(made.to_yaml()) == made
+
+
 class TestAText:
     def test_that_is_a_string_is_a_path(self) -> None:
         assert Text.model_validate("a.txt") == Text(path="a.txt")

@@ -1,4 +1,4 @@
-"""The controls get the candidate's training and nothing else: one without the chosen layers from the start, one with all."""
+"""The controls get the candidate's training and nothing else: one without what was chosen from the start, one with all."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ import pytest
 from components.control.control import control
 from components.recipe import Recover, Regularize
 from components.transformer.checkpoint import Checkpoint
-from tests.components.given import TRAINING, Given, SeveralKept
+from tests.components.given import ADAPTERS, CHANNELS, TRAINING, Given, SeveralKept
 from tests.components.training.tiny import Killed, Written
 
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
     return Given.lay(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def narrowing(tmp_path_factory: pytest.TempPathFactory) -> Given:
+    """A run whose selection has channels too."""
+    return Given.lay(tmp_path_factory.mktemp("run"), CHANNELS)
 
 
 def work(
@@ -49,6 +55,29 @@ def test_pruned_first_has_the_candidates_layers_and_its_training(given: Given, t
     assert Checkpoint.open(tmp_path / "out/model").layers == 3
     assert given.perplexity(tmp_path / "out") < given.perplexity(given.release, without=(1,))
     assert len(journal.curve("loss")) == TRAINING["steps"]
+
+
+@pytest.mark.parametrize("settings", [{}, ADAPTERS])
+def test_pruned_first_has_the_candidates_channels_and_its_training(
+    narrowing: Given, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    journal = work(narrowing, tmp_path / "out", "pruned-first", **settings)
+    made = Checkpoint.open(tmp_path / "out/model")
+    widths = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    assert {name: made.config[name] for name in widths} == widths
+    assert made.layers == 3
+    before = narrowing.perplexity(narrowing.release, without=(1,), channels=CHANNELS)
+    assert narrowing.perplexity(tmp_path / "out") < before
+    assert len(journal.curve("loss")) == settings.get("steps", TRAINING["steps"])
+    assert journal.curve("slices_ffn") == []
+
+
+def test_dense_trained_has_all_channels(narrowing: Given, tmp_path: Path) -> None:
+    journal = work(narrowing, tmp_path / "out", "dense-trained")
+    made, release = Checkpoint.open(tmp_path / "out/model"), Checkpoint.open(narrowing.release / "model")
+    assert made.config == release.config
+    assert narrowing.perplexity(tmp_path / "out") < narrowing.perplexity(narrowing.release)
+    assert journal.curve("slices_ffn") == []
 
 
 def test_dense_trained_has_all_layers_and_the_same_training(given: Given, tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from components.errors import Refusal
 from components.pin import pin
@@ -19,7 +21,7 @@ from components.transformer.checkpoint import Checkpoint
 from tests.components.transformer import zoo
 
 
-def recipe(ratio: float = 0.25, calibration: int = 32, evaluate: int = 32) -> Recipe:
+def recipe(ratio: float = 0.25, calibration: int = 32, evaluate: int = 32, **fields: object) -> Recipe:
     return Recipe.model_validate(
         {
             "method": "trsp",
@@ -27,6 +29,7 @@ def recipe(ratio: float = 0.25, calibration: int = 32, evaluate: int = 32) -> Re
             "calibration": {"data": "train.txt", "length": calibration},
             "evaluate": {"perplexity": {"test": "test.txt"}, "length": evaluate, "speed": {"enabled": False}},
         }
+        | fields
     )
 
 
@@ -139,6 +142,41 @@ class TestARefusal:
     ) -> None:
         said = refused(recipe(**{"calibration": 32, "evaluate": 32} | lengths))
         assert said == f"{field} is 65, and the model reads 64 tokens at most: set it to 64 or less"
+
+    @pytest.mark.parametrize(
+        ("dress", "said"),
+        [
+            ({"axes": ["heads"], "ratio": 0.2}, "of the 2 channels of the axis heads no number near 20% can go"),
+            ({"axes": ["hidden"], "ratio": 0.25, "multiple": 32}, "of the 32 channels of the axis hidden no number"),
+        ],
+    )
+    def test_of_channels_that_no_width_leaves(
+        self, dress: dict[str, object], said: str, refused: Callable[..., str]
+    ) -> None:
+        assert said in refused(recipe(method="dress", dress=dress))
+        assert said in refused(recipe(method=["trsp", "dress"], dress=dress))
+
+    def test_of_a_tensor_whose_channels_are_not_known(self, release: Path, refused: Callable[..., str]) -> None:
+        file = min(release.glob("*.safetensors"))
+        save_file(load_file(file) | {"model.layers.0.mlp.router.weight": torch.zeros(4, 32)}, file)
+        index = json.loads((release / "model.safetensors.index.json").read_text())
+        index["weight_map"]["model.layers.0.mlp.router.weight"] = file.name
+        (release / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert "the tensor model.layers.0.mlp.router.weight holds" in refused(recipe(method="dress"))
+
+    def test_of_channels_of_a_mixture_of_experts(self, store: Store, tmp_path: Path) -> None:
+        mixtral = next(specimen for specimen in zoo.SPECIMENS if specimen.name == "mixtral")
+        folder = zoo.release(mixtral.model(layers=4), tmp_path / "mixtral")
+        with pytest.raises(Refusal, match="a mixture of experts, from which whole layers can be removed"):
+            pin_folder(folder, recipe(method="dress"), store)
+        assert stored(store) == []
+
+    def test_none_of_dress_s_ratio_where_it_leaves_no_layer(self, release: Path) -> None:
+        """target.ratio is of layers where layers go."""
+        dress = {"axes": ["ffn"], "ratio": 0.5}
+        assert check_checkpoint(release, recipe(ratio=0.9, method="dress", dress=dress)).layers == 4
+        with pytest.raises(Refusal, match=r"target\.ratio 0\.9 removes 4 of"):
+            check_checkpoint(release, recipe(ratio=0.9, method=["trsp", "dress"], dress=dress))
 
     def test_none_where_the_windows_fit(self, release: Path) -> None:
         assert check_checkpoint(release, recipe(calibration=64)).layers == 4

@@ -16,7 +16,7 @@ from components.transformer.checkpoint import Checkpoint
 from components.transformer.export import VerificationError
 from components.transformer.selection import Channels
 from components.transformer.surgery import cut_checkpoint
-from tests.components.given import Given, weights
+from tests.components.given import CHANNELS, Given, weights
 from tests.components.training.tiny import Written
 
 LINEAGE = {"source": "owner/model", "revision": "0" * 40, "digest": "a" * 64}
@@ -25,6 +25,12 @@ LINEAGE = {"source": "owner/model", "revision": "0" * 40, "digest": "a" * 64}
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
     return Given.lay(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def narrowing(tmp_path_factory: pytest.TempPathFactory) -> Given:
+    """A run whose selection has channels too."""
+    return Given.lay(tmp_path_factory.mktemp("run"), CHANNELS)
 
 
 def work(given: Given, out: Path) -> Written:
@@ -53,6 +59,16 @@ def test_the_checkpoint_has_the_other_layers_and_nothing_else_changed(given: Giv
     assert journal.done[-1] == (2, 2)
 
 
+def test_the_checkpoint_has_the_other_channels_and_nothing_else_changed(narrowing: Given, tmp_path: Path) -> None:
+    work(narrowing, tmp_path / "out")
+    made = Checkpoint.open(tmp_path / "out/model")
+    assert (made.layers, made.config["hidden_size"], made.config["intermediate_size"]) == (3, 16, 32)
+    before = narrowing.perplexity(narrowing.release, (1,), CHANNELS)
+    assert narrowing.perplexity(tmp_path / "out") == pytest.approx(before, rel=1e-4)
+    up = weights(narrowing.release)["model.layers.2.mlp.up_proj.weight"]
+    assert weights(tmp_path / "out")["model.layers.1.mlp.up_proj.weight"].equal(up[16:, 1::2])
+
+
 def test_what_was_proved_is_told(given: Given, tmp_path: Path) -> None:
     work(given, tmp_path / "out")
     told = json.loads((tmp_path / "out/verification.json").read_text())
@@ -76,4 +92,17 @@ def test_a_cut_that_is_not_the_one_asked_for_is_not_published(
     monkeypatch.setattr(stage, "cut_checkpoint", cuts_another)
     with pytest.raises(VerificationError):
         work(given, tmp_path / "out")
+    assert not (tmp_path / "out/verification.json").exists()
+
+
+def test_a_cut_of_channels_that_are_not_those_asked_for_is_not_published(
+    narrowing: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cuts_another(source: Path, out: Path, layers: Sequence[int], channels: Channels) -> None:
+        others = tuple(tuple(channel + 1 for channel in gone) for gone in channels.ffn)
+        cut_checkpoint(source, out, layers, channels.model_copy(update={"ffn": others}))
+
+    monkeypatch.setattr(stage, "cut_checkpoint", cuts_another)
+    with pytest.raises(VerificationError, match=r"holds another layers\.0\.mlp"):
+        work(narrowing, tmp_path / "out")
     assert not (tmp_path / "out/verification.json").exists()

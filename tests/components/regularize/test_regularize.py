@@ -11,7 +11,7 @@ from components.recipe import Regularize
 from components.regularize.regularize import regularize
 from components.transformer.checkpoint import Checkpoint
 from components.transformer.surgery import cut_checkpoint
-from tests.components.given import TRAINING, Given, digest, weights
+from tests.components.given import ADAPTERS, CHANNELS, TRAINING, Given, digest, weights
 from tests.components.training.tiny import Kept, Written, same
 
 
@@ -59,6 +59,25 @@ def test_the_annealed_layer_can_be_cut_without_a_change(given: Given, tmp_path: 
     out = work(given, tmp_path / "out")
     cut_checkpoint(out / "model", tmp_path / "cut/model", (1,))
     assert given.perplexity(tmp_path / "cut") == pytest.approx(given.perplexity(out, without=(1,)))
+
+
+@pytest.mark.parametrize("settings", [{}, {"schedule": "penalty"}, ADAPTERS])
+def test_the_model_does_better_without_the_chosen_channels_and_has_them_still(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    given, journal = Given.lay(tmp_path / "run", CHANNELS), Written()
+    out = work(given, tmp_path / "out", journal, **settings)
+    made, dense = Checkpoint.open(out / "model"), Checkpoint.open(given.release / "model")
+    assert (made.config, made.parameters) == (dense.config, dense.parameters)
+    assert given.perplexity(out, (1,), CHANNELS) < given.perplexity(given.release, (1,), CHANNELS)
+    assert {"slices_attention", "slices_ffn", "slices_rest"} <= set(journal.lines[0][1])
+
+
+def test_the_annealed_channels_can_be_cut_without_a_change(tmp_path: Path) -> None:
+    given = Given.lay(tmp_path / "run", CHANNELS)
+    out = work(given, tmp_path / "out")
+    cut_checkpoint(out / "model", tmp_path / "cut/model", (1,), CHANNELS)
+    assert given.perplexity(tmp_path / "cut") == pytest.approx(given.perplexity(out, (1,), CHANNELS), rel=1e-4)
 
 
 def test_the_same_inputs_give_the_same_weights(given: Given, tmp_path: Path) -> None:
