@@ -113,8 +113,15 @@ def test_another_field_of_evaluate_runs_the_evaluation_and_what_follows(bench: B
     assert outcome.report["registered"]["version"] == first.report["registered"]["version"]
 
 
-def test_a_killed_run_goes_on_inside_its_training(bench: Bench) -> None:
-    overrides = ("regularize.steps=400", "evaluate.controls=[]", "evaluate.speed.enabled=false")
+def test_a_killed_run_goes_on_inside_its_training_and_ends_without_layers_and_channels(bench: Bench) -> None:
+    overrides = (
+        "method=[trsp, dress]",
+        "dress.axes=[hidden, ffn]",
+        "dress.ratio={hidden: 0.25, ffn: 0.33}",
+        "regularize.steps=400",
+        "evaluate.controls=[]",
+        "evaluate.speed.enabled=false",
+    )
     process = subprocess.Popen(
         bench.command(*bench.run_arguments("killed", overrides)),
         stdout=subprocess.DEVNULL,
@@ -131,6 +138,13 @@ def test_a_killed_run_goes_on_inside_its_training(bench: Bench) -> None:
     resumed = [event["done"] for event in outcome.events("progress") if event["stage"] == "regularize"]
     assert resumed[0] > 4
     assert resumed[-1] == 400
+
+    selection, dense, candidate = (outcome.report[part] for part in ("selection", "dense", "candidate"))
+    assert selection["axis"] == "layers+hidden+ffn"
+    assert len(selection["removed"]) == dense["layers"] - candidate["layers"] == 2
+    assert len(selection["channels"]["hidden"]) == 8
+    assert {len(channels) for channels in selection["channels"]["ffn"]} == {16}
+    assert candidate["parameters"] < 0.6 * dense["parameters"]
 
 
 def test_sleb_and_lora_rft_are_a_recipe_and_a_field_away(bench: Bench, named: MlflowClient) -> None:
