@@ -106,6 +106,12 @@ class TestDimensions:
         assert gpt2.dimensions("h.0.attn.c_proj.weight") == [["query"], ["hidden"]]
         assert gpt2.dimensions("h.0.mlp.c_proj.weight") == [["ffn"], ["hidden"]]
 
+    def test_are_those_of_the_longest_end_of_the_path_that_is_known(self) -> None:
+        rows = Layout({"dense": "ffn hidden", "attention.dense": "hidden query"})
+        assert rows.segments("layers.0.attention.dense") == [["hidden"], ["query"]]
+        assert rows.segments("layers.0.mlp.dense") == [["ffn"], ["hidden"]]
+        assert rows.segments("layers.0.mlp.condense") is None
+
     def test_of_a_norm_of_heads_are_no_norm_s_of_the_stream(self) -> None:
         assert layout("qwen3").dimensions("model.layers.0.self_attn.q_norm.weight") == [["any"]]
         assert layout("olmo2").dimensions("model.layers.0.self_attn.q_norm.weight") == [["query"]]

@@ -124,6 +124,19 @@ class TestActivation:
         assert 5 in choose(model, "activation", axes=("ffn",), ratio=1 / 12).channels.ffn[1]
         assert 5 not in choose(model, "magnitude", axes=("ffn",), ratio=1 / 12).channels.ffn[1]
 
+    def test_is_the_energy_that_the_projection_hands_on(self, model: PreTrainedModel) -> None:
+        """‖W_·j‖² · E[x_j²] of every intermediate channel j; the four smallest go."""
+        down = model.model.layers[1].mlp.down_proj
+        with torch.no_grad():
+            down.weight *= torch.linspace(0.1, 3, 48)[torch.randperm(48, generator=torch.Generator().manual_seed(0))]
+        seen: list[torch.Tensor] = []
+        handle = down.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+        model(input_ids=counting())
+        handle.remove()
+        score = down.weight.square().sum(0) * seen[0].square().mean((0, 1))
+        expected = sorted(score.argsort()[:4].tolist())
+        assert list(choose(model, axes=("ffn",), ratio=1 / 12).channels.ffn[1]) == expected
+
     def test_is_measured_with_the_layers_bypassed_that_went_before(self, model: PreTrainedModel) -> None:
         """Layer 0 keeps what layer 1 reads as its first channels away from it."""
         before = chosen(0)
