@@ -8,7 +8,8 @@ from pathlib import Path
 from components.learn_gates.methods import Task, load
 from components.recipe import Dress, Gates, Target
 from components.training.journal import Journal
-from components.transformer.checkpoint import load_model
+from components.transformer.channels import check_channels
+from components.transformer.checkpoint import Checkpoint, load_model
 from components.transformer.device import best_device
 from components.transformer.selection import NOTHING
 from components.transformer.text import load_windows
@@ -37,6 +38,8 @@ def choose(
         out: the folder to fill.
         journal: takes the progress.
     """
+    if "dress" in method:
+        check_channels(Checkpoint.open(release / "model"), dress.ratios(target.ratio), dress.multiple)
     model = load_model(release / "model", device=best_device())
     drawn = load_windows(windows)
     selection = NOTHING

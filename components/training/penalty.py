@@ -6,9 +6,9 @@ unsquared norm of the whole batch, so that its λ2 depends on all three):
     λ2 · Σ_{i∈P} mean over tokens of ‖f_i(x) − x‖² / ‖x‖²      (ℓ2; ℓ1: ‖f_i(x) − x‖₁ / ‖x‖₁)
 
 DReSS's on channels is a norm of the slices of the weights that the cut takes away, split into attention, feed-forward and the rest
-(arXiv 2501.17905, L_att + L_ffn + L_rest); each is the mean over its tensors, relative to where the tensor's slice stood at the start:
+(arXiv 2501.17905, L_att + L_ffn + L_rest), each relative to where it stood at the start:
 
-    λ2 · Σ_parts mean over W in part of ‖W_R‖² / ‖W_R at the start‖²      (ℓ2; ℓ1: ‖W_R‖₁ / ‖W_R at the start‖₁)
+    λ2 · Σ_parts ‖W_R‖² / ‖W_R at the start‖²      (ℓ2; ℓ1: ‖W_R‖₁ / ‖W_R at the start‖₁), W_R the slices of all tensors of a part
 
 *Annealing* gates what the chosen layers add, x + g·(f(x) − x), and the chosen channels where they are read, and takes g from 1 to 0.
 It leaves nothing to lose at the cut: when the gates are at 0 the model computes what the cut model does.
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -72,23 +71,14 @@ def gated_at(model: nn.Module, layers: Sequence[int], gate: float) -> AbstractCo
     return gated(model, gates, "branch")
 
 
-@dataclass(frozen=True)
-class _Slice:
-    """A tensor of which channels go."""
-
-    part: Part
-    weight: Tensor
-    pieces: tuple[tuple[Tensor | None, ...], ...]
-    """The slice in pieces that do not overlap: for each, the indices taken along every dimension (None for all)."""
-    start: float
-    """Its size (‖·‖² or ‖·‖₁) before the training."""
+Pieces = tuple[tuple[Tensor | None, ...], ...]
+"""A tensor's slice in pieces that do not overlap: for each, the indices taken along every dimension (None for all)."""
 
 
 class Slices:
-    """The rows and columns that the cut takes away.
+    """The rows and columns that the cut takes away, in three parts: attention, feed-forward and the rest.
 
-    Made before the training, so that every tensor's slice begins at 1. One that is 0 already, such as a bias that was never
-    trained, has nothing to lose and is left out: relative to nothing, its first step would be infinite.
+    Made before the training, so that every part begins at 1.
 
     Args:
         model: what is trained, adapters or not; adapters themselves are not sliced.
@@ -98,26 +88,26 @@ class Slices:
 
     def __init__(self, model: nn.Module, channels: Channels, norm: Norm) -> None:
         self._size = torch.square if norm == "l2" else torch.abs
-        found = (
-            _Slice(part, weight, pieces, self._sum(weight.detach(), pieces).item())
-            for part, weight, pieces in _sliced(plain(model), channels)
-        )
-        self._slices = [piece for piece in found if piece.start > 0]
+        self._parts: dict[Part, list[tuple[Tensor, Pieces]]] = {}
+        for part, weight, pieces in _sliced(plain(model), channels):
+            self._parts.setdefault(part, []).append((weight, pieces))
+        with torch.no_grad():
+            self._start = {part: self._sum(part).item() for part in self._parts}
 
     def norms(self) -> dict[str, Tensor]:
-        """Return, of each part of the model, the mean over its tensors of ‖W_R‖ relative to its start, in the graph."""
-        values: dict[str, list[Tensor]] = {}
-        for piece in self._slices:
-            values.setdefault(piece.part, []).append(self._sum(piece.weight, piece.pieces) / piece.start)
-        return {f"slices_{part}": torch.stack(found).mean() for part, found in sorted(values.items())}
+        """Return, of each part that loses channels, ‖W_R‖ over all its tensors relative to its start, in the graph."""
+        return {
+            f"slices_{part}": self._sum(part) / self._start[part] for part in sorted(self._parts) if self._start[part]
+        }
 
-    def _sum(self, weight: Tensor, pieces: Sequence[Sequence[Tensor | None]]) -> Tensor:
-        return torch.stack([self._size(_taken(weight, piece).float()).sum() for piece in pieces]).sum()
+    def _sum(self, part: Part) -> Tensor:
+        sizes = [
+            self._size(_taken(weight, piece).float()).sum() for weight, pieces in self._parts[part] for piece in pieces
+        ]
+        return torch.stack([size.to(sizes[0].device) for size in sizes]).sum()
 
 
-def _sliced(
-    model: nn.Module, channels: Channels
-) -> Iterator[tuple[Part, Tensor, tuple[tuple[Tensor | None, ...], ...]]]:
+def _sliced(model: nn.Module, channels: Channels) -> Iterator[tuple[Part, Tensor, Pieces]]:
     """Yield every tensor that loses channels with its part of the model and its slice; tied weights once."""
     config: Any = model.config
     family = family_named(config.model_type)

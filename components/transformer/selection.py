@@ -12,7 +12,7 @@ AXES: tuple[Axis, ...] = ("hidden", "ffn", "heads")
 
 
 class Channels(BaseModel):
-    """The channels to remove, by their indices in the release, ascending. Every layer that stays loses as many."""
+    """The channels to remove, by their indices in the release, ascending. Every layer that stays loses as many, one that goes none."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

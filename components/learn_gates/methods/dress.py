@@ -31,7 +31,8 @@ Scores = Mapping[Axis, Tensor]
 
 
 def choose(model: PreTrainedModel, windows: Tensor, task: Task, *, journal: Journal, out: Path | None) -> Selection:
-    """Choose as many channels of every layer as the ratios ask for, beside the layers that were chosen before."""
+    """Choose as many channels of every layer as the ratios ask for; layers that were chosen before go whole, and lose none."""
+    before = task.before
     family = family_named(model.config.model_type)
     removed = channels_to_remove(
         family, model.config.to_dict(), task.dress.ratios(task.target.ratio), task.dress.multiple
@@ -41,10 +42,12 @@ def choose(model: PreTrainedModel, windows: Tensor, task: Task, *, journal: Jour
     def smallest(axis: Axis) -> tuple[tuple[int, ...], ...]:
         count = removed.get(axis, 0)
         lowest = scores[axis].argsort(dim=-1, stable=True)[:, :count].sort(dim=-1).values
-        return tuple(tuple(row) for row in lowest.tolist()) if count else ()
+        rows = [tuple(row) for row in lowest.tolist()]
+        if axis != "hidden":
+            rows = [() if layer in before.removed else row for layer, row in enumerate(rows)]
+        return tuple(rows) if count else ()
 
     chosen = Channels(hidden=next(iter(smallest("hidden")), ()), ffn=smallest("ffn"), heads=smallest("heads"))
-    before = task.before
     layers = ["layers"] if before.removed else []
     return before.model_copy(
         update={
@@ -93,13 +96,16 @@ def _random(model: PreTrainedModel, windows: Tensor, task: Task, journal: Journa
 
 @torch.no_grad()
 def _magnitude(model: PreTrainedModel, windows: Tensor, task: Task, journal: Journal) -> Scores:
-    """Score a channel by ‖W‖² of its slice of every tensor that it runs through, relative to the tensor's."""
+    """Score a channel by ‖W‖² of its slice of every matrix that it runs through, relative to the matrix's.
+
+    Biases and norms are left out: a handful of numbers, they would have the say of a whole matrix.
+    """
     tally = _Tally(model)
     for name, weight in model.named_parameters():
-        energy = weight.float().square()
-        for dimension, segments in enumerate(tally.layout.dimensions(name)):
-            others = [other for other in range(weight.ndim) if other != dimension]
-            tally.add(name, segments, energy.sum(others) if others else energy)
+        if weight.ndim == 2:
+            energy = weight.float().square()
+            for dimension, segments in enumerate(tally.layout.dimensions(name)):
+                tally.add(name, segments, energy.sum(1 - dimension))
     return tally.scores
 
 

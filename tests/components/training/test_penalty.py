@@ -109,21 +109,26 @@ class TestSlices:
         assert set(sizes(Slices(model, draw_channels(model, axes), "l2"))) == expected
 
     @pytest.mark.parametrize(("norm", "power"), [("l1", 1), ("l2", 2)])
-    def test_are_the_mean_over_the_tensors_of_a_part_each_relative_to_its_start(self, norm: Norm, power: int) -> None:
-        """Six matrices of feed-forward layers: one is halved, one is gone."""
+    def test_are_taken_over_all_tensors_of_a_part_relative_to_the_start(self, norm: Norm, power: int) -> None:
+        """Every matrix of the feed-forward layers is halved."""
         model = llama(2)
         slices = Slices(model, CHANNELS, norm)
-        scale(model, "model.layers.0.mlp.up_proj.weight", 0.5)
-        scale(model, "model.layers.1.mlp.down_proj.weight", 0)
+        for layer in range(2):
+            for name in ("gate", "up", "down"):
+                scale(model, f"model.layers.{layer}.mlp.{name}_proj.weight", 0.5)
         found = sizes(slices)
-        assert found["slices_ffn"] == pytest.approx((4 + 0.5**power) / 6)
+        assert found["slices_ffn"] == pytest.approx(0.5**power)
         assert found["slices_attention"] == found["slices_rest"] == pytest.approx(1)
 
     @pytest.mark.parametrize("norm", ["l1", "l2"])
     def test_count_what_goes_by_its_row_and_by_its_column_once(self, norm: Norm) -> None:
+        """All but one matrix of the part are at 0, so that the part is that matrix."""
         model = llama(2)
-        slices = Slices(model, CHANNELS, norm)
         weight = model.model.layers[0].mlp.down_proj.weight
+        others = [name for name, _ in model.named_parameters() if ".mlp." in name and "layers.0.mlp.down" not in name]
+        for name in others:
+            scale(model, name, 0)
+        slices = Slices(model, CHANNELS, norm)
         size = torch.square if norm == "l2" else torch.abs
         start = size(union(weight, HIDDEN, FFN)).sum()
         with torch.no_grad():
@@ -131,7 +136,7 @@ class TestSlices:
             weight[:, 7] *= 2  # a column that goes, across it
             weight[0, 1] += 5  # what stays
         grown = size(union(weight, HIDDEN, FFN)).sum() / start
-        assert sizes(slices)["slices_ffn"] == pytest.approx((5 + grown.item()) / 6, rel=1e-5)
+        assert sizes(slices)["slices_ffn"] == pytest.approx(grown.item(), rel=1e-5)
 
     def test_are_nothing_of_what_stays(self) -> None:
         """Their gradient is in the rows and columns that go, and nowhere else."""
@@ -144,32 +149,30 @@ class TestSlices:
         assert set(embedding.ne(0).any(0).nonzero().flatten().tolist()) == set(HIDDEN)
 
     def test_count_tied_weights_once(self) -> None:
-        """Of the rest there are an embedding, which is the head too, and five norms."""
+        """Of the rest there are an embedding, which is the head too, and norms."""
         model = llama(2)
         assert model.lm_head.weight is model.model.embed_tokens.weight
         slices = Slices(model, CHANNELS, "l2")
+        embedding = model.model.embed_tokens.weight[:, list(HIDDEN)].square().sum()
+        norms = sum(weight[list(HIDDEN)].square().sum() for name, weight in model.named_parameters() if "norm" in name)
         scale(model, "model.embed_tokens.weight", 0)
-        assert sizes(slices)["slices_rest"] == pytest.approx(5 / 6)
+        assert sizes(slices)["slices_rest"] == pytest.approx((norms / (norms + embedding)).item())
 
     def test_of_a_model_with_adapters_are_those_of_its_own_weights(self) -> None:
         model = llama(2)
-        expected = {name: norm.clone() for name, norm in Slices(llama(2), CHANNELS, "l2").norms().items()}
         slices = Slices(adapted(model, Lora(rank=2), seed=0), CHANNELS, "l2")
-        assert sizes(slices) == pytest.approx({name: norm.item() for name, norm in expected.items()})
-        with torch.no_grad():
-            model.model.layers[0].mlp.up_proj.base_layer.weight.zero_()
-        assert sizes(slices)["slices_ffn"] == pytest.approx(5 / 6)
-
-    def test_that_were_0_at_the_start_count_for_nothing(self) -> None:
-        """As the biases of a GPT-2 that was never trained."""
-        model = next(specimen for specimen in NARROWABLE if specimen.name == "gpt2").model(2)
-        biases = [weight for name, weight in model.named_parameters() if name.endswith("bias")]
-        for bias in biases:
-            bias.data.zero_()
-        slices = Slices(model, draw_channels(model), "l2")
-        for bias in biases:
-            bias.data += 1e-3
         assert sizes(slices) == pytest.approx({"slices_attention": 1, "slices_ffn": 1, "slices_rest": 1})
+        for layer in model.model.layers:
+            for projection in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj):
+                projection.base_layer.weight.data.zero_()
+        assert sizes(slices)["slices_ffn"] == 0
+
+    def test_that_were_0_at_the_start_have_nothing_to_lose(self) -> None:
+        model = llama(2)
+        for name, _ in model.named_parameters():
+            if ".mlp." in name:
+                scale(model, name, 0)
+        assert set(sizes(Slices(model, CHANNELS, "l2"))) == {"slices_attention", "slices_rest"}
 
     @pytest.mark.parametrize("norm", ["l1", "l2"])
     def test_sink_when_they_are_minimised(self, norm: Norm) -> None:
