@@ -15,16 +15,17 @@ from pathlib import Path
 
 import torch
 
-from components.evaluate.context import device, machine
+from components.evaluate.context import machine
 from components.evaluate.speed import SpeedOf, measure_speed, promised_speedup
 from components.recipe import Speed
 from components.transformer.checkpoint import load_model
+from components.transformer.device import best_device
 
 
 def main() -> int:
     """Measure, print a table, and return the exit status."""
     arguments = _arguments()
-    models = {name: load_model(getattr(arguments, name), device=device()) for name in ("dense", "candidate")}
+    models = {name: load_model(getattr(arguments, name), device=best_device()) for name in ("dense", "candidate")}
     speed = Speed(
         batches=tuple(arguments.batches),
         prompt=arguments.prompt,
