@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Modules are compiled as they are first imported: most of what is installed never is.
+# Modules are compiled as they are first imported, most of what is installed never is. Where that is forbidden, as in many a
+# container, every stage would compile torch and transformers anew, which takes longer than its work.
+export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
