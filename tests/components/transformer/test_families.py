@@ -12,7 +12,7 @@ import pytest
 from transformers import CONFIG_MAPPING
 
 from components.errors import Refusal
-from components.transformer.families import FAMILIES, cut_config, family_named, family_of, kept_layers
+from components.transformer.families import FAMILIES, Family, cut_config, family_named, family_of, kept_layers
 
 LLAMA = {"model_type": "llama", "num_hidden_layers": 4}
 
@@ -22,13 +22,25 @@ def cut(model_type: str, layers: tuple[int, ...], **fields: Any) -> dict[str, An
 
 
 def test_the_page_on_families_has_every_row() -> None:
+    """With the fields that a cut changes, and the axes of channels that the layout allows."""
     page = Path(__file__).parents[3] / "docs" / "families.md"
-    rows = re.findall(r"^\| `(\w+)` \| .* \| (.*)\|$", page.read_text(), re.MULTILINE)
-    said = {model_type: set(re.findall(r"`(\w+)`", fields)) for model_type, fields in rows if model_type in FAMILIES}
-    assert said == {
+    rows = re.findall(r"^\| `(\w+)` \|[^|]*\|([^|]*)\| ([^|]*) \|$", page.read_text(), re.MULTILINE)
+    fields = {model_type: set(re.findall(r"`(\w+)`", said)) for model_type, said, _ in rows if model_type in FAMILIES}
+    assert fields == {
         model_type: {name for name in family.per_layer if not name.startswith("_")}
         for model_type, family in FAMILIES.items()
     }
+    assert {model_type: said for model_type, _, said in rows if model_type in FAMILIES} == {
+        model_type: _axes(family) for model_type, family in FAMILIES.items()
+    }
+
+
+def _axes(family: Family) -> str:
+    if family.layout is None:
+        return "none"
+    if family.layout.head is None:
+        return "`ffn`; `hidden` and `heads` together"
+    return "all; `hidden` stays a multiple of the heads" if family.layout.divides else "all"
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
