@@ -38,12 +38,13 @@ def choose(
         out: the folder to fill.
         journal: takes the progress.
     """
-    if "dress" in method:
+    names = [method] if isinstance(method, str) else method
+    if "dress" in names:
         check_channels(Checkpoint.open(release / "model"), dress.ratios(target.ratio), dress.multiple)
     model = load_model(release / "model", device=best_device())
     drawn = load_windows(windows)
     selection = NOTHING
-    for name in [method] if isinstance(method, str) else method:
+    for name in names:
         task = Task(target, gates, dress, before=selection)
         selection = load(name)(model, drawn, task, journal=journal, out=out)
     selection.save(out)

@@ -16,7 +16,7 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -100,9 +100,12 @@ class Layout:
             )
         if kind == "bias":
             return dimensions[:1]
+        return dimensions[::-1] if self.input_first(dimensions) else dimensions
+
+    def input_first(self, segments: Sequence[Sequence[str]]) -> bool:
+        """Say whether a weight with these `segments` is stored input first."""
         # An embedding is no Conv1D, and every other weight of two dimensions lies in a block.
-        flipped = self.transposed and len(dimensions) == 2 and dimensions[0] != ["any"]
-        return dimensions[::-1] if flipped else dimensions
+        return self.transposed and len(segments) == 2 and segments[0] != ["any"]
 
     def segments(self, module: str) -> list[list[str]] | None:
         """Return the segments of a module's output and, where its weight has two dimensions, of its input; None for an unknown path."""

@@ -31,6 +31,16 @@ class Task:
         return layers_to_remove(self.target.ratio, len(blocks(model)))
 
 
+MEASURED_TOKENS = 32_768
+"""Tokens on which what would go is measured: the same for each, so that differences show long before values settle."""
+
+
+def sample(windows: Tensor) -> Tensor:
+    """Return as many of the windows (windows, length) as hold MEASURED_TOKENS, at least one."""
+    # They were drawn in random order, so that the first of them are a fair sample.
+    return windows[: max(1, MEASURED_TOKENS // windows.shape[1])]
+
+
 class Choose(Protocol):
     """What every method's `choose` is."""
 

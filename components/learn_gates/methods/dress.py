@@ -15,16 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from components.learn_gates.methods import Task
+from components.learn_gates.methods import Task, sample
 from components.training.journal import Journal
 from components.transformer.channels import channels_to_remove, layout_of
 from components.transformer.families import family_named
 from components.transformer.gates import blocks, bypassed
 from components.transformer.layout import Axis, axis_of
 from components.transformer.selection import Channels, Selection
-
-MEASURED_TOKENS = 32_768
-"""Tokens on which activations are measured."""
 
 Scores = Mapping[Axis, Tensor]
 """Axis → a score for each channel, (layers, channels); of hidden, which all layers share, (1, channels). Small ones go."""
@@ -113,7 +110,7 @@ def _magnitude(model: PreTrainedModel, windows: Tensor, task: Task, journal: Jou
 def _activation(model: PreTrainedModel, windows: Tensor, task: Task, journal: Journal) -> Scores:
     """Score a channel by Σ_j ‖W_·j‖² · E[x_j²] over its inputs j of every projection that reads it, relative to the projection's."""
     tally = _Tally(model)
-    measured = windows[: max(1, MEASURED_TOKENS // windows.shape[1])]
+    measured = sample(windows)
     energy: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -135,11 +132,10 @@ def _activation(model: PreTrainedModel, windows: Tensor, task: Task, journal: Jo
             done += len(batch)
             journal.progress(done, len(measured))
     for name, squares in energy.items():
-        weight = f"{name}.weight"
-        segments = tally.layout.dimensions(weight)
-        inputs = 0 if tally.layout.transposed and segments[0] != ["any"] else 1
-        columns = model.get_parameter(weight).float().square().sum(1 - inputs)
-        tally.add(name, segments[inputs], columns * squares)
+        segments = tally.layout.segments(name) or []
+        outputs = 1 if tally.layout.input_first(segments) else 0
+        columns = model.get_parameter(f"{name}.weight").float().square().sum(outputs)
+        tally.add(name, segments[1], columns * squares)
     return tally.scores
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from components.learn_gates.methods import Task
+from components.learn_gates.methods import Task, sample
 from components.learn_gates.trajectory import Step, draw, save
 from components.recipe import Gates
 from components.training.gates import learn_gates
@@ -48,17 +48,12 @@ def choose(model: PreTrainedModel, windows: Tensor, task: Task, *, journal: Jour
     )
 
 
-MEASURED_TOKENS = 32_768
-"""Tokens on which a shortlist's removals are measured: the same for each, so that their differences show long before their values settle."""
-
-
 class _Search:
     """What is known so far: the gates, where they have been, what was measured and what went."""
 
     def __init__(self, model: PreTrainedModel, windows: Tensor, count: int, settings: Gates, journal: Journal) -> None:
         self.model, self.windows, self.settings, self.journal = model, windows, settings, journal
-        # The windows were drawn in random order, so that the first of them are a fair sample.
-        self.measured = windows[: max(1, MEASURED_TOKENS // windows.shape[1])]
+        self.measured = sample(windows)
         self.rounds = count if settings.strategy == "iterative" else 1
         self.steps = settings.steps * count
         self.gates = torch.ones(len(blocks(model)))
