@@ -10,7 +10,7 @@ from components.recipe import Dress, Gates, Target
 from components.training.journal import Journal
 from components.transformer.channels import check_channels
 from components.transformer.checkpoint import Checkpoint, load_model
-from components.transformer.device import best_device
+from components.transformer.device import best_device, reused_memory
 from components.transformer.selection import NOTHING
 from components.transformer.text import load_windows
 
@@ -44,7 +44,8 @@ def choose(
     model = load_model(release / "model", device=best_device())
     drawn = load_windows(windows)
     selection = NOTHING
-    for name in names:
-        task = Task(target, gates, dress, before=selection)
-        selection = load(name)(model, drawn, task, journal=journal, out=out)
+    with reused_memory(model.device):
+        for name in names:
+            task = Task(target, gates, dress, before=selection)
+            selection = load(name)(model, drawn, task, journal=journal, out=out)
     selection.save(out)

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from components.errors import Refusal
 from components.recipe import Optimisation
 from components.training.journal import Checkpoints, Journal
+from components.transformer.device import reused_memory
 
 Loss = Callable[[nn.Module, Tensor, int], AbstractContextManager[Mapping[str, Tensor]]]
 """What a step minimises: `with loss(model, batch, step) as parts`, where `parts["loss"]` is minimised and every part is
@@ -92,7 +93,7 @@ def train(
     first = loop.resume(checkpoints)
     order = Order(len(windows), settings.batch_size, settings.seed)
     model.train()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), reused_memory(accelerator.device):
         for step in range(first, settings.steps):
             # Every process draws its own dropout, the same at every attempt.
             torch.manual_seed(

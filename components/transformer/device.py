@@ -1,10 +1,48 @@
-"""Where models run."""
+"""Where models run, and with which memory."""
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
+"""What mallopt(3) can be asked for."""
+
+_blocks = 0
+"""How many `reused_memory` blocks are open in this process."""
 
 
 def best_device() -> torch.device:
     """The accelerator of this machine, or its processor."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def reused_memory(device: torch.device) -> Iterator[None]:
+    """Keep what tensors on the processor free for those that follow, while the block lasts, and hand it back at its end.
+
+    glibc maps every large tensor anew and unmaps it when it is freed, so that the activations of each step are faulted in
+    page by page: a fifth of the time of training a small model on two cores. Blocks may be nested; on another device, or with
+    another C library, nothing happens.
+    """
+    global _blocks
+    libc = ctypes.CDLL(None)
+    if device.type != "cpu" or not hasattr(libc, "mallopt"):
+        yield
+        return
+    _blocks += 1
+    libc.mallopt(MMAP_MAX, 0)
+    libc.mallopt(TRIM_THRESHOLD, -1)
+    try:
+        yield
+    finally:
+        _blocks -= 1
+        if not _blocks:
+            # As large as glibc itself lets them grow in a process that frees large blocks.
+            libc.mallopt(MMAP_MAX, 65_536)
+            libc.mallopt(MMAP_THRESHOLD, 32 * 2**20)
+            libc.mallopt(TRIM_THRESHOLD, 64 * 2**20)
+            libc.malloc_trim(0)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from components.transformer.device import reused_memory
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -57,10 +59,11 @@ def negative_log_likelihood(
     count, length = windows.shape
     size = max(1, min(batch_size, LOGITS // (length * _vocabulary(model))))
     total = torch.zeros((), dtype=torch.float64)
-    for batch in windows.split(size):
-        total += _batch_nll(model, batch.to(model.device, torch.long))
-        if done:
-            done(batch.numel())
+    with reused_memory(model.device):
+        for batch in windows.split(size):
+            total += _batch_nll(model, batch.to(model.device, torch.long))
+            if done:
+                done(batch.numel())
     return total.item(), count * (length - 1)
 
 
