@@ -470,7 +470,8 @@ def _mark(recipe: Recipe) -> tuple[float, str] | None:
     """The step from which the regularisation is at its full strength; steps are counted from 1 where they are recorded."""
     regularize = recipe.regularize
     if regularize.schedule == "anneal":
-        return round(regularize.anneal * regularize.steps) + 1, "gates at 0"
+        part = regularize.annealing(layers=recipe.methods != ("dress",))
+        return round(part * regularize.steps) + 1, "gates at 0"
     if regularize.schedule == "penalty" and regularize.ramp:
         return round(regularize.ramp * regularize.steps) + 1, "full penalty"
     return None

@@ -112,8 +112,8 @@ class _Loss:
         """Yield the parts of the loss on a batch (batch, length) while the step's gates hold."""
         settings = self.settings
         target = self._targets(batch)  # before the gates, which the teacher may not see
-        gate = penalty.annealed(step, settings.steps, settings.anneal) if settings.schedule == "anneal" else 1.0
         penalised = settings.schedule == "penalty"
+        gate = 1.0 if penalised else penalty.annealed(step, settings.steps, settings.annealing(bool(self.layers)))
         with (
             penalty.gated_at(self.model, self.layers, gate),
             narrowed(self.model, self.channels, gate),

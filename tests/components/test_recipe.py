@@ -56,6 +56,10 @@ class TestTheSmallestRecipe:
         assert not made.recover.enabled
         assert made.evaluate.controls == ()
 
+    def test_anneals_as_long_as_it_says_and_layers_longer_than_channels_where_it_does_not(self) -> None:
+        assert recipe().regularize.annealing(layers=True) > recipe().regularize.annealing(layers=False) > 0
+        assert {recipe(regularize__anneal=0.3).regularize.annealing(layers) for layers in (True, False)} == {0.3}
+
     @pytest.mark.parametrize("field", ["method", "target", "calibration", "evaluate"])
     def test_needs_each_of_them(self, field: str) -> None:
         assert refusal(**{field: None}).startswith(f"the recipe's field '{field}' is missing: add it (")

@@ -181,6 +181,19 @@ class TestChannels:
             assert falling[2:] == [0, 0, 0]
         assert journal.curve("penalty") == []
 
+    @pytest.mark.parametrize(("layers", "steps"), [((), 2), ((1,), 6)])
+    def test_alone_are_annealed_over_fewer_steps_than_with_layers(
+        self, taught: LlamaForCausalLM, layers: tuple[int, ...], steps: int
+    ) -> None:
+        channels, journal = draw_channels(taught, ("ffn",)), Written()
+        asked = settings(steps=40)
+        regularize(
+            copy.deepcopy(taught), taught, counting(), chosen(*layers, channels=channels), asked, journal=journal
+        )
+        norms = journal.curve("slices_ffn")
+        assert sum(norm > 0 for norm in norms) == steps
+        assert len(norms) == 40
+
     @pytest.mark.parametrize("norm", ["l1", "l2"])
     def test_the_penalty_lowers_their_slices(self, taught: LlamaForCausalLM, channels: Channels, norm: str) -> None:
         fields = {"schedule": "penalty", "norm": norm, "objective": LM, "ramp": 0.0, "learning_rate": 1e-2}
