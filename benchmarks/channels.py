@@ -4,28 +4,36 @@
         --axes ffn heads hidden hidden+ffn --ratios 0.25 0.5 --seeds 0 1 2 --out channels.json
 
 Every seed draws its own windows, chooses its own channels by the recipe's section `dress`, and trains what benchmarks.quality trains.
-A ratio that an axis cannot have (TRSP's and DReSS's refusals say why) is told and left out.
+Medians are over the seeds, and so are the ratios, each of which is of one seed's two trainings.
+A ratio that an axis cannot have is told, with the reason, and left out.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
+from collections.abc import Callable, Sequence
 
 from benchmarks.common import Bench, Figures, parser
 from benchmarks.quality import VARIANTS, measure
 from components.errors import Refusal
 from components.learn_gates.methods import Task, load
+from components.recipe import Recipe
 from components.training.journal import Silent
 from components.transformer.channels import check_channels
 from components.transformer.checkpoint import Checkpoint
 from components.transformer.selection import NOTHING, Selection
 
 
+def recipe(bench: Bench, axes: str, ratio: float, seed: int = 0) -> Recipe:
+    """Return the recipe that narrows some axes, joined by +."""
+    return bench.recipe(f"dress.axes=[{axes.replace('+', ',')}]", f"dress.seed={seed}", f"target.ratio={ratio}")
+
+
 def choose(bench: Bench, axes: str, ratio: float, seed: int) -> Selection:
     """Let DReSS choose the channels of a seed."""
-    recipe = bench.recipe(f"dress.axes=[{axes.replace('+', ',')}]", f"dress.seed={seed}", f"target.ratio={ratio}")
-    check_channels(Checkpoint.open(bench.arguments.model), recipe.dress.ratios(ratio), recipe.dress.multiple)
-    task = Task(recipe.target, dress=recipe.dress)
+    asked = recipe(bench, axes, ratio, seed)
+    task = Task(asked.target, dress=asked.dress)
     return load("dress")(bench.model(), bench.windows(seed), task, journal=Silent(), out=None)
 
 
@@ -35,29 +43,51 @@ def run(bench: Bench, figures: Figures) -> None:
     figures.get("dense", measure, bench, "cut", NOTHING, 0)
     for ratio in arguments.ratios:
         for axes in arguments.axes:
+            settings = recipe(bench, axes, ratio).dress
             try:
-                chosen = {seed: choose(bench, axes, ratio, seed) for seed in arguments.seeds}
+                check_channels(Checkpoint.open(arguments.model), settings.ratios(ratio), settings.multiple)
             except Refusal as refusal:
                 print(f"{axes} {ratio:.0%}: {refusal}", flush=True)
                 continue
-            for seed, selection in chosen.items():
+            chosen = functools.cache(functools.partial(choose, bench, axes, ratio))
+            for seed in arguments.seeds:
                 for variant in arguments.variants:
                     if variant != "dense-trained":
-                        figures.get(f"{axes}/{ratio}/{variant}/{seed}", measure, bench, variant, selection, seed)
+                        figures.get(f"{axes}/{ratio}/{variant}/{seed}", _trained, bench, variant, chosen, seed)
             _tell(bench, figures, f"{axes}/{ratio}")
     if "dense-trained" in arguments.variants:
         for seed in arguments.seeds:
             figures.get(f"dense-trained/{seed}", measure, bench, "dense-trained", NOTHING, seed)
 
 
+def _trained(bench: Bench, variant: str, chosen: Callable[[int], Selection], seed: int) -> dict[str, float]:
+    return measure(bench, variant, chosen(seed), seed)
+
+
 def _tell(bench: Bench, figures: Figures, name: str) -> None:
-    for variant in (variant for variant in bench.arguments.variants if variant != "dense-trained"):
-        found = [figures.figures[f"{name}/{variant}/{seed}"] for seed in bench.arguments.seeds]
-        told = []
-        for text in bench.tests:
-            values = [figure[text] for figure in found]
-            told.append(f"{text} {statistics.median(values):8.2f} ({min(values):.2f} to {max(values):.2f})")
-        print(f"{name:16} {variant:14} {'   '.join(told)}", flush=True)
+    """Print each variant's perplexities, and the candidate's over each control's."""
+    variants = [variant for variant in bench.arguments.variants if variant != "dense-trained"]
+
+    def values(variant: str, text: str) -> list[float]:
+        return [figures.figures[f"{name}/{variant}/{seed}"][text] for seed in bench.arguments.seeds]
+
+    def line(label: str, found: dict[str, list[float]], digits: int) -> None:
+        told = (f"{text} {_spread(some, digits)}" for text, some in found.items())
+        print(f"{name:16} {label:26} {'   '.join(told)}", flush=True)
+
+    for variant in variants:
+        line(variant, {text: values(variant, text) for text in bench.tests}, 2)
+    for control in (variant for variant in variants if variant.startswith("control") and "candidate" in variants):
+        over = {
+            text: [ours / theirs for ours, theirs in zip(values("candidate", text), values(control, text), strict=True)]
+            for text in bench.tests
+        }
+        line(f"candidate / {control}", over, 4)
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    """Return the median, least and greatest."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def main() -> None:
