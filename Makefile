@@ -44,7 +44,7 @@ format: $(VENV)/dev  ## put the code into shape
 	$(BIN)/ruff check --fix .
 
 docs: $(VENV)/dev  ## write the pages that are made from the code
-	$(BIN)/python -m pipeline.recipe_docs
+	$(BIN)/python -m pipeline.recipes.docs
 
 clean:  ## remove what was installed and what runs left
 	rm -rf $(VENV) .espalier build *.egg-info

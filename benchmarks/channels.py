@@ -16,13 +16,13 @@ from collections.abc import Callable, Sequence
 
 from benchmarks.common import Bench, Figures, parser
 from benchmarks.quality import VARIANTS, measure
-from components.errors import Refusal
-from components.learn_gates.methods import Task, load
-from components.recipe import Recipe
-from components.training.journal import Silent
-from components.transformer.channels import check_channels
-from components.transformer.checkpoint import Checkpoint
-from components.transformer.selection import NOTHING, Selection
+from components.lib.errors import Refusal
+from components.lib.methods import Task, load
+from components.lib.recipe.schema import Recipe
+from components.lib.training.journal import Silent
+from components.lib.transformer.channels import check_channels
+from components.lib.transformer.checkpoint import Checkpoint
+from components.lib.transformer.selection import NOTHING, Selection
 
 
 def recipe(bench: Bench, axes: str, ratio: float, seed: int = 0) -> Recipe:

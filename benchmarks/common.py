@@ -18,15 +18,15 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from components.recipe import Recipe
-from components.training.journal import Silent
-from components.transformer.checkpoint import Checkpoint, layers_to_remove, load_model, load_tokenizer
-from components.transformer.gates import bypassed
-from components.transformer.narrow import narrowed
-from components.transformer.perplexity import perplexity
-from components.transformer.selection import NOTHING, Selection
-from components.transformer.surgery import cut_checkpoint
-from components.transformer.text import consecutive_windows, draw_windows, read_documents, token_stream
+from components.lib.recipe.schema import Recipe
+from components.lib.training.journal import Silent
+from components.lib.transformer.checkpoint import Checkpoint, layers_to_remove, load_model, load_tokenizer
+from components.lib.transformer.gates import bypassed
+from components.lib.transformer.narrow import narrowed
+from components.lib.transformer.perplexity import perplexity
+from components.lib.transformer.selection import NOTHING, Selection
+from components.lib.transformer.surgery import cut_checkpoint
+from components.lib.transformer.text import consecutive_windows, draw_windows, read_documents, token_stream
 
 
 def parser(description: str) -> argparse.ArgumentParser:

@@ -20,9 +20,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from components.transformer.checkpoint import Checkpoint, load_model
-from components.transformer.export import save_model, verify_cut
-from components.transformer.surgery import cut_checkpoint, drop_layers
+from components.lib.transformer.checkpoint import Checkpoint, load_model
+from components.lib.transformer.export import save_model, verify_cut
+from components.lib.transformer.surgery import cut_checkpoint, drop_layers
 
 BOUND = 1.3
 """Peak memory over checkpoint size, at most."""

@@ -19,10 +19,10 @@ from __future__ import annotations
 import statistics
 
 from benchmarks.common import Bench, Figures, Losses, parser
-from components.learn_gates.methods import Task, load
-from components.training.journal import Silent
-from components.training.regularize import needs_teacher, regularize
-from components.transformer.selection import NOTHING, Selection
+from components.lib.methods import Task, load
+from components.lib.training.journal import Silent
+from components.lib.training.regularize import needs_teacher, regularize
+from components.lib.transformer.selection import NOTHING, Selection
 
 LM_ONLY = ("regularize.objective.lm=1", "regularize.objective.kl=0", "regularize.objective.state=0")
 VARIANTS: dict[str, tuple[str, ...]] = {

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.common import Bench, Figures, parser
 from benchmarks.quality import choose
-from components.transformer.gates import bypassed
+from components.lib.transformer.gates import bypassed
 
 METHODS = ("trsp", "sleb", "shortgpt")
 

@@ -17,9 +17,9 @@ import torch
 
 from components.evaluate.context import machine
 from components.evaluate.speed import SpeedOf, measure_speed, promised_speedup
-from components.recipe import Speed
-from components.transformer.checkpoint import load_model
-from components.transformer.device import best_device
+from components.lib.recipe.schema import Speed
+from components.lib.transformer.checkpoint import load_model
+from components.lib.transformer.device import best_device
 
 
 def main() -> int:

@@ -11,13 +11,13 @@ import pkgutil
 import sys
 
 import components
-from components.stage import code_version
+from components.lib.stage.run import code_version
 
 
 def modules() -> list[str]:
     """What runs inside the container: everything but the Kubeflow faces, which are needed where a pipeline is compiled."""
     found = (module.name for module in pkgutil.walk_packages(components.__path__, "components."))
-    return [name for name in found if name != "components.face" and not name.endswith(".component")]
+    return [name for name in found if name != "components.lib.stage.face" and not name.endswith(".component")]
 
 
 def main() -> int:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from components.store import Store
-from pipeline.local import BUCKET, services
+from components.lib.store.store import Store
+from pipeline.services.embedded import BUCKET, services
 
 NAMED_ELSEWHERE = (
     "AWS_ENDPOINT_URL",

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from components.learn_gates.methods import Task
-from components.recipe import Target
-from components.training.journal import Silent
-from components.transformer.selection import Channels, Selection
-from components.transformer.surgery import cut_checkpoint
-from tests.components.training.tiny import counting
-from tests.components.transformer import zoo
+from components.lib.methods import Task
+from components.lib.recipe.schema import Target
+from components.lib.training.journal import Silent
+from components.lib.transformer.selection import Channels, Selection
+from components.lib.transformer.surgery import cut_checkpoint
+from tests.components.lib.training.tiny import counting
+from tests.components.lib.transformer import zoo
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -1,13 +1,13 @@
 """The Kubeflow face of calibrate."""
 
-from components.face import component
+from components.lib.stage.face import component
 
 
 @component
 def calibrate(release: str, recipe: str, run: str) -> str:
     """Draw windows of the calibration text. Takes and returns references."""
-    from components.recipe import Recipe
-    from components.stage import stage
+    from components.lib.recipe.schema import Recipe
+    from components.lib.stage.run import stage
 
     text = Recipe.from_yaml(recipe).calibration.data.path or ""
     inputs = {"release": release, "text": text}

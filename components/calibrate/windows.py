@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from components.errors import Refusal
-from components.recipe import Calibration
-from components.training.journal import Journal
-from components.transformer.checkpoint import Checkpoint, load_tokenizer
-from components.transformer.text import (
+from components.lib.errors import Refusal
+from components.lib.recipe.schema import Calibration
+from components.lib.training.journal import Journal
+from components.lib.transformer.checkpoint import Checkpoint, load_tokenizer
+from components.lib.transformer.text import (
     draw_windows,
     longest_context,
     read_documents,

@@ -1,6 +1,6 @@
 """The Kubeflow face of control."""
 
-from components.face import component
+from components.lib.stage.face import component
 
 
 @component
@@ -10,7 +10,7 @@ def control(kind: str, release: str, windows: str, selection: str, recipe: str, 
     Args:
         kind: pruned-first (what was selected goes first, then the same training) or dense-trained (the same training alone).
     """
-    from components.stage import stage
+    from components.lib.stage.run import stage
 
     inputs = {"release": release, "windows": windows, "selection": selection}
     with stage(

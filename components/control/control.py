@@ -6,15 +6,15 @@ import tempfile
 from pathlib import Path
 from typing import Protocol
 
-from components.recipe import Recover, Regularize
-from components.training import regularize as training
-from components.training.journal import Checkpoints, Journal
-from components.training.recover import recover as fine_tune
-from components.transformer.checkpoint import load_model
-from components.transformer.export import save_model
-from components.transformer.selection import NOTHING, Selection
-from components.transformer.surgery import cut_checkpoint
-from components.transformer.text import load_windows
+from components.lib.recipe.schema import Recover, Regularize
+from components.lib.training import regularize as training
+from components.lib.training.journal import Checkpoints, Journal
+from components.lib.training.recover import recover as fine_tune
+from components.lib.transformer.checkpoint import load_model
+from components.lib.transformer.export import save_model
+from components.lib.transformer.selection import NOTHING, Selection
+from components.lib.transformer.surgery import cut_checkpoint
+from components.lib.transformer.text import load_windows
 
 
 class SeveralCheckpoints(Checkpoints, Protocol):

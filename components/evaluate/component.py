@@ -2,7 +2,7 @@
 
 from kfp.dsl import Metrics, Output
 
-from components.face import component
+from components.lib.stage.face import component
 
 
 @component
@@ -18,7 +18,7 @@ def evaluate(
 ) -> str:
     """Measure every model in one process. Takes and returns references; an empty one is a model this run does without."""
     from components.evaluate.run import inputs_of
-    from components.stage import stage
+    from components.lib.stage.run import stage
 
     models = {
         "dense": dense,

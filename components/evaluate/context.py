@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from components.transformer.device import best_device
+from components.lib.transformer.device import best_device
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "accelerate", "lm_eval")
 

@@ -18,16 +18,16 @@ import psutil
 import torch
 from torch import Tensor
 
-from components.errors import Refusal
 from components.evaluate.context import machine
 from components.evaluate.speed import measure_speed, prefill_flops
 from components.evaluate.tasks import ZeroShot
-from components.recipe import Evaluate
-from components.training.journal import Journal
-from components.transformer.checkpoint import Checkpoint, load_model, load_tokenizer
-from components.transformer.device import best_device
-from components.transformer.perplexity import perplexity
-from components.transformer.text import (
+from components.lib.errors import Refusal
+from components.lib.recipe.schema import Evaluate
+from components.lib.training.journal import Journal
+from components.lib.transformer.checkpoint import Checkpoint, load_model, load_tokenizer
+from components.lib.transformer.device import best_device
+from components.lib.transformer.perplexity import perplexity
+from components.lib.transformer.text import (
     SEPARATOR,
     consecutive_windows,
     longest_context,

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from components.recipe import Evaluate, Recipe
-from components.training.journal import Journal
+from components.lib.recipe.schema import Evaluate, Recipe
+from components.lib.training.journal import Journal
 
 T = TypeVar("T")
 

@@ -19,7 +19,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from components.recipe import Speed
+from components.lib.recipe.schema import Speed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

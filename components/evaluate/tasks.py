@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.errors import Refusal
+from components.lib.errors import Refusal
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

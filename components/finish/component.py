@@ -2,15 +2,15 @@
 
 from kfp.dsl import PipelineTaskFinalStatus
 
-from components.face import component
+from components.lib.stage.face import component
 
 
 @component
 def finish(run: str, status: PipelineTaskFinalStatus) -> None:
     """End the run in MLflow with the state that Kubeflow reports."""
-    from components.runs import leave_end
-    from components.stage import telling
-    from components.tracking import close_parent
+    from components.lib.stage.run import telling
+    from components.lib.store.runs import leave_end
+    from components.lib.tracking.tracking import close_parent
 
     with telling("finish") as tell:
         leave_end(run, succeeded=status.state == "SUCCEEDED")

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from components.learn_gates.methods import Task, load
-from components.recipe import Dress, Gates, Target
-from components.training.journal import Journal
-from components.transformer.channels import check_channels
-from components.transformer.checkpoint import Checkpoint, load_model
-from components.transformer.device import best_device, reused_memory
-from components.transformer.selection import NOTHING
-from components.transformer.text import load_windows
+from components.lib.methods import Task, load
+from components.lib.recipe.schema import Dress, Gates, Target
+from components.lib.training.journal import Journal
+from components.lib.transformer.channels import check_channels
+from components.lib.transformer.checkpoint import Checkpoint, load_model
+from components.lib.transformer.device import best_device, reused_memory
+from components.lib.transformer.selection import NOTHING
+from components.lib.transformer.text import load_windows
 
 
 def choose(
@@ -31,7 +31,7 @@ def choose(
     Args:
         release: the folder of the dense model's artifact.
         windows: the folder of the calibration windows.
-        method: one of `components.recipe.methods()`, or several, each of which is told what those before it chose.
+        method: one of `components.lib.recipe.schema.methods()`, or several, each of which is told what those before it chose.
         target: how much is removed.
         gates: TRSP's settings.
         dress: DReSS's settings.

@@ -1,12 +1,12 @@
 """The Kubeflow face of learn_gates."""
 
-from components.face import component
+from components.lib.stage.face import component
 
 
 @component
 def learn_gates(release: str, windows: str, recipe: str, run: str) -> str:
     """Let the recipe's method choose what is removed. Takes and returns references."""
-    from components.stage import stage
+    from components.lib.stage.run import stage
 
     inputs = {"release": release, "windows": windows}
     with stage(

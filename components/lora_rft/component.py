@@ -2,13 +2,13 @@
 
 from kfp.dsl import Model, Output
 
-from components.face import component
+from components.lib.stage.face import component
 
 
 @component
 def lora_rft(model: str, windows: str, recipe: str, run: str, checkpoint: Output[Model]) -> str:
     """Fine-tune the pruned model where the recipe asks for it. Takes and returns references; resumes from its checkpoints."""
-    from components.stage import stage
+    from components.lib.stage.run import stage
 
     inputs = {"model": model, "windows": windows}
     with stage("lora_rft", run=run, recipe=recipe, sections=["recover"], inputs=inputs) as this:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from components.recipe import Recover
-from components.training.journal import Checkpoints, Journal
-from components.training.recover import recover as fine_tune
-from components.transformer.checkpoint import load_model
-from components.transformer.device import best_device
-from components.transformer.export import answers, save_model, verify_export
-from components.transformer.text import load_windows
+from components.lib.recipe.schema import Recover
+from components.lib.training.journal import Checkpoints, Journal
+from components.lib.training.recover import recover as fine_tune
+from components.lib.transformer.checkpoint import load_model
+from components.lib.transformer.device import best_device
+from components.lib.transformer.export import answers, save_model, verify_export
+from components.lib.transformer.text import load_windows
 
 
 def lora_rft(

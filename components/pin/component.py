@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from components.face import component
+from components.lib.stage.face import component
 
 
 @component

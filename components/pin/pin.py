@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from components.errors import Refusal
-from components.recipe import Recipe, Text
-from components.sources.resolve import Resolved, checkpoint_files, resolve_release, resolve_text
-from components.store import Reference, Store
-from components.transformer.channels import check_channels
-from components.transformer.checkpoint import Checkpoint, layers_to_remove
-from components.transformer.text import SUFFIXES, longest_context
+from components.lib.errors import Refusal
+from components.lib.recipe.schema import Recipe, Text
+from components.lib.sources.resolve import Resolved, checkpoint_files, resolve_release, resolve_text
+from components.lib.store.store import Reference, Store
+from components.lib.transformer.channels import check_channels
+from components.lib.transformer.checkpoint import Checkpoint, layers_to_remove
+from components.lib.transformer.text import SUFFIXES, longest_context
 
 
 def pin_release(release: str, recipe: Recipe, store: Store) -> Reference:

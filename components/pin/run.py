@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from components import tracking
+from components.lib.recipe.schema import Recipe
+from components.lib.stage.run import telling
+from components.lib.store.store import Store
+from components.lib.tracking import tracking
 from components.pin.pin import pin_release, pin_text
-from components.recipe import Recipe
-from components.stage import telling
-from components.store import Store
 
 
 def pin_run(release: str, recipe: str, name: str, run: str) -> tuple[str, str, str]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from components import tracking
-from components.errors import Refusal
-from components.store import Store
-from components.tracking import Version
+from components.lib.errors import Refusal
+from components.lib.store.store import Store
+from components.lib.tracking import tracking
+from components.lib.tracking.tracking import Version
 
 
 def promote(name: str, version: str = "", force: bool = False) -> Version:

@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from components.transformer.layout import Widths
-from components.transformer.removal import Removal, in_words, percent, removals
-from components.transformer.selection import Selection
+from components.lib.transformer.layout import Widths
+from components.lib.transformer.removal import Removal, in_words, percent, removals
+from components.lib.transformer.selection import Selection
 
 CARRIED = ("license", "license_name", "license_link", "language")
 """What a derived model's card must or should repeat of its release's."""

@@ -2,13 +2,13 @@
 
 from kfp.dsl import Model, Output
 
-from components.face import component
+from components.lib.stage.face import component
 
 
 @component
 def prune(release: str, model: str, selection: str, recipe: str, run: str, checkpoint: Output[Model]) -> str:
     """Cut what was selected, export and verify. Takes and returns references; `checkpoint` shows them in the UI."""
-    from components.stage import stage
+    from components.lib.stage.run import stage
 
     inputs = {"release": release, "model": model, "selection": selection}
     with stage(

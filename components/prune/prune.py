@@ -7,14 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from components.lib.recipe.schema import plain, used
+from components.lib.training.journal import Journal
+from components.lib.transformer.checkpoint import Checkpoint
+from components.lib.transformer.device import best_device
+from components.lib.transformer.export import verify_cut
+from components.lib.transformer.selection import Selection
+from components.lib.transformer.surgery import cut_checkpoint
 from components.prune.card import model_card
-from components.recipe import plain, used
-from components.training.journal import Journal
-from components.transformer.checkpoint import Checkpoint
-from components.transformer.device import best_device
-from components.transformer.export import verify_cut
-from components.transformer.selection import Selection
-from components.transformer.surgery import cut_checkpoint
 
 
 def prune(

@@ -2,7 +2,7 @@
 
 from kfp.dsl import HTML, Output
 
-from components.face import component
+from components.lib.stage.face import component
 
 
 @component

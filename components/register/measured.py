@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, field_validator
 
-from components.errors import Refusal
-from components.transformer.layout import Widths
-from components.transformer.removal import ALONG, Along
+from components.lib.errors import Refusal
+from components.lib.transformer.layout import Widths
+from components.lib.transformer.removal import ALONG, Along
 
 
 def finite(value: Any) -> Any:

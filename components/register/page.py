@@ -13,13 +13,13 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from components.recipe import Recipe
+from components.lib.recipe.schema import Recipe
+from components.lib.transformer.channels import ALIGNED
+from components.lib.transformer.removal import NOUNS, Removal, in_words, percent
 from components.register import figures
 from components.register.measured import Measured, differing, ratio
 from components.register.report import Curve, Curves, Report
 from components.register.verdict import Rule
-from components.transformer.channels import ALIGNED
-from components.transformer.removal import NOUNS, Removal, in_words, percent
 
 ABSENT = "–"
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from components.recipe import Recipe, used
+from components.lib.recipe.schema import Recipe, used
+from components.lib.transformer.removal import Removal, removals
+from components.lib.transformer.selection import Selection
 from components.register.measured import Measured, finite, read_evaluation
 from components.register.verdict import Verdict, judge
-from components.transformer.removal import Removal, removals
-from components.transformer.selection import Selection
 
 CONTROLS = ("pruned-first", "dense-trained")
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from components import tracking
-from components.recipe import Recipe
+from components.lib.recipe.schema import Recipe
+from components.lib.stage.run import code_version, telling
+from components.lib.store.runs import item_of
+from components.lib.store.store import Manifest, Reference, Store
+from components.lib.tracking import tracking
 from components.register.page import render
 from components.register.report import Registered, Report, build, read_curves
-from components.runs import item_of
-from components.stage import code_version, telling
-from components.store import Manifest, Reference, Store
 
 SMALL = {
     "selection": ["selection.json", "trajectory.jsonl"],

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from components.recipe import Recipe
+from components.lib.recipe.schema import Recipe
 from components.register.measured import Measured, ratio
 
 Bound = Literal["at most", "at least"]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from components.recipe import Regularize
-from components.training import regularize as training
-from components.training.journal import Checkpoints, Journal
-from components.transformer.checkpoint import load_model
-from components.transformer.export import save_model
-from components.transformer.selection import Selection
-from components.transformer.text import load_windows
+from components.lib.recipe.schema import Regularize
+from components.lib.training import regularize as training
+from components.lib.training.journal import Checkpoints, Journal
+from components.lib.transformer.checkpoint import load_model
+from components.lib.transformer.export import save_model
+from components.lib.transformer.selection import Selection
+from components.lib.transformer.text import load_windows
 
 
 def regularize(

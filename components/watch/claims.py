@@ -26,8 +26,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from components.runs import Ending, ending, failure, leave_item
-from components.store import Store
+from components.lib.store.runs import Ending, ending, failure, leave_item
+from components.lib.store.store import Store
 
 SETTLE = 3.0
 """Seconds between asking and deciding."""

@@ -2,7 +2,7 @@
 
 from kfp.dsl import Markdown, Output
 
-from components.face import component
+from components.lib.stage.face import component
 
 
 @component
@@ -20,7 +20,7 @@ def watch(sources: list, at_most: int, lease_hours: float, seen: Output[Markdown
     from datetime import timedelta
     from pathlib import Path
 
-    from components.stage import telling
+    from components.lib.stage.run import telling
     from components.watch.find import find_new, table
 
     with telling("watch"):

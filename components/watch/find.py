@@ -12,14 +12,14 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from components import tracking
-from components.artifacts import Manifest, Reference, describe
-from components.errors import Refusal
-from components.recipe import Recipe, Text
-from components.sources.resolve import Resolved, checkpoint_files, resolve_release, resolve_text
-from components.stage import code_version
-from components.store import Store
-from components.transformer.checkpoint import Checkpoint
+from components.lib.errors import Refusal
+from components.lib.recipe.schema import Recipe, Text
+from components.lib.sources.resolve import Resolved, checkpoint_files, resolve_release, resolve_text
+from components.lib.stage.run import code_version
+from components.lib.store.artifacts import Manifest, Reference, describe
+from components.lib.store.store import Store
+from components.lib.tracking import tracking
+from components.lib.transformer.checkpoint import Checkpoint
 from components.watch.claims import Claims
 
 NO_RESULT = {"watch", "promote", "finish"}

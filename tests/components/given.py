@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from components.transformer.checkpoint import load_model
-from components.transformer.gates import skipped
-from components.transformer.narrow import narrowed
-from components.transformer.perplexity import perplexity
-from components.transformer.selection import NO_CHANNELS, Channels, Selection
-from tests.components.training.tiny import Kept, counting
-from tests.components.transformer import zoo
+from components.lib.transformer.checkpoint import load_model
+from components.lib.transformer.gates import skipped
+from components.lib.transformer.narrow import narrowed
+from components.lib.transformer.perplexity import perplexity
+from components.lib.transformer.selection import NO_CHANNELS, Channels, Selection
+from tests.components.lib.training.tiny import Kept, counting
+from tests.components.lib.transformer import zoo
 
 CHANNELS = Channels(hidden=tuple(range(0, 32, 2)), ffn=(tuple(range(16)),) * 4, heads=((0,), (1,), (1,), (0,)))
 """Of the release's channels half the hidden ones, a third of ffn and one of two groups."""

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from components.recipe import Recipe
-from pipeline.cluster import Profile
-from pipeline.schedule import check_cron
-from pipeline.sources import load_sources
+from components.lib.recipe.schema import Recipe
+from pipeline.cli.sources import load_sources
+from pipeline.kubeflow.profile import Profile
+from pipeline.kubeflow.schedule import check_cron
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate")
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.local import Services
-from tests.components.transformer.zoo import VOCABULARY, Specimen, release
+from pipeline.services.embedded import Services
+from tests.components.lib.transformer.zoo import VOCABULARY, Specimen, release
 
 EVENT = "@espalier "
 
@@ -74,7 +74,7 @@ class Bench:
 
     def command(self, *arguments: str) -> list[str]:
         """The command line, as a process of its own runs it."""
-        return [sys.executable, "-m", "pipeline.cli", *arguments, "--home", str(self.home)]
+        return [sys.executable, "-m", "pipeline.cli.main", *arguments, "--home", str(self.home)]
 
     def espalier(self, *arguments: str) -> Outcome:
         """Run a verb to its end."""

@@ -12,8 +12,8 @@ import os
 
 import pytest
 
-from components.stage import code_version
-from pipeline.runners import IMAGE
+from components.lib.stage.run import code_version
+from pipeline.runners.runners import IMAGE
 from tests.e2e.conftest import Bench, Outcome
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]

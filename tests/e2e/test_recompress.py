@@ -14,8 +14,8 @@ import torch
 from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM
 
-from components.store import Reference, Store
-from pipeline.local import Services
+from components.lib.store.store import Reference, Store
+from pipeline.services.embedded import Services
 from tests.e2e.conftest import EVENT, Bench, Outcome, environment
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]

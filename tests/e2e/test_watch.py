@@ -11,10 +11,10 @@ import pytest
 from kfp import local
 from mlflow import MlflowClient
 
-from components.recipe import Recipe
-from components.store import Store
-from pipeline.local import Services
-from pipeline.run import texts_to_store
+from components.lib.recipe.schema import Recipe
+from components.lib.store.store import Store
+from pipeline.runners.run import texts_to_store
+from pipeline.services.embedded import Services
 from pipeline.watch import watch_pipeline
 from tests.e2e.conftest import Bench, environment
 

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from setuptools import find_packages
 
-from components.stage import code_version
+from components.lib.stage.run import code_version
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "images"

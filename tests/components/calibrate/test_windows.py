@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from components.calibrate.windows import calibrate
-from components.errors import Refusal
-from components.recipe import Calibration
-from components.training.journal import Silent
-from components.transformer.text import token_stream
-from tests.components.transformer import zoo
+from components.lib.errors import Refusal
+from components.lib.recipe.schema import Calibration
+from components.lib.training.journal import Silent
+from components.lib.transformer.text import token_stream
+from tests.components.lib.transformer import zoo
 
 ROWS = [" ".join(f"w{3 + (row * word) % 90}" for word in range(1, 101)) for row in range(1, 11)]
 """Ten documents of 100 tokens."""

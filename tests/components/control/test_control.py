@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from components.control.control import control
-from components.recipe import Recover, Regularize
-from components.transformer.checkpoint import Checkpoint
+from components.lib.recipe.schema import Recover, Regularize
+from components.lib.transformer.checkpoint import Checkpoint
 from tests.components.given import ADAPTERS, CHANNELS, TRAINING, Given, SeveralKept
-from tests.components.training.tiny import Killed, Written
+from tests.components.lib.training.tiny import Killed, Written
 
 
 @pytest.fixture(scope="module")

@@ -12,18 +12,18 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from components.errors import Refusal
 from components.evaluate import evaluate as module
 from components.evaluate.evaluate import evaluate
 from components.evaluate.run import evaluate_run
-from components.recipe import Evaluate
-from components.training.journal import Silent
-from components.transformer.checkpoint import load_model
-from components.transformer.perplexity import perplexity
-from components.transformer.selection import Channels
-from components.transformer.surgery import cut_checkpoint
-from components.transformer.text import consecutive_windows, read_documents, token_stream
-from tests.components.transformer import zoo
+from components.lib.errors import Refusal
+from components.lib.recipe.schema import Evaluate
+from components.lib.training.journal import Silent
+from components.lib.transformer.checkpoint import load_model
+from components.lib.transformer.perplexity import perplexity
+from components.lib.transformer.selection import Channels
+from components.lib.transformer.surgery import cut_checkpoint
+from components.lib.transformer.text import consecutive_windows, read_documents, token_stream
+from tests.components.lib.transformer import zoo
 
 LLAMA = zoo.SPECIMENS[0]
 LENGTH = 16

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from components.evaluate import speed as module
 from components.evaluate.speed import measure_speed, prefill_flops, promised_speedup, time_generation
-from components.recipe import Speed
-from tests.components.transformer.zoo import SPECIMENS, VOCABULARY, Specimen
+from components.lib.recipe.schema import Speed
+from tests.components.lib.transformer.zoo import SPECIMENS, VOCABULARY, Specimen
 
 TOKENS = torch.arange(3, 50)
 

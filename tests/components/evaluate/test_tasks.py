@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from components.errors import Refusal
 from components.evaluate import tasks as module
 from components.evaluate.tasks import ZeroShot
-from tests.components.transformer import zoo
+from components.lib.errors import Refusal
+from tests.components.lib.transformer import zoo
 
 TASK = """
 task: parrot

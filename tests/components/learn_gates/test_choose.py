@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from components.errors import Refusal
 from components.learn_gates.choose import choose
-from components.recipe import Dress, Gates, Target, methods
-from components.transformer.selection import Selection
+from components.lib.errors import Refusal
+from components.lib.recipe.schema import Dress, Gates, Target, methods
+from components.lib.transformer.selection import Selection
 from tests.components.given import Given, digest
-from tests.components.training.tiny import Written
+from tests.components.lib.training.tiny import Written
 
 GATES = Gates(steps=2, batch_size=4, shortlist=2)
 OF_LAYERS = [method for method in methods() if method != "dress"]

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel
 
+from components.lib.recipe.schema import Recover
+from components.lib.transformer.checkpoint import Checkpoint
+from components.lib.transformer.export import VerificationError
 from components.lora_rft import lora_rft as stage
 from components.lora_rft.lora_rft import lora_rft
-from components.recipe import Recover
-from components.transformer.checkpoint import Checkpoint
-from components.transformer.export import VerificationError
 from tests.components.given import TRAINING, Given, weights
-from tests.components.training.tiny import Kept, Written
+from tests.components.lib.training.tiny import Kept, Written
 
 SETTINGS = Recover.model_validate(TRAINING | {"enabled": True, "validation": 0.25, "evaluate_every": 2})
 

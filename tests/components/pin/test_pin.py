@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from components.errors import Refusal
+from components.lib.errors import Refusal
+from components.lib.recipe.schema import Recipe, Text
+from components.lib.sources.resolve import Resolved
+from components.lib.store.store import Reference, Store
+from components.lib.transformer.checkpoint import Checkpoint
 from components.pin import pin
 from components.pin.pin import check_checkpoint, check_text, pin_folder, pin_release, pin_text
-from components.recipe import Recipe, Text
-from components.sources.resolve import Resolved
-from components.store import Reference, Store
-from components.transformer.checkpoint import Checkpoint
-from tests.components.transformer import zoo
+from tests.components.lib.transformer import zoo
 
 
 def recipe(ratio: float = 0.25, calibration: int = 32, evaluate: int = 32, **fields: object) -> Recipe:

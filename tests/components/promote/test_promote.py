@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from components import s3, tracking
-from components.errors import Refusal
+from components.lib.errors import Refusal
+from components.lib.store import s3
+from components.lib.store.store import Store
+from components.lib.tracking import tracking
+from components.lib.tracking.tracking import Version
 from components.promote.promote import promote
-from components.store import Store
-from components.tracking import Version
 
 
 @pytest.fixture

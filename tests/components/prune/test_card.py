@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
+from components.lib.transformer.layout import Widths
+from components.lib.transformer.selection import Channels, Selection
 from components.prune.card import front_matter, model_card
-from components.transformer.layout import Widths
-from components.transformer.selection import Channels, Selection
 
 RELEASE = {"source": "org/base@main", "revision": "0123456789" * 4, "digest": "sha256:" + "ab" * 32}
 SELECTION = Selection(

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from components.lib.recipe.schema import Target
+from components.lib.transformer.checkpoint import Checkpoint
+from components.lib.transformer.export import VerificationError
+from components.lib.transformer.selection import Channels
+from components.lib.transformer.surgery import cut_checkpoint
 from components.prune import prune as stage
 from components.prune.card import front_matter
 from components.prune.prune import prune
-from components.recipe import Target
-from components.transformer.checkpoint import Checkpoint
-from components.transformer.export import VerificationError
-from components.transformer.selection import Channels
-from components.transformer.surgery import cut_checkpoint
 from tests.components.given import CHANNELS, Given, weights
-from tests.components.training.tiny import Written
+from tests.components.lib.training.tiny import Written
 
 LINEAGE = {"source": "owner/model", "revision": "0" * 40, "digest": "a" * 64}
 

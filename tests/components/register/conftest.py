@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from components.recipe import Recipe
+from components.lib.recipe.schema import Recipe
+from components.lib.transformer.layout import Widths
+from components.lib.transformer.selection import Channels, Selection
 from components.register.report import Curves, Report, build, read_curves
-from components.transformer.layout import Widths
-from components.transformer.selection import Channels, Selection
 
 BATCHES = ("1", "8", "64")
 REMOVED = (9, 7, 4)

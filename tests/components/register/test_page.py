@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from components.lib.transformer.selection import Channels, Selection
 from components.register.page import count, number, render, seconds, task_accuracy, times
 from components.register.report import Curves, Report
-from components.transformer.selection import Channels, Selection
 from tests.components.register.conftest import (
     RECIPE,
     RELEASE,

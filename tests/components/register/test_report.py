@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from components.recipe import Recipe
+from components.lib.recipe.schema import Recipe
 from components.register.report import Report, read_curves
 from tests.components.register.conftest import (
     RECIPE,

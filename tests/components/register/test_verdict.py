@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from components.errors import Refusal
-from components.recipe import Recipe
+from components.lib.errors import Refusal
+from components.lib.recipe.schema import Recipe
 from components.register.measured import Measured, ratio, read_evaluation
 from components.register.verdict import Verdict, judge
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from components.recipe import Regularize
+from components.lib.recipe.schema import Regularize
+from components.lib.transformer.checkpoint import Checkpoint
+from components.lib.transformer.surgery import cut_checkpoint
 from components.regularize.regularize import regularize
-from components.transformer.checkpoint import Checkpoint
-from components.transformer.surgery import cut_checkpoint
 from tests.components.given import ADAPTERS, CHANNELS, TRAINING, Given, digest, weights
-from tests.components.training.tiny import Kept, Written, same
+from tests.components.lib.training.tiny import Kept, Written, same
 
 
 @pytest.fixture(scope="module")

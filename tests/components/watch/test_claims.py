@@ -6,9 +6,9 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from components.errors import Refusal, Unavailable
-from components.runs import Ending, item_of, leave_end, leave_failure
-from components.store import Store
+from components.lib.errors import Refusal, Unavailable
+from components.lib.store.runs import Ending, item_of, leave_end, leave_failure
+from components.lib.store.store import Store
 from components.watch.claims import ATTEMPTS, Claim, Claims
 
 HOUR = timedelta(hours=1)

@@ -10,16 +10,16 @@ from pathlib import Path
 import boto3
 import pytest
 
-from components import tracking
+from components.lib.recipe.schema import Recipe
+from components.lib.store.runs import Ending
+from components.lib.store.store import Reference, Store
+from components.lib.tracking import tracking
 from components.pin.pin import pin_folder
-from components.recipe import Recipe
-from components.runs import Ending
-from components.store import Reference, Store
 from components.watch import find
 from components.watch.claims import Claims
 from components.watch.find import Watched, find_new, identify, look, table, take
-from tests.components.transformer.zoo import Specimen
-from tests.components.transformer.zoo import release as make_release
+from tests.components.lib.transformer.zoo import Specimen
+from tests.components.lib.transformer.zoo import release as make_release
 
 RECIPE = """
 method: shortgpt

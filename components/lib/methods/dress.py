@@ -1,0 +1,146 @@
+"""DReSS's choice of channels (arXiv 2501.17905): a fixed part of each axis, chosen before the training.
+
+The paper does not say which channels go. Here they are drawn at random, or those go that do the least, by the weights alone or
+by the weights and what the calibration windows send through them (the score that Wanda gives to single weights, arXiv 2306.11695,
+summed over a channel).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from components.lib.methods import Task, sample
+from components.lib.training.journal import Journal
+from components.lib.transformer.channels import channels_to_remove, layout_of
+from components.lib.transformer.families import family_named
+from components.lib.transformer.gates import blocks, bypassed
+from components.lib.transformer.layout import Axis, axis_of
+from components.lib.transformer.selection import Channels, Selection
+
+Scores = Mapping[Axis, Tensor]
+"""Axis → a score for each channel, (layers, channels); of hidden, which all layers share, (1, channels). Small ones go."""
+
+
+def choose(model: PreTrainedModel, windows: Tensor, task: Task, *, journal: Journal, out: Path | None) -> Selection:
+    """Choose as many channels of every layer as the ratios ask for; layers that were chosen before go whole, and lose none."""
+    before = task.before
+    family = family_named(model.config.model_type)
+    removed = channels_to_remove(
+        family, model.config.to_dict(), task.dress.ratios(task.target.ratio), task.dress.multiple
+    )
+    scores = _SCORES[task.dress.channels](model, windows, task, journal)
+
+    def smallest(axis: Axis) -> tuple[tuple[int, ...], ...]:
+        count = removed.get(axis, 0)
+        lowest = scores[axis].argsort(dim=-1, stable=True)[:, :count].sort(dim=-1).values
+        rows = [tuple(row) for row in lowest.tolist()]
+        if axis != "hidden":
+            rows = [() if layer in before.removed else row for layer, row in enumerate(rows)]
+        return tuple(rows) if count else ()
+
+    chosen = Channels(hidden=next(iter(smallest("hidden")), ()), ffn=smallest("ffn"), heads=smallest("heads"))
+    layers = ["layers"] if before.removed else []
+    return before.model_copy(
+        update={
+            "method": f"{before.method}+dress" if layers else "dress",
+            "axis": "+".join([*layers, *chosen.axes]),
+            "channels": chosen,
+        }
+    )
+
+
+class _Tally:
+    """Scores of every channel, added up tensor by tensor."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.family = family_named(model.config.model_type)
+        self.layout = layout_of(self.family)
+        self.widths = self.layout.widths(model.config.to_dict())
+        rows: dict[Axis, int] = {"hidden": 1, "ffn": len(blocks(model)), "heads": len(blocks(model))}
+        self.scores: dict[Axis, Tensor] = {
+            axis: torch.zeros(count, self.widths.of(axis), dtype=torch.float64) for axis, count in rows.items()
+        }
+
+    def add(self, name: str, segments: Sequence[str], values: Tensor) -> None:
+        """Add what a dimension of a tensor says, as parts of its whole, so that no tensor outweighs another.
+
+        Args:
+            name: the tensor's or the module's.
+            segments: what the dimension is made of.
+            values: (rows,), none negative.
+        """
+        axis = axis_of(segments[0])
+        if axis is None:
+            return
+        parts = values.double().cpu().split([self.widths.size(segment) for segment in segments])
+        by_channel = torch.stack([part.reshape(self.widths.of(axis), -1).sum(-1) for part in parts]).sum(0)
+        block = self.family.block_of(f"{name}.")
+        layer = block[0] if block and axis != "hidden" else 0
+        self.scores[axis][layer] += by_channel / by_channel.sum().clamp(min=1e-30)
+
+
+def _random(model: PreTrainedModel, windows: Tensor, task: Task, journal: Journal) -> Scores:
+    """Score channels at random."""
+    draw = torch.Generator().manual_seed(task.dress.seed)
+    return {axis: torch.rand(scores.shape, generator=draw) for axis, scores in _Tally(model).scores.items()}
+
+
+@torch.no_grad()
+def _magnitude(model: PreTrainedModel, windows: Tensor, task: Task, journal: Journal) -> Scores:
+    """Score a channel by ‖W‖² of its slice of every matrix that it runs through, relative to the matrix's.
+
+    Biases and norms are left out: a handful of numbers, they would have the say of a whole matrix.
+    """
+    tally = _Tally(model)
+    for name, weight in model.named_parameters():
+        if weight.ndim == 2:
+            energy = weight.float().square()
+            for dimension, segments in enumerate(tally.layout.dimensions(name)):
+                tally.add(name, segments, energy.sum(1 - dimension))
+    return tally.scores
+
+
+@torch.no_grad()
+def _activation(model: PreTrainedModel, windows: Tensor, task: Task, journal: Journal) -> Scores:
+    """Score a channel by Σ_j ‖W_·j‖² · E[x_j²] over its inputs j of every projection that reads it, relative to the projection's."""
+    tally = _Tally(model)
+    measured = sample(windows)
+    energy: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            squares = inputs[0].float().square().flatten(0, -2).sum(0)
+            energy[name] = energy[name] + squares if name in energy else squares
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            segments = tally.layout.segments(name)
+            if segments and len(segments) == 2 and not isinstance(module, nn.Embedding):
+                stack.callback(module.register_forward_pre_hook(keep(name)).remove)
+        stack.enter_context(bypassed(model, task.before.removed))
+        done = 0
+        for batch in measured.split(task.gates.batch_size):
+            model(input_ids=batch.long().to(model.device), use_cache=False)
+            done += len(batch)
+            journal.progress(done, len(measured))
+    for name, squares in energy.items():
+        segments = tally.layout.segments(name) or []
+        outputs = 1 if tally.layout.input_first(segments) else 0
+        columns = model.get_parameter(f"{name}.weight").float().square().sum(outputs)
+        tally.add(name, segments[1], columns * squares)
+    return tally.scores
+
+
+_SCORES: Mapping[str, Callable[[PreTrainedModel, Tensor, Task, Journal], Scores]] = {
+    "random": _random,
+    "magnitude": _magnitude,
+    "activation": _activation,
+}

@@ -1,0 +1,190 @@
+"""Where releases and texts come from, each resolved to something that does not change before a byte of it is fetched."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from components.lib.errors import Refusal, Unavailable
+from components.lib.recipe.schema import Text
+from components.lib.store.store import Store
+from components.lib.transformer.checkpoint import Checkpoint
+from components.lib.transformer.families import family_of
+
+CHECKPOINT_FILES = (
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "*.model",
+    "*.txt",
+    "*.tiktoken",
+    "README.md",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+"""What is taken of a release: safetensors, configuration, tokenizer, model card and licence, never pickled weights or code."""
+
+_OTHER_WEIGHTS = ("consolidated*", "*/*.safetensors")
+"""The same weights once more, in formats of other frameworks."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A source at one revision, and how to get it."""
+
+    source: str
+    revision: str
+    fetch: Callable[[Path], Path]
+    """Makes the folder, fills it and returns it."""
+
+    @property
+    def prefix(self) -> str:
+        """Names the snapshot in the store by what it is a snapshot of, so that it is fetched once."""
+        return hashlib.sha256(json.dumps([self.source, self.revision]).encode()).hexdigest()
+
+
+def resolve_release(source: str, store: Store) -> Resolved:
+    """Resolve `models:/name@alias`, `models:/name/version`, `s3://prefix` or a Hub id with an optional `@revision`."""
+    if source.startswith("models:/"):
+        return _registered(source, store)
+    if source.startswith("s3://"):
+        return _s3(source, store)
+    return _hub_model(source)
+
+
+def resolve_text(text: Text, store: Store) -> Resolved:
+    """Resolve an `s3://` object or a Hub data set."""
+    if text.hub:
+        return _hub_text(text.hub, text)
+    assert text.path is not None, "a text has a path or a Hub id"
+    return _s3(text.path, store)
+
+
+def checkpoint_files(checkpoint: Checkpoint) -> dict[str, Path]:
+    """What the store keeps of a checkpoint, by name in the artifact: of the weights those that are read, and no stray file."""
+    folder = checkpoint.folder
+    weights = {tensor.file for tensor in checkpoint.tensors.values()}
+    files = {path for pattern in CHECKPOINT_FILES for path in folder.glob(pattern) if path.is_file()}
+    return {
+        f"model/{path.relative_to(folder).as_posix()}": path
+        for path in sorted(files)
+        if path.suffix != ".safetensors" or path in weights
+    }
+
+
+def _s3(source: str, store: Store) -> Resolved:
+    """S3 has no revision of a prefix: the digest of its listing (names, sizes, ETags) is one."""
+    listing = store.listing(source)
+    revision = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+    return Resolved(source, revision, lambda folder: store.fetch(source, folder))
+
+
+def _registered(source: str, store: Store) -> Resolved:
+    from components.lib.tracking import tracking
+
+    name, _, alias = source.removeprefix("models:/").partition("@")
+    if alias:
+        version = tracking.aliased(name, alias)
+        if version is None:
+            raise Refusal(
+                f"the registered model {name!r} has no alias {alias!r}: set it, or name a version (models:/{name}/1)"
+            )
+    else:
+        name, _, number = name.rpartition("/")
+        if not name or not number.isdigit():
+            raise Refusal(f"{source} names no registered version: write models:/name@alias or models:/name/1")
+        version = tracking.version_of(name, number)
+    if not version.source.startswith("s3://"):
+        raise Refusal(
+            f"{source} lies at {version.source}, not on S3: register its s3:// prefix, or name the folder itself"
+        )
+    found = _s3(version.source, store)
+    return Resolved(f"models:/{version.name}/{version.version}", found.revision, found.fetch)
+
+
+def _hub_model(source: str) -> Resolved:
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+    repository, _, revision = source.partition("@")
+    commit = str(_ask_hub(lambda: HfApi().model_info(repository, revision=revision or None).sha, source, "release"))
+
+    def fetch(folder: Path) -> Path:
+        """Download the checkpoint's files."""
+        # The configuration alone first: a family that is not known is refused before gigabytes travel.
+        config = _ask_hub(
+            lambda: hf_hub_download(repository, "config.json", revision=commit, local_dir=folder), source, "release"
+        )
+        family_of(json.loads(Path(config).read_text()))
+        _ask_hub(
+            lambda: snapshot_download(
+                repository,
+                revision=commit,
+                local_dir=folder,
+                allow_patterns=list(CHECKPOINT_FILES),
+                ignore_patterns=list(_OTHER_WEIGHTS),
+            ),
+            source,
+            "release",
+        )
+        shutil.rmtree(folder / ".cache", ignore_errors=True)
+        return folder
+
+    return Resolved(repository, commit, fetch)
+
+
+def _hub_text(name: str, text: Text) -> Resolved:
+    from huggingface_hub import HfApi
+
+    commit = str(_ask_hub(lambda: HfApi().dataset_info(name, revision=text.revision).sha, name, "data set"))
+
+    def fetch(folder: Path) -> Path:
+        """Download the data set, and keep its column of text."""
+        from datasets import load_dataset
+
+        data = _ask_hub(lambda: load_dataset(name, text.config, split=text.split, revision=commit), name, "data set")
+        if text.field not in data.column_names:
+            raise Refusal(
+                f"the data set {name} has no column {text.field!r}: set field to one of {', '.join(data.column_names)}"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        data.select_columns([text.field]).to_parquet(str(folder / "text.parquet"))
+        return folder
+
+    source = "/".join(part for part in (name, text.config, text.split, text.field) if part)
+    return Resolved(source, commit, fetch)
+
+
+def _ask_hub(question: Callable[[], T], name: str, kind: str) -> T:
+    """Ask the Hub, and say in one sentence why it did not answer."""
+    import httpx2
+    from huggingface_hub import errors
+
+    try:
+        return question()
+    except errors.HFValidationError:
+        raise Refusal(
+            f"the {kind} {name!r} is neither a folder here nor a Hub id: check the path, or write owner/name"
+        ) from None
+    except errors.GatedRepoError:
+        raise Unavailable(f"the {kind} {name} is gated: accept its terms on the Hub and set HF_TOKEN") from None
+    except errors.RevisionNotFoundError:
+        raise Refusal(f"the {kind} {name} has no such revision: name a branch, a tag or a commit it has") from None
+    except errors.RepositoryNotFoundError:
+        raise Unavailable(
+            f"the Hub has no {kind} {name}: check the spelling, or set HF_TOKEN if it is private"
+        ) from None
+    except errors.EntryNotFoundError as error:
+        raise Refusal(f"the {kind} {name} lacks a file that is needed: {' '.join(str(error).split())[:200]}") from None
+    except (errors.HfHubHTTPError, httpx2.HTTPError, OSError) as error:
+        raise Unavailable(
+            f"the Hub did not answer for the {kind} {name} ({type(error).__name__}): check the connection, or name a folder or file"
+        ) from None

@@ -1,0 +1,189 @@
+"""S3 itself: clients, transfers, and what it and the network say, told to a person."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import boto3
+from boto3.s3.transfer import TransferConfig, create_transfer_manager
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectionClosedError,
+    ConnectionError,
+    CredentialRetrievalError,
+    HTTPClientError,
+    IncompleteReadError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+    ResponseStreamingError,
+)
+from s3transfer.exceptions import RetriesExceededError
+from s3transfer.manager import TransferManager
+
+from components.lib.errors import Refusal, Unavailable
+
+_UNREACHABLE = (
+    ConnectionError,
+    ConnectionClosedError,
+    HTTPClientError,
+    IncompleteReadError,
+    ResponseStreamingError,
+    RetriesExceededError,
+)
+_ANONYMOUS = (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError)
+_UNKNOWN_KEY = {
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "ExpiredToken",
+    "InvalidToken",
+    "TokenRefreshRequired",
+    "AuthorizationHeaderMalformed",
+}
+_FORBIDDEN = {"AccessDenied", "AllAccessDisabled", "403", "Forbidden"}
+_FULL = {"XMinioStorageFull", "QuotaExceeded", "InsufficientStorage", "507"}
+
+_CREDENTIALS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the role"
+
+
+# What is read is compared with its manifest's sha256. The server's own checksum adds nothing to that, and botocore reads the
+# body of an error that comes with one wrongly.
+_UNCHECKED = {"response_checksum_validation": "when_required"}
+
+PATIENT = Config(
+    **_UNCHECKED,
+    connect_timeout=5,
+    read_timeout=60,
+    tcp_keepalive=True,
+    max_pool_connections=16,
+    retries={"mode": "standard", "total_max_attempts": 6},
+)
+"""For the work: a dropped connection is tried again for about half a minute."""
+HASTY = Config(**_UNCHECKED, connect_timeout=2, read_timeout=5, retries={"mode": "standard", "total_max_attempts": 2})
+"""For the question whether S3 is there at all."""
+
+_PART = 16 * 2**20
+_THREADS = 8
+
+
+def client(config: Config) -> Any:
+    """Open an S3 client; boto3 finds endpoint, region and credentials in the environment, its files or the role."""
+    try:
+        return boto3.session.Session().client("s3", config=config)
+    except (BotoCoreError, ValueError) as error:
+        raise Unavailable(f"S3 cannot be set up ({error}): check the variables that start with AWS_") from None
+
+
+def split(uri: str) -> tuple[str, str]:
+    """Return the bucket and the key of an `s3://` URI. Raises Refusal where it is none."""
+    match = re.fullmatch(r"s3://([^/]+)/?(.*)", uri)
+    if not match:
+        raise Refusal(f"{uri!r} is no S3 address: write s3://bucket/prefix")
+    return match[1], match[2]
+
+
+class Hashed:
+    """A file to download to that keeps the size and the hash and drops the bytes."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: bytes) -> None:
+        """Take the next bytes."""
+        self.size += len(data)
+        self.sha256.update(data)
+
+
+class Transfers:
+    """Up- and downloads, in parts of 16 MiB, on one pool of threads."""
+
+    def __init__(self, manager: TransferManager) -> None:
+        self._manager = manager
+        self._begun: list[tuple[str, Any]] = []
+
+    def upload(self, path: Path, bucket: str, key: str, metadata: Mapping[str, str]) -> None:
+        """Begin to upload a file."""
+        future = self._manager.upload(str(path), bucket, key, extra_args={"Metadata": dict(metadata)})
+        self._begun.append((f"s3://{bucket}/{key}", future))
+
+    def download(self, bucket: str, key: str, target: Path | Hashed) -> None:
+        """Begin to download an object; the folder of its path is made."""
+        if isinstance(target, Path):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        future = self._manager.download(bucket, key, str(target) if isinstance(target, Path) else target)
+        self._begun.append((f"s3://{bucket}/{key}", future))
+
+    def finish(self) -> None:
+        """Wait for all of them, and raise the first error."""
+        for uri, future in self._begun:
+            with explained(uri):
+                future.result()
+
+
+@contextlib.contextmanager
+def transfers(client: Any) -> Iterator[Transfers]:
+    """Give a Transfers, all of which is done when the block ends. An error cancels what is left."""
+    config = TransferConfig(multipart_threshold=_PART, multipart_chunksize=_PART, max_concurrency=_THREADS)
+    with create_transfer_manager(client, config) as manager:
+        begun = Transfers(manager)
+        yield begun
+        begun.finish()
+
+
+def is_missing(error: ClientError) -> bool:
+    """Whether S3 says that there is no such object."""
+    return error.response["Error"]["Code"] in {"404", "NoSuchKey"}
+
+
+@contextlib.contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turn what a person can put right into an Unavailable that names `what`; let every other error through as it is."""
+    try:
+        yield
+    except (BotoCoreError, ClientError, RetriesExceededError, OSError) as error:
+        sentence = _sentence(what, error)
+        if sentence is None:
+            raise
+        raise Unavailable(sentence) from error
+
+
+def _sentence(what: str, error: Exception) -> str | None:
+    if isinstance(error, ClientError):
+        return _answered(what, error)
+    if isinstance(error, _ANONYMOUS):
+        return f"there are no credentials for {what}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the role access"
+    if isinstance(error, _UNREACHABLE):
+        said = " ".join(str(error).split())
+        return f"{what} cannot be reached ({said}): check AWS_ENDPOINT_URL_S3 and the network"
+    if isinstance(error, ParamValidationError):
+        return f"S3 cannot be asked for {what}: {error}"
+    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return f"the disk is full ({error.filename or 'no space left'}) while moving {what}: make room and start again"
+    return None
+
+
+def _answered(what: str, error: ClientError) -> str | None:
+    code = error.response["Error"]["Code"]
+    message = error.response["Error"].get("Message", "")
+    if code in _UNKNOWN_KEY:
+        return f"S3 does not accept the credentials for {what} ({code}): {_CREDENTIALS}"
+    if code in _FORBIDDEN:
+        return f"the credentials do not allow {error.operation_name} on {what} ({code}): ask for that permission, or name another ESPALIER_BUCKET"
+    if code == "NoSuchBucket":
+        return f"the bucket of {what} does not exist: make it, or name another"
+    if is_missing(error):
+        return f"{what} is missing (S3 answered {code} to {error.operation_name}): run what makes it again"
+    if code in _FULL or "no space left" in message.lower():
+        return f"S3 has no room for {what} ({message or code}): make room there and start again"
+    if code in {"BucketAlreadyExists", "InvalidBucketName"}:
+        return f"{what} cannot be made ({code}): name another bucket in ESPALIER_BUCKET"
+    return None

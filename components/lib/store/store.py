@@ -1,0 +1,337 @@
+"""Content-addressed artifacts on S3.
+
+An artifact is a prefix: its files first, its manifest (names, sizes, sha256) last, so that what has a manifest is whole.
+Bytes travel once, straight between S3 and the stage: in parallel, in parts, never a whole file in memory.
+
+    store = Store.from_environment()
+    reference = store.put_content(Path("model"), "release")
+    store.get(reference, Path("copy"))
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from botocore.exceptions import ClientError
+from pydantic import ValidationError
+
+from components.lib.errors import Refusal, Unavailable
+from components.lib.store.artifacts import (
+    MANIFEST,
+    File,
+    Manifest,
+    Reference,
+    describe,
+    filled_at_once,
+    inside,
+    need_space,
+)
+from components.lib.store.s3 import HASTY, PATIENT, Hashed, client, explained, is_missing, split, transfers
+
+__all__ = ["Manifest", "PrefixCheckpoints", "Reference", "Store", "need_space"]
+
+
+class Store:
+    """Artifacts below one bucket, or one prefix of it."""
+
+    def __init__(self, bucket: str, prefix: str = "") -> None:
+        """Name the place. Endpoint, region and credentials are boto3's to find, in the environment or the role."""
+        self.bucket = bucket
+        self.prefix = prefix.strip("/")
+        self._client = client(PATIENT)
+
+    @classmethod
+    def from_environment(cls) -> Store:
+        """Open the store that ESPALIER_BUCKET (`bucket` or `bucket/prefix`) names. Raises Refusal where it is not set."""
+        place = os.environ.get("ESPALIER_BUCKET", "").removeprefix("s3://").strip("/")
+        if not place:
+            raise Refusal("ESPALIER_BUCKET is not set: set it to a bucket, or to bucket/prefix")
+        bucket, _, prefix = place.partition("/")
+        return cls(bucket, prefix)
+
+    def uri(self, name: str = "") -> str:
+        """Return `s3://bucket/prefix/name`."""
+        return "/".join(part for part in (f"s3://{self.bucket}", self.prefix, name.strip("/")) if part)
+
+    def check(self) -> None:
+        """Make sure, within seconds, that the bucket is there (made where that is allowed) and can be written to.
+
+        Raises:
+            Refusal: S3 cannot be reached, does not know the credentials, or does not allow what is needed.
+        """
+        probe = client(HASTY)
+        with explained(f"the bucket {self.bucket!r} at {probe.meta.endpoint_url}"):
+            try:
+                probe.list_objects_v2(Bucket=self.bucket, MaxKeys=1)
+            except ClientError as error:
+                if error.response["Error"]["Code"] != "NoSuchBucket":
+                    raise
+                _make_bucket(probe, self.bucket)
+            _, key = split(self.uri("writable"))
+            probe.put_object(Bucket=self.bucket, Key=key, Body=b"")
+            # To delete takes a right of its own, which only dropping old checkpoints needs.
+            with contextlib.suppress(ClientError):
+                probe.delete_object(Bucket=self.bucket, Key=key)
+
+    # Artifacts
+
+    def put(self, folder: Path, prefix: str, metadata: Mapping[str, Any] | None = None) -> Reference:
+        """Upload the folder's files, then the manifest, and return the reference.
+
+        The prefix names the content by what it was made from, so what is whole there already stands, and is returned.
+        Of an upload that was broken off, the files that arrived are not sent again.
+
+        Raises:
+            Refusal: the folder holds no file, or S3 does not take them.
+        """
+        return self.find(prefix) or self._upload(folder, prefix, Manifest.of(folder, metadata))
+
+    def put_content(self, folder: Path, kind: str, metadata: Mapping[str, Any] | None = None) -> Reference:
+        """Put the folder at `kind/<its digest>`: the same content is uploaded once."""
+        manifest = Manifest.of(folder, metadata)
+        prefix = f"{kind}/{manifest.digest}"
+        return self.find(prefix) or self._upload(folder, prefix, manifest)
+
+    def _upload(self, folder: Path, prefix: str, manifest: Manifest) -> Reference:
+        uri = self.uri(prefix)
+        with transfers(self._client) as transfer:
+            for file in manifest.files:
+                bucket, key = split(f"{uri}/{file.name}")
+                if not self._has(bucket, key, file):
+                    # The hash goes with the object, so that an upload that is taken up again knows what arrived.
+                    transfer.upload(folder / file.name, bucket, key, {"sha256": file.sha256})
+        self._write(f"{uri}/{MANIFEST}", manifest.model_dump_json(indent=2))
+        return Reference(uri, manifest.digest)
+
+    def _has(self, bucket: str, key: str, file: File) -> bool:
+        with explained(f"s3://{bucket}/{key}"):
+            try:
+                head = self._client.head_object(Bucket=bucket, Key=key)
+            except ClientError as error:
+                if is_missing(error):
+                    return False
+                raise
+        return head["ContentLength"] == file.size and file.sha256 in head["Metadata"].values()
+
+    def find(self, prefix: str) -> Reference | None:
+        """Return the reference of the artifact at `prefix`, or None where none is whole."""
+        uri = self.uri(prefix)
+        text = self._read(f"{uri}/{MANIFEST}")
+        return None if text is None else Reference(uri, _manifest(text, uri).digest)
+
+    def manifest(self, reference: Reference) -> Manifest:
+        """Return the manifest. Raises Refusal where there is none, or it is not the one the reference names."""
+        text = self._read(f"{reference.uri}/{MANIFEST}")
+        if text is None:
+            raise Unavailable(f"{reference.uri} has no {MANIFEST}, so it is not whole: run what makes it again")
+        manifest = _manifest(text, reference.uri)
+        if manifest.digest != reference.digest:
+            raise Unavailable(
+                f"{reference.uri} has the digest {manifest.digest[:12]}, not {reference.digest[:12]} as its reference says: "
+                "it was changed since, so run what makes it again"
+            )
+        return manifest
+
+    def get(self, reference: Reference, folder: Path, names: Iterable[str] | None = None) -> Path:
+        """Download the artifact, or the files and folders of it in `names`, and return `folder`, filled all at once or not at all.
+
+        Raises:
+            Refusal: a file is missing or differs from its digest, the disk is too small, or `folder` is not empty.
+        """
+        manifest = self.manifest(reference)
+        wanted = manifest if names is None else manifest.only(names)
+        need_space(folder, wanted.size)
+        with filled_at_once(folder) as fresh:
+            with transfers(self._client) as transfer:
+                for file in wanted.files:
+                    transfer.download(*split(f"{reference.uri}/{file.name}"), fresh / file.name)
+            for file in wanted.files:
+                _same(describe(fresh / file.name, file.name), file, reference.uri)
+        return folder
+
+    def verify(self, reference: Reference) -> None:
+        """Stream and hash every file, in the order of their names. Raises Refusal that names the first that is missing or differs."""
+        for file in sorted(self.manifest(reference).files, key=lambda file: file.name):
+            hashed = Hashed()
+            with transfers(self._client) as transfer:
+                transfer.download(*split(f"{reference.uri}/{file.name}"), hashed)
+            _same(File(name=file.name, size=hashed.size, sha256=hashed.sha256.hexdigest()), file, reference.uri)
+
+    def delete(self, prefix: str) -> None:
+        """Delete everything below `prefix`, the manifest first, so that what is half deleted is not taken for whole."""
+        if not prefix.strip("/"):
+            raise ValueError("an empty prefix would delete the whole store")
+        uri = self.uri(prefix)
+        with explained(uri):
+            self._client.delete_object(Bucket=self.bucket, Key=split(f"{uri}/{MANIFEST}")[1])
+            for found in self._list(f"{uri}/"):
+                self._client.delete_object(Bucket=self.bucket, Key=found["Key"])
+
+    def folders(self, prefix: str) -> list[str]:
+        """Return the names of the folders right below `prefix` that hold anything, whole or not."""
+        bucket, key = split(self.uri(prefix) + "/")
+        with explained(self.uri(prefix)):
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key, Delimiter="/")
+            return [found["Prefix"][len(key) : -1] for page in pages for found in page.get("CommonPrefixes", ())]
+
+    # Small texts that change, such as runs/<run>/report.json
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write, or write over, one small object."""
+        self._write(self.uri(name), text)
+
+    def read_text(self, name: str) -> str | None:
+        """Return the text of one small object, or None where there is none."""
+        return self._read(self.uri(name))
+
+    def texts(self, prefix: str) -> dict[str, datetime]:
+        """Return the names of the small objects right below `prefix`, and when S3 took each as it is now."""
+        uri = f"{self.uri(prefix)}/"
+        found = ((one["Key"].removeprefix(split(uri)[1]), one["LastModified"]) for one in self._list(uri))
+        return {name: modified for name, modified in found if "/" not in name}
+
+    def delete_text(self, name: str) -> None:
+        """Delete one small object; one that is gone already is no error."""
+        bucket, key = split(self.uri(name))
+        with explained(self.uri(name)):
+            self._client.delete_object(Bucket=bucket, Key=key)
+
+    # What others put on S3
+
+    def fetch(self, uri: str, folder: Path) -> Path:
+        """Download an object, or everything below a prefix, that has no manifest; return `folder`, filled all at once.
+
+        Raises:
+            Refusal: nothing is there, or it cannot be read.
+        """
+        bucket, key = split(uri)
+        objects = self._objects(uri)
+        need_space(folder, sum(found["Size"] for found in objects))
+        with filled_at_once(folder) as fresh, transfers(self._client) as transfer:
+            for found in objects:
+                below = found["Key"].removeprefix(key.rstrip("/")).lstrip("/")
+                transfer.download(bucket, found["Key"], inside(fresh, below or PurePosixPath(key).name))
+        return folder
+
+    def listing(self, uri: str) -> list[tuple[str, int, str]]:
+        """Return key, bytes and ETag (the time of the last change, where S3 gives none) of what `fetch` would download."""
+        return [
+            (found["Key"], found["Size"], found["ETag"] or str(found["LastModified"])) for found in self._objects(uri)
+        ]
+
+    def _objects(self, uri: str) -> list[dict[str, Any]]:
+        """List the object at `uri`, or those below it as a folder. Raises Refusal where there is neither."""
+        key = split(uri)[1].rstrip("/")
+        found = [
+            one
+            for one in self._list(uri.rstrip("/"))
+            if one["Key"] == key or one["Key"].startswith(f"{key}/" if key else "")
+        ]
+        if not found:
+            raise Unavailable(f"{uri} names no object and no prefix with objects: check the address")
+        return found
+
+    # S3 itself
+
+    def _list(self, uri: str) -> list[dict[str, Any]]:
+        """List every object whose URI starts with `uri`; the markers of empty folders are left out."""
+        bucket, key = split(uri)
+        with explained(uri):
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
+            return [found for page in pages for found in page.get("Contents", ()) if not found["Key"].endswith("/")]
+
+    def _write(self, uri: str, text: str) -> None:
+        bucket, key = split(uri)
+        with explained(uri):
+            self._client.put_object(Bucket=bucket, Key=key, Body=text.encode())
+
+    def _read(self, uri: str) -> str | None:
+        bucket, key = split(uri)
+        buffer = io.BytesIO()
+        with explained(uri):
+            try:
+                # Unlike get_object, it starts again where the connection drops in the body.
+                self._client.download_fileobj(bucket, key, buffer)
+            except ClientError as error:
+                if is_missing(error):
+                    return None
+                raise
+        return buffer.getvalue().decode()
+
+
+class PrefixCheckpoints:
+    """A training stage's checkpoints, at `<prefix>/step-000123`: one whole one is kept.
+
+    It is the `components.lib.training.journal.Checkpoints` of a stage that runs against a store.
+    """
+
+    def __init__(self, store: Store, prefix: str) -> None:
+        """Keep checkpoints below `prefix`, such as `checkpoints/<key>`."""
+        self._store = store
+        self._prefix = prefix
+
+    def save(self, folder: Path, step: int) -> None:
+        """Upload the folder as the checkpoint of `step`; once it is whole, delete the older ones."""
+        self._store.put(folder, self._at(step), {"step": step})
+        for older in self._steps():
+            if older < step:
+                self._store.delete(self._at(older))
+
+    def latest(self, folder: Path) -> int | None:
+        """Download the newest whole checkpoint into `folder`, which is empty or not there yet, and return its step.
+
+        Raises:
+            Refusal: it is damaged.
+        """
+        for step in self._steps():
+            if reference := self._store.find(self._at(step)):
+                self._store.get(reference, folder)
+                return step
+        return None
+
+    def _at(self, step: int) -> str:
+        return f"{self._prefix}/step-{step:06d}"
+
+    def _steps(self) -> list[int]:
+        """The steps of which anything is there, newest first."""
+        found = (re.fullmatch(r"step-(\d+)", name) for name in self._store.folders(self._prefix))
+        return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def _make_bucket(probe: Any, bucket: str) -> None:
+    region = probe.meta.region_name
+    if region in {None, "us-east-1", "aws-global"}:
+        probe.create_bucket(Bucket=bucket)
+    else:
+        probe.create_bucket(Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": region})
+
+
+def _manifest(text: str, uri: str) -> Manifest:
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        said = error.errors()[0]["msg"]
+        raise Unavailable(
+            f"{uri}/{MANIFEST} is no manifest of an artifact ({said}): delete it, and run what makes it again"
+        ) from None
+
+
+def _same(found: File, expected: File, uri: str) -> None:
+    """Raise Refusal where a file is not what the manifest says."""
+    if found.size != expected.size:
+        raise Unavailable(
+            f"{uri}/{expected.name} has {found.size} bytes, not {expected.size} as its manifest says: "
+            f"it is damaged, so delete {uri} and run what makes it again"
+        )
+    if found.sha256 != expected.sha256:
+        raise Unavailable(
+            f"{uri}/{expected.name} has the sha256 {found.sha256[:12]}, not {expected.sha256[:12]} as its manifest says: "
+            f"it is damaged, so delete {uri} and run what makes it again"
+        )

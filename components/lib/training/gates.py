@@ -1,0 +1,97 @@
+"""Learn one gate a layer with the weights frozen: TRSP's first regularisation (arXiv 2505.18232).
+
+    minimise over g:  L_LM(W, g, X) + λ1 · Σ|g_i|
+
+A gate scales what its layer adds, x + g·(f(x) − x); placement `output` is the paper's, g·f(x), which in a pre-norm network also
+rescales everything below. Two more things differ from the released code. Gates are fp32: near 1 a bf16 number cannot move by less
+than 0.0078. And after each step they are rescaled to a mean of 1, because the norms undo a common scale: without it all gates
+shrink together and say little about which layer is needed least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from components.lib.errors import Refusal
+from components.lib.recipe.schema import Gates
+from components.lib.training.loop import Order
+from components.lib.training.objective import lm_loss
+from components.lib.transformer.gates import blocks, gated, skipped
+
+
+def learn_gates(
+    model: PreTrainedModel,
+    windows: Tensor,
+    start: Tensor,
+    removed: Collection[int],
+    settings: Gates,
+    *,
+    steps: int,
+    first: int = 0,
+) -> Iterator[tuple[float, Tensor]]:
+    """Learn the gates of the layers that are left, and yield the LM loss and the gates (layers,) after every step.
+
+    Args:
+        model: its weights are frozen meanwhile.
+        windows: token ids (windows, length).
+        start: the gates (layers,) to go on from.
+        removed: layers that are skipped; their gates stay at 0.
+        settings: λ1, placement, batch and learning rate.
+        steps: Adam steps to take.
+        first: steps taken in earlier rounds, so that the order of the windows goes on.
+
+    Raises:
+        Refusal: the loss is not finite.
+    """
+    left = torch.tensor([layer not in removed for layer in range(len(blocks(model)))])
+    gates = torch.where(left, start, 0.0).float().requires_grad_()
+    optimizer = torch.optim.Adam([gates], lr=settings.learning_rate)
+    order = Order(len(windows), settings.batch_size, settings.seed)
+    with _frozen(model):
+        for step in range(first, first + steps):
+            batch = windows[order.batch(step)].long().to(model.device)
+            optimizer.zero_grad()
+            loss = _backward(model, batch, gates, left, settings)
+            _refuse_unless_finite(loss, step, settings)
+            optimizer.step()
+            with torch.no_grad():
+                gates.copy_(torch.where(left, gates / gates[left].mean(), 0.0))
+            yield loss, gates.detach().clone()
+
+
+def _backward(model: PreTrainedModel, batch: Tensor, gates: Tensor, left: Tensor, settings: Gates) -> float:
+    """Add the loss's gradient to the gates', and return L_LM. The whole batch's activations are held: `gates.batch_size` bounds them."""
+    removed = torch.nonzero(~left).flatten().tolist()
+    # A skipped layer is the identity under a gate of 1 in either placement; a gate of 0 on the output would end the residual.
+    applied = torch.where(left, gates, 1.0)
+    lm = torch.zeros((), device=batch.device)
+    with skipped(model, removed), gated(model, applied, settings.placement):
+        logits = model(input_ids=batch, use_cache=False).logits
+        lm = lm_loss(torch.log_softmax(logits.float(), dim=-1), batch)
+        (lm + settings.strength * gates.abs().sum().to(lm.device)).backward()
+    return lm.item()
+
+
+def _refuse_unless_finite(loss: float, step: int, settings: Gates) -> None:
+    if not torch.isfinite(torch.tensor(loss)):
+        raise Refusal(
+            f"the gates' loss is {loss} at step {step + 1} with gates.learning_rate {settings.learning_rate:g}: lower it"
+        )
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Ask for no gradient of the weights: a third less work, and no memory for it."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    for weight in trained:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in trained:
+            weight.requires_grad_(True)

@@ -1,0 +1,144 @@
+"""What leads to the cut: make the chosen layers the identity and the chosen channels nothing, while the rest learns what they knew.
+
+Two ways to it. The *penalty* is the papers'. TRSP's on layers is made free of width, length and batch (arXiv 2505.18232 takes the
+unsquared norm of the whole batch, so that its λ2 depends on all three):
+
+    λ2 · Σ_{i∈P} mean over tokens of ‖f_i(x) − x‖² / ‖x‖²      (ℓ2; ℓ1: ‖f_i(x) − x‖₁ / ‖x‖₁)
+
+DReSS's on channels is a norm of the slices of the weights that the cut takes away, split into attention, feed-forward and the rest
+(arXiv 2501.17905, L_att + L_ffn + L_rest), each relative to where it stood at the start:
+
+    λ2 · Σ_parts ‖W_R‖² / ‖W_R at the start‖²      (ℓ2; ℓ1: ‖W_R‖₁ / ‖W_R at the start‖₁), W_R the slices of all tensors of a part
+
+*Annealing* gates what the chosen layers add, x + g·(f(x) − x), and the chosen channels where they are read, and takes g from 1 to 0.
+It leaves nothing to lose at the cut: when the gates are at 0 the model computes what the cut model does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from components.lib.transformer.channels import kept_rows, layout_of
+from components.lib.transformer.families import family_named
+from components.lib.transformer.gates import blocks, bypassed, gated, plain
+from components.lib.transformer.layout import Part
+from components.lib.transformer.selection import Channels
+
+Norm = Literal["l1", "l2"]
+
+
+def penalty(seen: Mapping[int, tuple[Tensor, Tensor]], norm: Norm) -> Tensor:
+    """Return the sum over the watched layers of the relative distance between output and input.
+
+    Args:
+        seen: layer → its input and output, each (batch, length, hidden).
+        norm: which norm.
+    """
+    return torch.stack([relative_change(x_in, x_out, norm) for x_in, x_out in seen.values()]).sum()
+
+
+def relative_change(x_in: Tensor, x_out: Tensor, norm: Norm) -> Tensor:
+    """Return ‖f(x) − x‖² / ‖x‖² (ℓ2) or ‖f(x) − x‖₁ / ‖x‖₁ (ℓ1), the mean over the tokens of (batch, length, hidden)."""
+    x_in, change = x_in.float(), x_out.float() - x_in.float()
+    size = torch.square if norm == "l2" else torch.abs
+    return (size(change).sum(-1) / size(x_in).sum(-1)).mean()
+
+
+def ramped(step: int, steps: int, part: float) -> float:
+    """Return the factor of λ2 at a step, counted from 0: it rises linearly from 0 to 1 over `part` of the steps."""
+    rising = round(part * steps)
+    return min(1.0, step / rising) if rising else 1.0
+
+
+def annealed(step: int, steps: int, part: float) -> float:
+    """Return the chosen layers' gate at a step, counted from 0: it falls linearly from 1 to 0 over `part` of the steps."""
+    return 1.0 - ramped(step, steps, part)
+
+
+def gated_at(model: nn.Module, layers: Sequence[int], gate: float) -> AbstractContextManager[Any]:
+    """Return the context in which the chosen layers of `model` are gated; with a gate of 0 they are not computed."""
+    if not layers or gate == 1.0:
+        return nullcontext()
+    if gate == 0.0:
+        return bypassed(model, layers)
+    gates = torch.ones(len(blocks(model)))
+    gates[list(layers)] = gate
+    return gated(model, gates, "branch")
+
+
+Pieces = tuple[tuple[Tensor | None, ...], ...]
+"""A tensor's slice in pieces that do not overlap: for each, the indices taken along every dimension (None for all)."""
+
+
+class Slices:
+    """The rows and columns that the cut takes away, in three parts: attention, feed-forward and the rest.
+
+    Made before the training, so that every part begins at 1.
+
+    Args:
+        model: what is trained, adapters or not; adapters themselves are not sliced.
+        channels: what goes.
+        norm: ℓ1, or ℓ2 squared.
+    """
+
+    def __init__(self, model: nn.Module, channels: Channels, norm: Norm) -> None:
+        self._size = torch.square if norm == "l2" else torch.abs
+        self._parts: dict[Part, list[tuple[Tensor, Pieces]]] = {}
+        for part, weight, pieces in _sliced(plain(model), channels):
+            self._parts.setdefault(part, []).append((weight, pieces))
+        with torch.no_grad():
+            self._start = {part: self._sum(part).item() for part in self._parts}
+
+    def norms(self) -> dict[str, Tensor]:
+        """Return, of each part that loses channels, ‖W_R‖ over all its tensors relative to its start, in the graph."""
+        return {
+            f"slices_{part}": self._sum(part) / self._start[part] for part in sorted(self._parts) if self._start[part]
+        }
+
+    def _sum(self, part: Part) -> Tensor:
+        sizes = [
+            self._size(_taken(weight, piece).float()).sum() for weight, pieces in self._parts[part] for piece in pieces
+        ]
+        return torch.stack([size.to(sizes[0].device) for size in sizes]).sum()
+
+
+def _sliced(model: nn.Module, channels: Channels) -> Iterator[tuple[Part, Tensor, Pieces]]:
+    """Yield every tensor that loses channels with its part of the model and its slice; tied weights once."""
+    config: Any = model.config
+    family = family_named(config.model_type)
+    layout = layout_of(family)
+    widths = layout.widths(config.to_dict())
+    for full, weight in model.named_parameters():
+        name = full.replace(".base_layer.", ".")
+        if ".lora_" in name:
+            continue
+        block = family.block_of(name)
+        kept = kept_rows(layout, widths, name, weight.shape, channels.at(block[0] if block else None))
+        if any(rows is not None for rows in kept):
+            yield layout.part(name), weight, tuple(_pieces(kept, weight))
+
+
+def _pieces(kept: Sequence[list[int] | None], weight: Tensor) -> Iterator[tuple[Tensor | None, ...]]:
+    """Part what goes into pieces: what goes along one dimension, of what stays along those before it."""
+    before: list[Tensor | None] = []
+    for dimension, rows in enumerate(kept):
+        if rows is None:
+            before.append(None)
+            continue
+        stays = torch.zeros(weight.shape[dimension], dtype=torch.bool)
+        stays[rows] = True
+        gone = stays.logical_not().nonzero().flatten().to(weight.device)
+        yield (*before, gone, *(None for _ in kept[dimension + 1 :]))
+        before.append(stays.nonzero().flatten().to(weight.device))
+
+
+def _taken(weight: Tensor, piece: Sequence[Tensor | None]) -> Tensor:
+    for dimension, rows in enumerate(piece):
+        if rows is not None:
+            weight = weight.index_select(dimension, rows.to(weight.device))
+    return weight

@@ -1,0 +1,127 @@
+"""LoRA recovery fine-tuning (RFT): train adapters on the pruned model, keep the best, merge them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from components.lib.errors import Refusal
+from components.lib.recipe.schema import Recover
+from components.lib.training import loop, lora
+from components.lib.training.journal import Checkpoints, Journal, NoCheckpoints, Silent
+from components.lib.training.objective import lm_loss
+from components.lib.transformer.perplexity import perplexity
+
+
+def recover(
+    model: PreTrainedModel,
+    windows: Tensor,
+    settings: Recover,
+    *,
+    checkpoints: Checkpoints | None = None,
+    journal: Journal | None = None,
+) -> PreTrainedModel:
+    """Train adapters on a part of the windows, stop when the other part no longer gains, and return the model with the best merged in.
+
+    The best adapters may be those of before the first step, so that recovery never leaves a model worse on the held-out part.
+
+    Args:
+        model: the pruned model, changed in place.
+        windows: token ids (windows, length).
+        settings: adapters, optimisation and early stopping.
+        checkpoints: where the training keeps its place.
+        journal: takes the loss, and the held-out perplexity as `validation`.
+
+    Raises:
+        Refusal: there are too few windows to hold some out, or the loss is not finite.
+    """
+    settings = loop.with_learning_rate(settings, width=None)
+    training, held_out = split(windows, settings)
+    journal = journal or Silent()
+    trained = lora.adapted(model, settings.lora, settings.seed)
+    stopping = EarlyStopping(model, trained, held_out, settings, journal)
+    loop.train(
+        trained,
+        training,
+        _loss,
+        settings,
+        section="recover",
+        checkpoints=checkpoints or NoCheckpoints(),
+        journal=journal,
+        follower=stopping,
+    )
+    stopping.put_back_best()
+    return lora.merged(trained)
+
+
+def split(windows: Tensor, settings: Recover) -> tuple[Tensor, Tensor]:
+    """Hold out a part of the windows, drawn from the seed. Raises Refusal where that leaves none on either side."""
+    count = round(settings.validation * len(windows))
+    if not 0 < count < len(windows):
+        raise Refusal(
+            f"recover.validation {settings.validation} of {len(windows)} windows holds out {count}: "
+            "raise calibration.samples or change recover.validation"
+        )
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(settings.seed))
+    return windows[order[count:]], windows[order[:count]]
+
+
+class EarlyStopping:
+    """Measures the held-out perplexity every few steps, keeps the best adapters, and stops when patience runs out."""
+
+    def __init__(
+        self, model: PreTrainedModel, trained: PeftModel, held_out: Tensor, settings: Recover, journal: Journal
+    ) -> None:
+        self.model, self.trained, self.held_out, self.settings, self.journal = (
+            model,
+            trained,
+            held_out,
+            settings,
+            journal,
+        )
+        self.best = float("inf")
+        self.looks_since = 0
+        self.adapters: dict[str, Tensor] = {}
+        self._look(0)
+
+    def after(self, step: int) -> bool:
+        """Look when it is time; say whether to stop."""
+        if step % self.settings.evaluate_every and step != self.settings.steps:
+            return False
+        self._look(step)
+        return self.looks_since >= self.settings.patience
+
+    def _look(self, step: int) -> None:
+        self.trained.eval()
+        value = perplexity(self.model, self.held_out, self.settings.micro_batch_size or self.settings.batch_size)
+        self.journal.metrics({"validation": value}, step)
+        self.looks_since += 1
+        if value < self.best:
+            self.best, self.looks_since = value, 0
+            self.adapters = {name: weight.clone() for name, weight in get_peft_model_state_dict(self.trained).items()}
+
+    def put_back_best(self) -> None:
+        """Give the model the adapters that measured best."""
+        set_peft_model_state_dict(self.trained, self.adapters)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the best adapters and how long ago they were found."""
+        progress = torch.tensor([self.best, self.looks_since], dtype=torch.float64)
+        return {"progress": progress} | {f"adapters.{name}": weight for name, weight in self.adapters.items()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take up what `state` returned."""
+        self.best, self.looks_since = state["progress"][0].item(), int(state["progress"][1])
+        self.adapters = {name.removeprefix("adapters."): weight for name, weight in state.items() if name != "progress"}
+
+
+@contextmanager
+def _loss(model: nn.Module, batch: Tensor, step: int) -> Iterator[Mapping[str, Tensor]]:
+    """Yield the LM loss, the mean over every token of the batch (batch, length)."""
+    logits = model(input_ids=batch, use_cache=False).logits
+    yield {"loss": lm_loss(torch.log_softmax(logits.float(), dim=-1), batch)}

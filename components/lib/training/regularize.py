@@ -1,0 +1,158 @@
+"""Train a model so that chosen layers and channels can go, and the same training without that.
+
+regularize(model, teacher, windows, selection, settings)                             # the candidate: cut it afterwards
+regularize(cut_model, teacher, windows, selection, settings, already_cut=True)       # control: pruned first
+regularize(model, teacher, windows, NOTHING, settings)                               # control: the dense model
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from components.lib.recipe.schema import Regularize
+from components.lib.training import loop, lora, objective, penalty
+from components.lib.training.journal import Checkpoints, Journal, NoCheckpoints, Silent
+from components.lib.transformer.gates import final_state, watched
+from components.lib.transformer.narrow import narrowed
+from components.lib.transformer.selection import NO_CHANNELS, Selection
+
+
+def needs_teacher(settings: Regularize, already_cut: bool = False) -> bool:
+    """Say whether `regularize` must be given the dense model as a second one.
+
+    It need not where the objective asks for none, nor where adapters are trained on the dense model: it is its own teacher
+    with the adapters off.
+    """
+    own = settings.trainable == "lora" and not already_cut
+    return settings.schedule != "none" and objective.uses_teacher(settings.objective) and not own
+
+
+def regularize(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    windows: Tensor,
+    selection: Selection,
+    settings: Regularize,
+    *,
+    already_cut: bool = False,
+    checkpoints: Checkpoints | None = None,
+    journal: Journal | None = None,
+    section: str = "regularize",
+) -> PreTrainedModel:
+    """Train `model` in place and return it, in the type it came in, with any adapters merged.
+
+    Args:
+        model: what is trained.
+        teacher: the dense model, frozen; None where `needs_teacher` says no.
+        windows: token ids (windows, length).
+        selection: what is to go; `NOTHING` for the dense model's own training.
+        settings: schedule, objective and optimisation.
+        already_cut: whether the model has lost the selection already: a control, which gets the objective alone.
+        checkpoints: where the training keeps its place.
+        journal: takes loss, its parts and the learning rate, and the norm of the slices that are to go.
+        section: the recipe's section, named in a refusal.
+
+    Raises:
+        Refusal: the loss is not finite, or the optimizer is not to be had here.
+        ValueError: the objective needs a teacher and there is none.
+    """
+    if settings.schedule == "none":
+        return model
+    if teacher is None and needs_teacher(settings, already_cut):
+        raise ValueError("the objective compares with the dense model: give it as the teacher")
+    trained: PreTrainedModel | PeftModel = (
+        lora.adapted(model, settings.lora, settings.seed)
+        if settings.trainable == "lora"
+        else model.requires_grad_(True)
+    )
+    # The release's width, so that a control that was narrowed first is trained at the same rate.
+    width = model.config.hidden_size + (len(selection.channels.hidden) if already_cut else 0)
+    settings = loop.with_learning_rate(settings, None if settings.trainable == "lora" else width)
+    if teacher is not None:
+        teacher.eval().requires_grad_(False)
+    loop.train(
+        trained,
+        windows,
+        _Loss(model, trained, teacher, selection, already_cut, settings),
+        settings,
+        section=section,
+        checkpoints=checkpoints or NoCheckpoints(),
+        journal=journal or Silent(),
+    )
+    return lora.merged(trained) if isinstance(trained, PeftModel) else model
+
+
+class _Loss:
+    """What a step minimises: the objective, and the penalties on what is to go where that is the schedule."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        trained: PreTrainedModel | PeftModel,
+        teacher: PreTrainedModel | None,
+        selection: Selection,
+        already_cut: bool,
+        settings: Regularize,
+    ) -> None:
+        self.model, self.trained, self.teacher, self.settings = model, trained, teacher, settings
+        self.already_cut = already_cut
+        self.hidden = selection.channels.hidden
+        self.layers = () if already_cut else selection.removed
+        self.channels = NO_CHANNELS if already_cut else selection.channels
+        self.slices = penalty.Slices(trained, self.channels, settings.norm) if self.channels else None
+
+    @contextmanager
+    def __call__(self, wrapped: nn.Module, batch: Tensor, step: int) -> Iterator[Mapping[str, Tensor]]:
+        """Yield the parts of the loss on a batch (batch, length) while the step's gates hold."""
+        settings = self.settings
+        target = self._targets(batch)  # before the gates, which the teacher may not see
+        penalised = settings.schedule == "penalty"
+        gate = 1.0 if penalised else penalty.annealed(step, settings.steps, settings.annealing(bool(self.layers)))
+        with (
+            penalty.gated_at(self.model, self.layers, gate),
+            narrowed(self.model, self.channels, gate),
+            watched(self.model, self.layers if penalised else ()) as seen,
+            final_state(self.model) as final,
+        ):
+            logits = wrapped(input_ids=batch, use_cache=False).logits
+            parts = objective.weighted(settings.objective, logits, self._staying(final.value), batch, target)
+            weight = settings.strength * penalty.ramped(step, settings.steps, settings.ramp) if penalised else 0.0
+            if seen:
+                parts["penalty"] = penalty.penalty(seen, settings.norm)
+                parts["loss"] = parts["loss"] + weight * parts["penalty"]
+            if self.slices:
+                with torch.set_grad_enabled(penalised):
+                    norms = self.slices.norms()
+                if penalised:
+                    parts["loss"] = parts["loss"] + weight * torch.stack(list(norms.values())).sum()
+                # As the model sees them: behind their gates.
+                parts |= {name: norm.detach() * gate for name, norm in norms.items()}
+            yield parts
+
+    def _targets(self, batch: Tensor) -> objective.Targets:
+        """Ask the teacher; trained adapters switched off are the dense model. Of its final state, what stays is compared."""
+        target = objective.Targets(None, None)
+        if self.teacher is not None:
+            target = objective.targets(self.teacher.to(batch.device), batch, self.settings.objective)
+        elif isinstance(self.trained, PeftModel) and objective.uses_teacher(self.settings.objective):
+            with self.trained.disable_adapter():
+                target = objective.targets(self.model, batch, self.settings.objective)
+        return target._replace(state=_without(target.state, self.hidden))
+
+    def _staying(self, state: Tensor | None) -> Tensor | None:
+        return state if self.already_cut else _without(state, self.hidden)
+
+
+def _without(state: Tensor | None, hidden: Sequence[int]) -> Tensor | None:
+    """Return a state (batch, length, hidden) without some of its channels."""
+    if state is None or not hidden:
+        return state
+    stays = torch.ones(state.shape[-1], dtype=torch.bool, device=state.device)
+    stays[list(hidden)] = False
+    return state[..., stays]

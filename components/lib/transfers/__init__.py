@@ -1,0 +1,42 @@
+"""The transfers: each moves what the removed parts know into the weights that stay. One file each, with its equation and source."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from components.lib.recipe.section import Section
+from components.lib.training.journal import Journal
+from components.lib.transformer.checkpoint import Checkpoint
+from components.lib.transformer.selection import Selection
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+class Transfer(Section):
+    """A transfer: its settings are its fields, and `apply` changes the full-size model before the selection is removed.
+
+    Nothing here imports torch, so that a recipe is read quickly; the work imports it where it starts.
+    """
+
+    name: ClassVar[str]
+    """The transfer's name in a recipe."""
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Refuse, before any work, a checkpoint whose blocks do not allow the transfer.
+
+        Raises:
+            Refusal: the family is one that the transfer's equation does not hold for.
+        """
+
+    def apply(self, model: PreTrainedModel, windows: Tensor, selection: Selection, *, journal: Journal) -> None:
+        """Change weights of the full-size `model` in place, for the model without the selection.
+
+        Args:
+            model: the dense model, in evaluation mode; its shapes and its config stay.
+            windows: token ids (windows, length) to measure on.
+            selection: the layers and channels that will be removed. Their own weights are left alone.
+            journal: takes progress.
+        """
+        raise NotImplementedError

@@ -1,0 +1,162 @@
+"""Removing channels: how many an axis loses, which rows of which tensor that is, and what the config then says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import lcm
+from typing import TYPE_CHECKING, Any
+
+from components.lib.errors import Refusal
+from components.lib.transformer.families import Config, Family
+from components.lib.transformer.layout import Axis, Layout, Widths, axis_of
+from components.lib.transformer.selection import AXES, Channels
+
+if TYPE_CHECKING:
+    from components.lib.transformer.checkpoint import Checkpoint
+
+ALIGNED = 8
+"""The kept width is a multiple of this where the recipe names none: what the matrix units of GPUs are fed in."""
+
+
+def layout_of(family: Family) -> Layout:
+    """Return a family's layout. Raises Refusal where it has none."""
+    if family.layout is None:
+        raise Refusal(
+            f"{family.title} is a mixture of experts, from which whole layers can be removed and channels cannot: use the method trsp"
+        )
+    return family.layout
+
+
+def channels_to_remove(
+    family: Family, config: Config, ratios: Mapping[Axis, float], multiple: int | None
+) -> dict[Axis, int]:
+    """Return how many channels each axis loses: the nearest number to its ratio that leaves a width the model can have.
+
+    - hidden and ffn keep a multiple of `multiple`; heads go in whole key-value groups.
+    - Where the transformers class takes hidden / heads for a head's width, the two axes shrink together: whichever is asked for,
+      whole heads go, and the hidden width by as many times their width.
+    - Where the config class wants the hidden width to be a multiple of the heads, it stays one.
+
+    Args:
+        family: the model's row.
+        config: its config.json.
+        ratios: the part of each axis that goes.
+        multiple: None for `ALIGNED`.
+
+    Raises:
+        Refusal: the family has no layout, no such width is near the ratio, or two ratios contradict each other.
+    """
+    layout = layout_of(family)
+    widths = layout.widths(config)
+    shared = widths.heads // widths.groups
+    multiple = multiple or ALIGNED
+    kept: dict[Axis, int] = {}
+    if "ffn" in ratios:
+        kept["ffn"] = _nearest("ffn", ratios["ffn"], widths.ffn, range(multiple, widths.ffn, multiple))
+    if layout.head is None and ("hidden" in ratios or "heads" in ratios):
+        asked = {ratios[axis] for axis in ("hidden", "heads") if axis in ratios}
+        if len(asked) > 1:
+            raise Refusal(
+                f"dress.ratio is {ratios['hidden']} for hidden and {ratios['heads']} for heads, but {family.title} states no width of a "
+                "head, so that the two shrink together: give them one ratio"
+            )
+        kept["heads"] = _nearest("heads", asked.pop(), widths.groups, range(1, widths.groups))
+        kept["hidden"] = kept["heads"] * shared * widths.head
+    else:
+        if "heads" in ratios:
+            # A hidden width that is cut too can follow; one that is not must already be a multiple.
+            fits = "hidden" in ratios or not layout.divides
+            groups = [count for count in range(1, widths.groups) if fits or widths.hidden % (count * shared) == 0]
+            kept["heads"] = _nearest("heads", ratios["heads"], widths.groups, groups)
+        if "hidden" in ratios:
+            step = lcm(multiple, kept.get("heads", widths.groups) * shared) if layout.divides else multiple
+            kept["hidden"] = _nearest("hidden", ratios["hidden"], widths.hidden, range(step, widths.hidden, step))
+    return {axis: widths.of(axis) - kept[axis] for axis in AXES if axis in kept}
+
+
+def check_channels(checkpoint: Checkpoint, ratios: Mapping[Axis, float], multiple: int | None) -> None:
+    """Refuse, before any work, a checkpoint from which the channels that a recipe asks for cannot be cut.
+
+    Raises:
+        Refusal: what `channels_to_remove` raises, or a tensor is not one that the layout knows.
+    """
+    removed = channels_to_remove(checkpoint.family, checkpoint.config, ratios, multiple)
+    layout = layout_of(checkpoint.family)
+    widths = layout.widths(checkpoint.config)
+    first = {axis: tuple(range(count)) for axis, count in removed.items()}
+    for name, tensor in checkpoint.tensors.items():
+        kept_rows(layout, widths, name, tensor.shape, first)
+
+
+FAR = 0.1
+"""How far from the ratio that was asked for a width may be; what is farther is another experiment."""
+
+
+def _nearest(axis: Axis, ratio: float, width: int, allowed: Sequence[int]) -> int:
+    near = sorted(allowed, key=lambda count: abs(1 - count / width - ratio))
+    if not near or abs(1 - near[0] / width - ratio) > FAR:
+        can = ", ".join(f"{1 - count / width:.2g}" for count in sorted(near[:4], reverse=True)) or "none"
+        raise Refusal(
+            f"of the {width} channels of the axis {axis} no number near {ratio:.0%} can go (possible parts are {can}): set dress.ratio to "
+            "one of them, dress.multiple lower, or cut hidden and heads together"
+        )
+    return near[0]
+
+
+def kept_rows(
+    layout: Layout, widths: Widths, tensor: str, shape: Sequence[int], removed: Mapping[Axis, Sequence[int]]
+) -> list[list[int] | None]:
+    """Return, for each dimension of a tensor, the indices that stay, or None where all do.
+
+    Args:
+        layout: the family's.
+        widths: the model's.
+        tensor: its name, and
+        shape: its shape, as stored.
+        removed: the channels that go (`Channels.at`).
+
+    Raises:
+        Refusal: the layout does not know the tensor, or its shape is not what the widths say.
+    """
+    dimensions = layout.dimensions(tensor)
+    stated = [sum(widths.size(segment) for segment in segments) for segments in dimensions]
+    if len(stated) != len(shape) or any(size and size != found for size, found in zip(stated, shape, strict=True)):
+        raise Refusal(
+            f"the tensor {tensor} has the shape {tuple(shape)} where the config's widths give {tuple(stated)}: its channels cannot be "
+            "told apart, remove layers instead"
+        )
+    return [kept_indices(widths, segments, removed) for segments in dimensions]
+
+
+def kept_indices(widths: Widths, segments: Sequence[str], removed: Mapping[Axis, Sequence[int]]) -> list[int] | None:
+    """Return the indices that stay of a dimension made of `segments`, or None where all do."""
+    axes = [axis_of(segment) for segment in segments]
+    if not any(axis and removed.get(axis) for axis in axes):
+        return None
+    rows: list[int] = []
+    start = 0
+    for segment, axis in zip(segments, axes, strict=True):
+        gone = set(removed.get(axis, ())) if axis else set()
+        unit = widths.unit(segment)
+        for channel in range(widths.size(segment) // unit):
+            if channel not in gone:
+                rows.extend(range(start + channel * unit, start + (channel + 1) * unit))
+        start += widths.size(segment)
+    return rows
+
+
+def cut_widths(config: Config, family: Family, channels: Channels) -> dict[str, Any]:
+    """Return the config of the model without `channels`."""
+    if not channels:
+        return dict(config)
+    layout = layout_of(family)
+    widths = layout.widths(config)
+    hidden, groups = widths.hidden - channels.count("hidden"), widths.groups - channels.count("heads")
+    cut: dict[str, Any] = dict.fromkeys(layout.hidden, hidden)
+    cut[layout.ffn] = widths.ffn - channels.count("ffn")
+    cut[layout.heads] = groups * (widths.heads // widths.groups)
+    if layout.groups:
+        cut[layout.groups] = groups
+    if layout.head:
+        cut[layout.head] = widths.head
+    return dict(config) | cut

@@ -1,0 +1,268 @@
+"""A Hugging Face checkpoint in a folder: opened quickly for what its headers say, and loaded whole.
+
+`Checkpoint.open` reads config.json and the safetensors headers only, and refuses what cannot be pruned before anything
+slow is imported. `load_model` imports transformers, and refuses a load that left a tensor out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from components.lib.errors import Refusal
+from components.lib.transformer.families import Config, Family, family_of
+from components.lib.transformer.layout import Widths
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# Constants that old releases stored beside the parameters (causal masks, rotary frequencies); transformers ignores them.
+_CONSTANTS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file: what its header says of it."""
+
+    file: Path
+    dtype: str
+    """The safetensors name: F32, BF16, F16 …"""
+    shape: tuple[int, ...]
+    start: int
+    """Byte offset in the file."""
+    size: int
+    """Bytes."""
+
+    def pieces(self, length: int = 1 << 24) -> Iterator[bytes]:
+        """Yield the tensor's bytes, a piece at a time, so that none is ever held whole."""
+        with self.file.open("rb") as file:
+            file.seek(self.start)
+            for done in range(0, self.size, length):
+                yield file.read(min(length, self.size - done))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A causal language model in a folder, opened and found prunable."""
+
+    folder: Path
+    config: dict[str, Any]
+    """config.json as it stands."""
+    family: Family
+    tensors: Mapping[str, Stored]
+    """Every parameter by its name on disk."""
+
+    @classmethod
+    def open(cls, folder: Path, remote_code: bool = False) -> Checkpoint:
+        """Read config.json and the safetensors headers.
+
+        Raises:
+            Refusal: there is no config.json; `family_of` refuses it; there are no safetensors weights; a shard is missing,
+                cut short, or without a tensor the index promises; or the stored blocks are not the config's layers.
+        """
+        config = _read_config(folder)
+        family = family_of(config, remote_code)
+        tensors = {name: tensor for name, tensor in _stored(folder).items() if not name.endswith(_CONSTANTS)}
+        _check_dtypes(folder, tensors)
+        _check_blocks(folder, config, family, tensors)
+        return cls(folder, config, family, tensors)
+
+    @property
+    def layers(self) -> int:
+        """The number of layers."""
+        return self.family.layers(self.config)
+
+    @property
+    def widths(self) -> Widths | None:
+        """The widths; None where the family's channels, or what the config leaves to its class, are not known."""
+        layout = self.family.layout
+        known = layout is not None and layout.hidden[0] in self.config and layout.heads in self.config
+        return layout.widths(self.config) if layout and known else None
+
+    @cached_property
+    def parameters(self) -> int:
+        """The number of stored parameters; a tied head is stored once."""
+        return sum(_count(tensor.shape) for tensor in self.tensors.values())
+
+    @cached_property
+    def bytes(self) -> int:
+        """The size of the stored parameters."""
+        return sum(tensor.size for tensor in self.tensors.values())
+
+    @cached_property
+    def dtype(self) -> str:
+        """The dtype that holds the most bytes, by torch's name: float32, bfloat16 or float16."""
+        sizes: dict[str, int] = {}
+        for tensor in self.tensors.values():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size
+        return _DTYPES[max(sizes, key=lambda dtype: sizes[dtype])]
+
+
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+
+
+def layers_to_remove(ratio: float, layers: int) -> int:
+    """Return how many of `layers` layers a ratio removes: the nearest whole number (halves up), at least one.
+
+    Raises:
+        Refusal: no layer would stay.
+    """
+    count = max(1, int(ratio * layers + 0.5))
+    if count >= layers:
+        raise Refusal(
+            f"target.ratio {ratio} removes {count} of the model's {layers} layers, which leaves none: use a smaller ratio or a deeper model"
+        )
+    return count
+
+
+def load_model(
+    folder: Path,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a causal language model in evaluation mode.
+
+    Args:
+        folder: a checkpoint that `Checkpoint.open` accepts.
+        dtype: as the release says when None.
+        device: where the weights are put as they are read; the CPU when None.
+        remote_code: whether code that comes with the model may run.
+
+    Raises:
+        Refusal: a tensor was missing, unexpected or of another shape: transformers itself would fill it at random.
+    """
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype or "auto",
+        device_map={"": device} if device else None,
+        trust_remote_code=remote_code,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # only so that they are told of, and refused below
+        output_loading_info=True,
+    )
+    model, loading = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if loading[kind]:
+            names = ", ".join(sorted(str(name) for name in loading[kind])[:3])
+            raise Refusal(
+                f"{folder} does not hold the model its config.json describes: {len(loading[kind])} {kind.replace('_', ' ')}, such as {names}: get the release again"
+            )
+    return model.eval()
+
+
+def load_tokenizer(folder: Path, remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load a checkpoint's tokenizer. Raises Refusal where the folder has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=remote_code)
+    except (OSError, ValueError) as error:
+        raise Refusal(
+            f"{folder} has no tokenizer that can be read ({' '.join(str(error).split())[:120]}): put the release's tokenizer files there"
+        ) from None
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise Refusal(f"{folder} holds adapters and no config.json: merge them into their base model first")
+        raise Refusal(f"{folder} has no config.json: name the folder of a Hugging Face checkpoint")
+    return _read_json(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{path} cannot be read ({error}): get the release again") from None
+    if not isinstance(value, dict):
+        raise Refusal(f"{path} holds {type(value).__name__}, not a mapping: get the release again")
+    return value
+
+
+def _stored(folder: Path) -> dict[str, Stored]:
+    """Return every tensor of the files that transformers would load: one file, or the index's shards."""
+    if (folder / WEIGHTS).is_file():
+        return _header(folder / WEIGHTS)
+    if not (folder / INDEX).is_file():
+        raise _no_weights(folder)
+    where = _read_json(folder / INDEX).get("weight_map", {})
+    missing = sorted({file for file in where.values() if not (folder / file).is_file()})
+    if missing:
+        raise Refusal(f"{folder / INDEX} names {', '.join(missing)}, which the folder lacks: get the release again")
+    tensors = {name: tensor for file in sorted(set(where.values())) for name, tensor in _header(folder / file).items()}
+    absent = sorted(set(where) - set(tensors))
+    if absent:
+        raise Refusal(f"{folder / INDEX} promises {absent[0]}, which {where[absent[0]]} lacks: get the release again")
+    return tensors
+
+
+def _no_weights(folder: Path) -> Refusal:
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickled:
+        return Refusal(
+            f"{folder} holds pickled weights only ({pickled[0]}), which can run code when they are read: convert them to safetensors "
+            "with save_pretrained where you trust them"
+        )
+    return Refusal(f"{folder} holds neither {WEIGHTS} nor {INDEX}: name a folder with safetensors weights")
+
+
+def _header(path: Path) -> dict[str, Stored]:
+    """Read a safetensors header: 8 bytes of length, then JSON, then the tensors' bytes."""
+    total = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, total)))
+    except ValueError:
+        raise Refusal(f"{path} is no safetensors file: get the release again") from None
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        tensors[name] = Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
+    whole = max((tensor.start + tensor.size for tensor in tensors.values()), default=8 + length)
+    if whole > total:
+        raise Refusal(f"{path} has {total} bytes of {whole}: it was cut short, get it again")
+    return tensors
+
+
+def _check_dtypes(folder: Path, tensors: Mapping[str, Stored]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise Refusal(
+                f"{folder} holds {name} as {tensor.dtype}, so its weights are quantised: prune the full-precision release, and quantise the result"
+            )
+
+
+def _check_blocks(folder: Path, config: Config, family: Family, tensors: Mapping[str, Stored]) -> None:
+    """Refuse a folder whose tensors are of other layers than its config counts, as a careless cut leaves it."""
+    stored = {found[0] for found in map(family.block_of, tensors) if found}
+    stated = set(range(family.layers(config)))
+    if stored - stated:
+        raise Refusal(
+            f"{folder} holds tensors of layer {min(stored - stated)}, but its {family.count} is {len(stated)}: get the release again"
+        )
+    if stated - stored:
+        raise Refusal(
+            f"{folder} has no tensors of layer {min(stated - stored)}, but its {family.count} is {len(stated)}: get the release again"
+        )
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for length in shape:
+        count *= length
+    return count

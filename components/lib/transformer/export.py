@@ -1,0 +1,314 @@
+"""Plain Hugging Face checkpoints out, and the proof that they are what they should be."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from components.lib.errors import Refusal
+from components.lib.transformer.checkpoint import Checkpoint, Stored, load_model
+from components.lib.transformer.families import cut_config
+from components.lib.transformer.gates import blocks, skipped
+from components.lib.transformer.narrow import narrowed
+from components.lib.transformer.selection import NO_CHANNELS, Channels
+from components.lib.transformer.surgery import carry, remaining, remaining_config, written_out
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class VerificationError(Exception):
+    """An exported checkpoint is not the model it should be."""
+
+
+def save_model(
+    model: PreTrainedModel, source: Path, out: Path, removed: Sequence[int] = (), remote_code: bool = False
+) -> None:
+    """Write a model as a plain Hugging Face checkpoint: safetensors of at most 5 GB, in the dtype of its source.
+
+    The config, tokenizer, chat template and generation config are the source's own files, so that what reads the release
+    reads this. A model of another dtype (fp32 masters of a bf16 release) is cast in place, parameter by parameter, so
+    that no second copy is held: afterwards it computes what the checkpoint computes.
+
+    Args:
+        model: a causal language model, peft adapters merged.
+        source: the checkpoint it comes from.
+        out: the folder to fill.
+        removed: the layers of the source that the model no longer has.
+        remote_code: whether the source's own code travels.
+
+    Raises:
+        ValueError: the model still has adapters, or other layers than the source without `removed`.
+    """
+    checkpoint = Checkpoint.open(source, remote_code)
+    if any(".base_layer." in name for name, _ in model.named_parameters()):
+        raise ValueError("the model still has adapters: call merge_and_unload() first")
+    if len(blocks(model)) != checkpoint.layers - len(set(removed)):
+        raise ValueError(
+            f"the model has {len(blocks(model))} layers, but {source} has {checkpoint.layers} of which {len(set(removed))} are removed"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    _cast(model, getattr(torch, checkpoint.dtype))
+    _save_weights(model, out)
+    config = checkpoint.config
+    if removed:
+        config = cut_config(written_out(config, checkpoint.family), checkpoint.family, removed)
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    carry(source, out, remote_code)
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast the parameters, and not the buffers: rotary frequencies stay fp32, as a fresh load has them."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _save_weights(model: PreTrainedModel, out: Path) -> None:
+    """Save through transformers, which knows tied weights and how experts are laid out on disk."""
+    from transformers import GenerationConfig
+
+    # Releases carry generation configs that transformers reads but refuses to write; the source's file is carried instead.
+    generation, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        model.save_pretrained(out, max_shard_size="5GB")
+    finally:
+        model.generation_config = generation
+    (out / "generation_config.json").unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked of an export, and held."""
+
+    removed: tuple[int, ...]
+    layers: int
+    tensors: int
+    parameters: int
+    bytes: int
+    dtype: str
+    device: str
+    tokens: int
+    """Real tokens whose logits were compared."""
+    max_difference: float
+    """Largest difference between the two models' logits."""
+    cache_difference: float
+    """Largest difference between cached and uncached logits, relative to the largest logit: rounding only."""
+
+    def save(self, folder: Path) -> None:
+        """Write `verification.json`."""
+        (folder / "verification.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def verify_cut(
+    source: Path,
+    out: Path,
+    layers: Sequence[int] = (),
+    channels: Channels = NO_CHANNELS,
+    device: str | torch.device | None = None,
+    remote_code: bool = False,
+) -> Verification:
+    """Prove that `out` is `source` without `layers` and `channels`.
+
+    1. config.json is the source's with every per-layer field and every width in step, and every tensor on disk is, byte for byte,
+       what stays of the source's tensor that it stands for; none is missing or left over.
+    2. The reloaded model's logits equal those of the source with the layers skipped and the channels gated to 0 by hooks. Layers
+       alone: bit for bit, since the same operations run on the same numbers on the same device. With channels: within rounding,
+       since sums over fewer numbers are taken in another order. Left-padded batches are among the prompts.
+    3. Cached greedy generation equals a full pass over its own text, within rounding (the two multiply matrices of other shapes).
+
+    One model is in memory at a time.
+
+    Args:
+        source: the checkpoint that was cut.
+        out: the cut one.
+        layers: the layers that were removed.
+        channels: the channels that were removed.
+        device: where the models run; the CPU when None. Their dtype is the release's.
+        remote_code: whether the model's own code may run.
+
+    Raises:
+        VerificationError: one of the three does not hold.
+    """
+    original, cut = Checkpoint.open(source, remote_code), _opened(out, remote_code)
+    _verify_config(original, cut, remaining_config(original, layers, channels))
+    _verify_tensors(original, cut, remaining(original, layers, channels))
+    model = load_model(source, device=device, remote_code=remote_code)
+    with skipped(model, layers), narrowed(model, channels):
+        expected = answers(model)
+    del model
+    return verify_export(expected, out, layers, device, remote_code, exact=not channels)
+
+
+def verify_export(
+    expected: Tensor,
+    out: Path,
+    removed: Sequence[int] = (),
+    device: str | torch.device | None = None,
+    remote_code: bool = False,
+    exact: bool = True,
+) -> Verification:
+    """Prove that the checkpoint `out` answers as the model did whose `answers` are given, and the same with its cache as without.
+
+    Args:
+        expected: the `answers` of the model that was exported, on the same device and in the same dtype.
+        out: the export.
+        removed: the layers that were removed, for the record.
+        device: where the model runs; the CPU when None.
+        remote_code: whether the model's own code may run.
+        exact: whether the logits must be equal bit for bit, and not within rounding.
+
+    Raises:
+        VerificationError: `out` does not load whole, its logits are others, or its cached generation is not its uncached one.
+    """
+    checkpoint = _opened(out, remote_code)
+    gc.collect()
+    try:
+        model = load_model(out, device=device, remote_code=remote_code)
+    except Refusal as refusal:
+        raise VerificationError(str(refusal)) from None
+    found = answers(model)
+    difference = _difference(expected, found)
+    rounding = 0.0 if exact else _ROUNDING[model.dtype] * expected.abs().max().item()
+    if not difference <= rounding:  # so that NaN fails
+        raise VerificationError(
+            f"{out} does not compute what it was exported from: its logits differ by up to {difference:.3g}"
+        )
+    cache_difference = _cache_difference(model, out)
+    if not cache_difference <= _ROUNDING[model.dtype]:  # so that NaN fails
+        raise VerificationError(
+            f"{out} generates other text with its key-value cache than without: the logits differ by {cache_difference:.3g} "
+            f"of the largest, where rounding explains {_ROUNDING[model.dtype]}"
+        )
+    return Verification(
+        removed=tuple(sorted(set(removed))),
+        layers=checkpoint.layers,
+        tensors=len(checkpoint.tensors),
+        parameters=checkpoint.parameters,
+        bytes=checkpoint.bytes,
+        dtype=checkpoint.dtype,
+        device=str(model.device),
+        tokens=len(found),
+        max_difference=difference,
+        cache_difference=cache_difference,
+    )
+
+
+# What another order of summation may change in a logit, relative to the largest: some tens of units in the last place.
+_ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@torch.inference_mode()
+def answers(model: PreTrainedModel) -> Tensor:
+    """Return the logits of a few short prompts of random tokens, padded on the left and not: (real tokens, vocabulary), on the CPU."""
+    tokens, mask = _prompts(model)
+    return model(input_ids=tokens, attention_mask=mask, use_cache=False).logits[mask.bool()].cpu()
+
+
+def _prompts(model: PreTrainedModel, length: int = 24) -> tuple[Tensor, Tensor]:
+    """Return (tokens, attention mask), each (batch, length): two full rows, and two padded on the left."""
+    length = min(length, getattr(model.config, "max_position_embeddings", length) // 2)
+    padding = torch.tensor([0, 0, length // 3, length // 2])
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, (len(padding), length), generator=draw)
+    mask = torch.arange(length).expand_as(tokens) >= padding[:, None]
+    return tokens.to(model.device), mask.long().to(model.device)
+
+
+def _cache_difference(model: PreTrainedModel, out: Path) -> float:
+    """Return the largest difference between the logits of cached and uncached greedy generation, relative to the largest logit.
+
+    A row is compared as long as both have chosen the same tokens; where they part, the difference of that step has been counted.
+    """
+    uncached, uncached_logits = _generate(model, use_cache=False)
+    try:
+        cached, cached_logits = _generate(model, use_cache=True)
+    except torch.OutOfMemoryError:
+        raise
+    except (IndexError, RuntimeError) as error:  # what layers that share a part of the cache, or look beyond it, raise
+        raise VerificationError(f"{out} cannot generate with its key-value cache: {error}") from error
+    # (batch, steps): whether everything before a step is equal.
+    same = torch.cumprod((cached == uncached).long(), dim=1).roll(1, dims=1)
+    same[:, 0] = 1
+    difference = (cached_logits - uncached_logits).abs().amax(dim=-1)[same.bool()]
+    return (difference.max() / uncached_logits.abs().max()).item()
+
+
+def _generate(model: PreTrainedModel, use_cache: bool, steps: int = 8) -> tuple[Tensor, Tensor]:
+    """Return the greedily generated tokens, (batch, steps), and the logits they come from, (batch, steps, vocabulary), in fp32."""
+    tokens, mask = _prompts(model)
+    generate: Any = model.generate
+    with _greedy(model):
+        said = generate(
+            tokens,
+            attention_mask=mask,
+            max_new_tokens=steps,
+            use_cache=use_cache,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    return said.sequences[:, -steps:], torch.stack(said.logits, dim=1).float()
+
+
+@contextmanager
+def _greedy(model: PreTrainedModel) -> Iterator[None]:
+    """Set the release's own generation settings aside: no sampling, and no end of text."""
+    from transformers import GenerationConfig
+
+    own, model.generation_config = model.generation_config, GenerationConfig(do_sample=False, pad_token_id=0)
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _opened(out: Path, remote_code: bool) -> Checkpoint:
+    try:
+        return Checkpoint.open(out, remote_code)
+    except Refusal as refusal:
+        raise VerificationError(str(refusal)) from None
+
+
+def _verify_config(source: Checkpoint, out: Checkpoint, expected: Mapping[str, Any]) -> None:
+    """Hold config.json against the rules: short prompts would not show a sliding window in the wrong layer."""
+    for field in sorted(set(expected) | set(out.config)):
+        if expected.get(field) != out.config.get(field):
+            raise VerificationError(
+                f"{out.folder}/config.json's {field} is {out.config.get(field)!r} and should be {expected.get(field)!r}"
+            )
+
+
+def _verify_tensors(source: Checkpoint, out: Checkpoint, remaining: Mapping[str, Stored]) -> None:
+    """Hold every tensor of `out` against what remains of the source's, byte for byte and one at a time."""
+    base = f"{source.family.blocks.split('.')[0]}."
+    expected = {name.removeprefix(base): tensor for name, tensor in remaining.items()}
+    found = {name.removeprefix(base): tensor for name, tensor in out.tensors.items()}
+    wrong = sorted(set(expected) ^ set(found))
+    if wrong:
+        raise VerificationError(
+            f"{out.folder} {'lacks' if wrong[0] in expected else 'holds the left-over'} tensor {wrong[0]} (and {len(wrong) - 1} more are wrong)"
+        )
+    for name, tensor in expected.items():
+        if not _same_bytes(tensor, found[name]):
+            raise VerificationError(f"{out.folder} holds another {name} than {source.folder}")
+
+
+def _same_bytes(a: Stored, b: Stored) -> bool:
+    """Whether two stored tensors have the same dtype, shape and bytes."""
+    if (a.dtype, a.shape, a.size) != (b.dtype, b.shape, b.size):
+        return False
+    with b.file.open("rb") as other:
+        other.seek(b.start)
+        return all(other.read(len(piece)) == piece for piece in a.pieces())
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    """Largest absolute difference; infinite for other shapes."""
+    return (a.float() - b.float()).abs().max().item() if a.shape == b.shape else float("inf")

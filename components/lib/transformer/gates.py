@@ -1,0 +1,192 @@
+"""Gates, skips and views of a model's blocks, by forward hooks: no copied `forward`, any family.
+
+A block is a map x → f(x) on the residual stream, (batch, length, hidden), whatever it does inside. All context managers
+here leave the model as they found it, nest, and may be opened on a model that has peft adapters. A hook runs outside gradient
+checkpointing, so it sees each block once a forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+
+from components.lib.transformer.families import family_named
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Placement = Literal["branch", "output"]
+Output: TypeAlias = Tensor | tuple[Any, ...]
+
+
+def plain(model: nn.Module) -> PreTrainedModel:
+    """Return the transformers model under peft's wrapper, or the model itself."""
+    wrapped: Any = model
+    return cast("PreTrainedModel", wrapped.get_base_model() if hasattr(model, "get_base_model") else model)
+
+
+def blocks(model: nn.Module) -> nn.ModuleList:
+    """Return the model's blocks, first to last. Raises Refusal for an unknown model type."""
+    causal = plain(model)
+    return cast(nn.ModuleList, causal.get_submodule(family_named(causal.config.model_type).blocks))
+
+
+@contextmanager
+def gated(model: nn.Module, gates: Tensor, placement: Placement = "branch") -> Iterator[None]:
+    """Gate every block: `x + g·(f(x) − x)` for placement branch, `g·f(x)` for output (TRSP, arXiv 2505.18232, as released).
+
+    The gates are read at each forward pass, used in fp32 whatever the activations' dtype, and differentiable. A gate of
+    exactly 1 leaves f(x) bit for bit, a branch gate of exactly 0 leaves x.
+
+    Args:
+        model: a causal language model.
+        gates: (layers,), fp32.
+        placement: what is gated.
+    """
+    layers = blocks(model)
+    if gates.shape != (len(layers),):
+        raise ValueError(f"gates have the shape {tuple(gates.shape)}, but the model has {len(layers)} layers")
+
+    def gate(layer: int) -> Callable[[Tensor, Tensor], Tensor]:
+        def apply(x: Tensor, f: Tensor) -> Tensor:
+            g = gates[layer].to(f.device)
+            return _blend(x, f, g) if placement == "branch" else (g * f).to(f.dtype)
+
+        return apply
+
+    with _hooked((block, gate(layer)) for layer, block in enumerate(layers)):
+        yield
+
+
+@contextmanager
+def skipped(model: nn.Module, layers: Sequence[int]) -> Iterator[None]:
+    """Let the named blocks hand on what they were given, exactly as if they were removed.
+
+    The blocks are still computed, so that they fill their part of the key-value cache: cached generation works, and nothing is faster.
+    """
+    found = blocks(model)
+    with _hooked((found[layer], lambda x, f: x) for layer in layers):
+        yield
+
+
+@contextmanager
+def bypassed(model: nn.Module, layers: Sequence[int]) -> Iterator[None]:
+    """Skip the named blocks without computing them, faster than `skipped`.
+
+    They leave their part of the key-value cache empty: for training and perplexity, not for generation.
+    """
+    found = [blocks(model)[layer] for layer in layers]
+    for block in found:
+        block.forward = _identity  # an attribute of this block, which goes before its class's method
+    try:
+        yield
+    finally:
+        for block in found:
+            del block.forward
+
+
+def _identity(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden_states
+
+
+@contextmanager
+def watched(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
+    """Yield a dict that holds, after each forward pass, layer → (x, f(x)), both (batch, length, hidden) and in the graph.
+
+    Opened inside `gated` or `skipped`, f(x) is what the block hands on after them.
+    """
+    found = blocks(model)
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def see(layer: int) -> Callable[[Tensor, Tensor], None]:
+        def keep(x: Tensor, f: Tensor) -> None:
+            seen[layer] = (x, f)
+
+        return keep
+
+    try:
+        with _hooked((found[layer], see(layer)) for layer in layers):
+            yield seen
+    finally:
+        seen.clear()
+
+
+@dataclass
+class FinalState:
+    """What the head read in the last forward pass."""
+
+    value: Tensor | None = None
+    """(batch, length, hidden), in the graph; None before the first forward pass."""
+
+
+@contextmanager
+def final_state(model: nn.Module) -> Iterator[FinalState]:
+    """Yield an object whose `value` is, after each forward pass, the head's input: the last block's output after the final norm."""
+    state = FinalState()
+
+    def keep(head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        state.value = inputs[0]
+
+    handle = plain(model).get_output_embeddings().register_forward_pre_hook(keep)
+    try:
+        yield state
+    finally:
+        handle.remove()
+        state.value = None
+
+
+class _Blend(torch.autograd.Function):
+    """x + g·(f − x) in fp32, handed on in f's dtype, for a scalar g.
+
+    torch.lerp takes its end points exactly, which the formula does not. Saving x and f as they are (they live on in the
+    graph anyway) and not their fp32 copies keeps a gate free of memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, f: Tensor, g: Tensor) -> Tensor:
+        ctx.save_for_backward(x, f, g)
+        return torch.lerp(x.float(), f.float(), g.float()).to(f.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, f, g = ctx.saved_tensors
+        wants_x, wants_f, wants_g = ctx.needs_input_grad
+        grad = gradients[0].float()
+        return (
+            (grad * (1 - g)).to(x.dtype) if wants_x else None,
+            (grad * g).to(f.dtype) if wants_f else None,
+            torch.sum(grad * (f.float() - x.float())).to(g.dtype) if wants_g else None,
+        )
+
+
+def _blend(x: Tensor, f: Tensor, g: Tensor) -> Tensor:
+    return _Blend.apply(x, f, g)
+
+
+@contextmanager
+def _hooked(hooks: Iterator[tuple[nn.Module, Callable[[Tensor, Tensor], Tensor | None]]] | Any) -> Iterator[None]:
+    """Hook each block with a function of (x, f(x)) that returns what is handed on, or None to leave it."""
+    with ExitStack() as stack:
+        for block, function in hooks:
+            handle = block.register_forward_hook(_hook(function), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+def _hook(function: Callable[[Tensor, Tensor], Tensor | None]) -> Callable[..., Output | None]:
+    """Give `function` the hidden states alone: blocks take them by position or by name, and return them alone or first of a tuple."""
+
+    def hook(block: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Output) -> Output | None:
+        x = inputs[0] if inputs else named["hidden_states"]
+        f = output if isinstance(output, Tensor) else output[0]
+        handed_on = function(x, f)
+        if handed_on is None or isinstance(output, Tensor):
+            return handed_on
+        return (handed_on, *output[1:])
+
+    return hook

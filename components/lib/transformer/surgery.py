@@ -1,0 +1,232 @@
+"""Removing layers from a model in memory, and layers and channels from a checkpoint on disk without loading it.
+
+Both renumber what is left and bring every per-layer config field in step (`families.cut_config`); what goes unrenumbered
+elsewhere loads without a word and generates wrong text.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from components.lib.transformer.channels import cut_widths, kept_rows, layout_of
+from components.lib.transformer.checkpoint import INDEX, WEIGHTS, Checkpoint, Stored
+from components.lib.transformer.families import Config, Family, cut_config, family_named, kept_layers
+from components.lib.transformer.selection import NO_CHANNELS, Channels
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SHARD_BYTES = 5_000_000_000
+"""The largest weights file that is written; a single larger tensor gets a file of its own."""
+
+# What travels with the weights, byte for byte: tokenizer, chat template, generation config, licence.
+_COMPANIONS = (
+    "tokenizer*",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+def drop_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
+    """Remove layers from a model in memory, in place, and return it.
+
+    Raises:
+        Refusal: a layer is not of the model, or none would stay.
+    """
+    from torch import nn
+
+    family = family_named(model.config.model_type)
+    cut = cut_config(model.config.to_dict(), family, layers)
+    path, name = family.blocks.rsplit(".", 1)
+    parent = model.get_submodule(path)
+    blocks = getattr(parent, name)
+    kept = kept_layers(len(blocks), layers)
+    setattr(parent, name, nn.ModuleList(blocks[layer] for layer in kept))
+    for new, block in enumerate(getattr(parent, name)):
+        for module in block.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx = new
+    for field in (*family.per_layer, family.count):
+        if field in cut:
+            setattr(model.config, field, cut[field])
+    return model
+
+
+def cut_checkpoint(
+    source: Path, out: Path, layers: Sequence[int] = (), channels: Channels = NO_CHANNELS, remote_code: bool = False
+) -> None:
+    """Write the checkpoint of `source` without `layers` and `channels` to the folder `out`.
+
+    The tensors' bytes are copied as they are, so that every dtype and layout travels. No more than one tensor is ever held in
+    memory, and that only where channels of it go.
+
+    Args:
+        source: the checkpoint to cut.
+        out: the folder to fill.
+        layers: indices of the layers that go.
+        channels: the channels that go.
+        remote_code: whether the source's own code travels.
+
+    Raises:
+        Refusal: `source` cannot be pruned, a layer is not of the model, or none would stay.
+    """
+    checkpoint = Checkpoint.open(source, remote_code)
+    tensors, config = remaining(checkpoint, layers, channels), remaining_config(checkpoint, layers, channels)
+    out.mkdir(parents=True, exist_ok=True)
+    _write_weights(out, tensors)
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    carry(source, out, remote_code)
+
+
+def written_out(config: Config, family: Family) -> dict[str, Any]:
+    """Return the config with every per-layer field that it leaves to transformers' config class to fill in, written out."""
+    absent = [field for field in family.per_layer if config.get(field) is None]
+    if not absent:
+        return dict(config)
+    from transformers import CONFIG_MAPPING
+
+    resolved = CONFIG_MAPPING[family.model_type].from_dict(dict(config))
+    filled = {field: getattr(resolved, field, None) for field in absent}
+    return dict(config) | {field: value for field, value in filled.items() if value is not None}
+
+
+def remaining_config(checkpoint: Checkpoint, layers: Sequence[int], channels: Channels) -> dict[str, Any]:
+    """Return the config of what stays when `layers` and `channels` go."""
+    family = checkpoint.family
+    return cut_widths(cut_config(written_out(checkpoint.config, family), family, layers), family, channels)
+
+
+def remaining(checkpoint: Checkpoint, layers: Sequence[int], channels: Channels) -> dict[str, Stored]:
+    """Return the tensors that stay when `layers` and `channels` go, by their names in the cut checkpoint.
+
+    Raises:
+        Refusal: the family's layout does not know a tensor that may hold channels.
+    """
+    number = {old: new for new, old in enumerate(kept_layers(checkpoint.layers, layers))}
+    tensors = {}
+    for name, tensor in checkpoint.tensors.items():
+        block = checkpoint.family.block_of(name)
+        if block is None:
+            tensors[name] = _sliced(checkpoint, name, tensor, channels, None)
+        elif block[0] in number:
+            layer, start, end = block
+            tensors[f"{name[:start]}{number[layer]}{name[end:]}"] = _sliced(checkpoint, name, tensor, channels, layer)
+    return tensors
+
+
+def _sliced(checkpoint: Checkpoint, name: str, tensor: Stored, channels: Channels, layer: int | None) -> Stored:
+    if not channels:
+        return tensor
+    layout = layout_of(checkpoint.family)
+    kept = kept_rows(layout, layout.widths(checkpoint.config), name, tensor.shape, channels.at(layer))
+    if all(rows is None for rows in kept):
+        return tensor
+    shape = tuple(size if rows is None else len(rows) for rows, size in zip(kept, tensor.shape, strict=True))
+    size = _width(tensor) * prod(shape)
+    return Sliced(tensor.file, tensor.dtype, shape, tensor.start, size, whole=tensor.shape, kept=tuple(kept))
+
+
+@dataclass(frozen=True)
+class Sliced(Stored):
+    """What stays of a stored tensor."""
+
+    whole: tuple[int, ...]
+    """The shape as it is stored."""
+    kept: tuple[list[int] | None, ...]
+    """For each dimension the indices that stay, or None where all do."""
+
+    def pieces(self, length: int = 1 << 24) -> Iterator[bytes]:
+        """Yield the bytes that stay, in one piece."""
+        import numpy
+
+        # Only moved, never computed with: any type of the same width will do.
+        found: Any = numpy.memmap(self.file, f"u{_width(self)}", mode="r", offset=self.start, shape=self.whole)
+        for dimension, rows in enumerate(self.kept):
+            if rows is not None:
+                found = found.take(rows, axis=dimension)
+        yield found.tobytes()
+
+
+def carry(source: Path, out: Path, remote_code: bool = False) -> None:
+    """Copy what travels with the weights: tokenizer, chat template, generation config, licence; its code with `remote_code`."""
+    for pattern in (*_COMPANIONS, *(["*.py"] if remote_code else [])):
+        for path in source.glob(pattern):
+            if path.is_dir():
+                shutil.copytree(path, out / path.name, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(path, out / path.name)
+
+
+def _write_weights(out: Path, tensors: Mapping[str, Stored]) -> None:
+    """Write one file, or shards and their index."""
+    shards = list(_shards(tensors))
+    if len(shards) == 1:
+        _write_shard(out / WEIGHTS, shards[0])
+        return
+    where: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        _write_shard(out / name, shard)
+        where |= dict.fromkeys(shard, name)
+    size = sum(tensor.size for tensor in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
+    (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _shards(tensors: Mapping[str, Stored]) -> Iterator[dict[str, Stored]]:
+    """Part the tensors, in their order, into runs of at most SHARD_BYTES."""
+    shard: dict[str, Stored] = {}
+    size = 0
+    for name, tensor in tensors.items():
+        if shard and size + tensor.size > SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.size
+    yield shard
+
+
+def _write_shard(path: Path, tensors: Mapping[str, Stored]) -> None:
+    """Write a safetensors file (8 bytes of header length, JSON header, bytes) by copying each tensor's bytes from its own file.
+
+    The safetensors library writes tensors it is given in memory; here nothing but a copy buffer is held.
+    """
+    # The library lays the widest dtypes first, so that every tensor is aligned to its own width.
+    ordered = dict(sorted(tensors.items(), key=lambda item: -_width(item[1])))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in ordered.items():
+        header[name] = {
+            "dtype": tensor.dtype,
+            "shape": tensor.shape,
+            "data_offsets": [offset, offset + tensor.size],
+        }
+        offset += tensor.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in ordered.values():
+            file.writelines(tensor.pieces())
+
+
+def _width(tensor: Stored) -> int:
+    """Bytes of one element."""
+    return {"F64": 8, "F32": 4}.get(tensor.dtype, 2)

@@ -1,0 +1,219 @@
+"""The command line: one verb, one function."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from components.lib.errors import Refusal, StageFailed
+from components.lib.recipe.schema import Recipe
+from pipeline.cli import watch as watch_verbs
+
+if TYPE_CHECKING:
+    from pipeline.runners.runners import Runner
+
+# Frameworks' chatter is no use to a person, and some of it would ask the network whether there is a newer version.
+for _name in ("GIT_PYTHON_REFRESH", "HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_VERBOSITY", "TOKENIZERS_PARALLELISM"):
+    os.environ.setdefault(_name, {"GIT_PYTHON_REFRESH": "quiet", "TRANSFORMERS_VERBOSITY": "error"}.get(_name, "1"))
+
+Place = Literal["local", "docker", "kubeflow"]
+
+PASS, ERROR, FAIL = 0, 1, 3
+"""Exit status: the candidate held its rules; something went wrong; the run worked and the candidate did not hold them."""
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+app = typer.Typer(
+    help="Recompress large language models: regularise, then prune, measured and registered.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+services_app = typer.Typer(help="The embedded S3 server and MLflow.", no_args_is_help=True)
+app.add_typer(services_app, name="services")
+app.add_typer(watch_verbs.schedule_app, name="schedule")
+app.command()(watch_verbs.watch)
+
+Image = Annotated[
+    str | None, typer.Option(help="The stages' image; for a cluster with its digest.", envvar="ESPALIER_IMAGE")
+]
+Cluster = Annotated[
+    str, typer.Option("--profile", help="A cluster profile's file, or a shipped one's name: plain, nvidia, aws-irsa.")
+]
+Mutable = Annotated[bool, typer.Option("--mutable-image", help="Let the image be named by a tag, which may change.")]
+
+Home = Annotated[Path, typer.Option(help="Where all state lies.", envvar="ESPALIER_HOME")]
+HOME = Path(".espalier")
+
+console = Console()
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe's file, or a shipped recipe's name such as trsp.")],
+    model: Annotated[
+        str, typer.Option(help="A folder, an s3:// prefix, a Hub id with an optional @revision, or models:/name@alias.")
+    ],
+    name: Annotated[str, typer.Option(help="The registered model's name.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Another value for a field, such as target.ratio=0.5."),
+    ] = None,
+    on: Annotated[
+        Place, typer.Option(help="Where the stages run: processes here, containers here, or a cluster.")
+    ] = "local",
+    image: Image = None,
+    profile: Cluster = "plain",
+    mutable_image: Mutable = False,
+    home: Home = HOME,
+) -> None:
+    """Recompress a release, measure it and register it. Exit status 0: the rules hold; 3: they do not; 1: an error."""
+    runner = _runner(on, image, profile, mutable_image)
+    _run(Recipe.load(find_recipe(recipe), set_ or ()), model, name, home, runner)
+
+
+@app.command("compile")
+def compile_(
+    profile: Cluster = "plain",
+    image: Image = None,
+    mutable_image: Mutable = False,
+    out: Annotated[Path | None, typer.Option(help="The file to write; the terminal when absent.")] = None,
+) -> None:
+    """Write the pipeline as the YAML that Kubeflow takes."""
+    from pipeline.kubeflow.compile import compile_pipeline
+    from pipeline.kubeflow.profile import Profile
+    from pipeline.recompress import recompress
+
+    text = compile_pipeline(recompress, Profile.load(profile, image), mutable_image)
+    if out is None:
+        print(text, end="")
+        return
+    try:
+        out.write_text(text)
+    except OSError as error:
+        raise Refusal(f"--out {out} cannot be written ({error.strerror}): name another file") from None
+
+
+@app.command()
+def demo(home: Home = HOME) -> None:
+    """Make a small release of text that this machine has, and recompress it."""
+    from pipeline.cli.follow import bar
+    from pipeline.demo.release import OVERRIDES, make_release
+
+    with bar("making a release", console) as journal:
+        release = make_release(home / "demo", journal=journal)
+    recipe = Recipe.load(find_recipe("trsp"), [*OVERRIDES, *release.overrides()])
+    _run(recipe, str(release.model), "demo", home, _runner("local"))
+
+
+@app.command()
+def promote(
+    name: Annotated[str, typer.Argument(help="The registered model's name.")],
+    version: Annotated[str, typer.Option(help="Its version; the challenger when absent.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Promote a version whose verdict was fail.")] = False,
+    home: Home = HOME,
+) -> None:
+    """Make a registered version champion, after its files were read again and match their digests."""
+    from pipeline.runners.run import check_name, check_services, in_environment
+    from pipeline.services.embedded import services
+
+    check_name(name)
+    check_services()
+    with services(home) as environment, in_environment(environment):
+        from components.promote.promote import promote as make_champion
+
+        champion = make_champion(name, version, force)
+    console.print(f"{champion.name} version {champion.version} is champion: {champion.source}", highlight=False)
+
+
+@app.command()
+def recipes() -> None:
+    """List the shipped recipes."""
+    for path in sorted(RECIPES.glob("*.yaml")):
+        first = path.read_text().splitlines()[0].lstrip("# ")
+        console.print(f"[bold]{path.stem}[/bold]  {first}\n  {path}", highlight=False, soft_wrap=True)
+
+
+@services_app.command("up")
+def services_up(home: Home = HOME) -> None:
+    """Start them, and print the environment that names them."""
+    from pipeline.services.embedded import Services
+
+    for variable, value in Services(home).up().items():
+        print(f"export {variable}={value}")
+
+
+@services_app.command("down")
+def services_down(home: Home = HOME) -> None:
+    """Stop them."""
+    from pipeline.services.embedded import Services
+
+    Services(home).down()
+
+
+@services_app.command("status")
+def services_status(home: Home = HOME) -> None:
+    """Show which run, and where."""
+    from pipeline.services.embedded import Services
+
+    table = Table("service", "address", "pid", "running")
+    for service in Services(home).status():
+        table.add_row(service.name, service.address, str(service.pid or ""), "yes" if service.running else "no")
+    console.print(table)
+
+
+def find_recipe(name: str) -> Path:
+    """The recipe's file: one that is there, or the shipped recipe of that name."""
+    shipped = RECIPES / f"{Path(name).name.removesuffix('.yaml')}.yaml"
+    return shipped if not Path(name).exists() and shipped.exists() else Path(name)
+
+
+def _runner(on: Place, image: str | None = None, profile: str = "plain", mutable: bool = False) -> Runner:
+    from pipeline.runners.runners import IMAGE, Docker, Kubeflow, Local
+
+    if on == "kubeflow":
+        from pipeline.kubeflow.profile import Profile
+
+        return Kubeflow(Profile.load(profile, image), mutable)
+    return Docker(image or IMAGE) if on == "docker" else Local()
+
+
+def _run(recipe: Recipe, model: str, name: str, home: Path, runner: Runner) -> None:
+    from pipeline.cli.summary import print_summary
+    from pipeline.runners.run import run as recompress
+
+    result = recompress(recipe, model, name, home, console, on=runner)
+    print_summary(result.report, console)
+    if runner.embeds:
+        console.print(
+            f"MLflow: espalier services up --home {home}, then open the MLFLOW_TRACKING_URI that it prints",
+            highlight=False,
+            soft_wrap=True,
+        )
+    print(result.folder / "report.html")
+    print(result.folder / "report.json")
+    raise typer.Exit(PASS if result.report.verdict.passed else FAIL)
+
+
+def main() -> None:
+    """Run a verb; put a refusal into one sentence on standard error."""
+    try:
+        app(standalone_mode=True)
+    except Refusal as refusal:
+        print(f"espalier: {refusal}", file=sys.stderr)
+        raise SystemExit(ERROR) from None
+    except StageFailed as failure:
+        print(
+            f"espalier: {failure}; what was finished is kept, and the same command goes on from there", file=sys.stderr
+        )
+        raise SystemExit(ERROR) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""The list of watched sources: a YAML a person writes, and what the watcher is told.
+
+recipe: trsp.yaml             # of every source that names none
+sources:
+  - release: owner/model      # a Hub id, an s3:// prefix, models:/name@alias, or a folder
+    name: model-small         # the registered model's name
+    recipe: other.yaml
+    set: [target.ratio=0.5]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import yaml
+from pydantic import Field, ValidationError
+
+from components.lib.errors import Refusal
+from components.lib.recipe.schema import Recipe, Section
+from components.watch.find import Watched
+
+FindRecipe = Callable[[str], Path]
+
+
+class Source(Section):
+    """One source of the list."""
+
+    release: str = Field(min_length=1)
+    name: str = Field(min_length=1)
+    recipe: str | None = None
+    set: tuple[str, ...] = ()
+
+
+class SourceList(Section):
+    """The whole list."""
+
+    recipe: str | None = None
+    sources: tuple[Source, ...] = Field(min_length=1)
+
+
+def load_sources(path: Path, recipe: str | None, find: FindRecipe) -> list[Watched]:
+    """Read a list of sources and the recipes it names.
+
+    Args:
+        path: the list. A recipe's path is taken from the folder it lies in.
+        recipe: the recipe of every source that names none, where the list names none.
+        find: turns the name of a recipe into its file.
+
+    Raises:
+        Refusal: the list or a recipe cannot be read, or a source has no recipe.
+    """
+    listed = _parse(path)
+    return [_watched(source, source.recipe or listed.recipe, recipe, path, find) for source in listed.sources]
+
+
+def one_by_one(
+    releases: Sequence[str], name: str | None, recipe: str | None, overrides: Sequence[str], find: FindRecipe
+) -> list[Watched]:
+    """Sources that are named on the command line. Raises Refusal where the name or the recipe is missing."""
+    if not name or not recipe:
+        missing = "--name" if not name else "--recipe"
+        raise Refusal(f"--source {releases[0]} has no {missing}: give it, or write a list of sources")
+    text = Recipe.load(find(recipe), overrides).to_yaml()
+    return [Watched(release=release, name=name, recipe=text) for release in releases]
+
+
+def _watched(source: Source, listed: str | None, given: str | None, path: Path, find: FindRecipe) -> Watched:
+    if listed:
+        beside = path.parent / listed
+        file = beside if beside.exists() else find(listed)
+    elif given:
+        file = find(given)
+    else:
+        raise Refusal(f"{path}: the source {source.release} has no recipe: add 'recipe' to it, or to the whole list")
+    return Watched(release=source.release, name=source.name, recipe=Recipe.load(file, source.set).to_yaml())
+
+
+def _parse(path: Path) -> SourceList:
+    try:
+        return SourceList.model_validate(yaml.safe_load(path.read_text()))
+    except OSError as error:
+        raise Refusal(f"the list of sources {path} cannot be read ({error.strerror}): name a YAML file") from None
+    except yaml.YAMLError as error:
+        raise Refusal(f"the list of sources {path} is not YAML: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "its top level"
+        raise Refusal(
+            f"the list of sources {path} is wrong at {where} ({first['msg']}): write 'sources', a list of release and name"
+        ) from None

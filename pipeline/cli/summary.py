@@ -1,0 +1,63 @@
+"""What a run ends with on the terminal: every measured model side by side, and the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from components.lib.transformer.removal import NOUNS
+from components.register.measured import Measured, differing, ratio
+from components.register.page import ABSENT, count, number, times, verdict_sentence
+from components.register.report import Report
+
+
+def print_summary(report: Report | Mapping[str, Any], console: Console) -> None:
+    """Print the table and the verdict, the broken rules by name with what was found and what was asked."""
+    report = report if isinstance(report, Report) else Report.model_validate(report)
+    console.print(summary_table(report))
+    verdict = report.verdict
+    word, style = ("Pass", "bold green") if verdict.passed else ("Fail", "bold red")
+    console.print(f"[{style}]{word}[/]: {escape(verdict_sentence(report))}", highlight=False)
+    for rule in verdict.failed:
+        found = rule.note or f"{times(rule.value)}, asked {rule.bound} {rule.threshold:g}×"
+        console.print(f"  {escape(rule.name)}: {escape(found)}", highlight=False)
+
+
+def summary_table(report: Report) -> Table:
+    """The models as columns, the dense one first; beside each number its ratio to the dense model's."""
+    models = dict(sorted(report.models().items(), key=lambda item: item[0] == "champion"))
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("", no_wrap=True)
+    for name in models:
+        table.add_column(name, justify="right", style="bold" if name == "candidate" else "")
+    for label, cells in _rows(models):
+        table.add_row(escape(label), *cells)
+    return table
+
+
+def _rows(models: Mapping[str, Measured]) -> Iterator[tuple[str, list[str]]]:
+    each = models.values()
+    for axis in differing(each):
+        counts = [model.along(axis) for model in each]
+        yield NOUNS[axis], [ABSENT if count is None else f"{count:,}" for count in counts]
+    yield "parameters", _beside([float(model.parameters) for model in each], count)
+    for text in dict.fromkeys(text for model in each for text in model.perplexity):
+        yield f"perplexity {text}", _beside([model.perplexity.get(text) for model in each], number)
+    for phase in dict.fromkeys(phase for model in each for phase in model.speed):
+        for batch in dict.fromkeys(batch for model in each for batch in model.speed.get(phase, {})):
+            speeds = [model.tokens_per_second(phase, batch) for model in each]
+            yield f"{phase} tok/s, batch {batch}", _beside(speeds, number, digits=2)
+
+
+def _beside(values: list[float | None], shown: Callable[[float], str], digits: int = 3) -> list[str]:
+    """Each number with its ratio to the first, the dense model's."""
+    return [
+        shown(value) + (f" [dim]{times(ratio(value, values[0]), digits)}[/]" if index else "")
+        if value is not None
+        else ABSENT
+        for index, value in enumerate(values)
+    ]

@@ -1,0 +1,293 @@
+"""What a cluster gives the stages: one profile, applied to every task of a pipeline.
+
+    profile = Profile.load("nvidia", image="registry.example/espalier@sha256:…")
+    profile.dress(task)
+
+A profile is a YAML; the shipped ones in `pipeline/profiles` are commented and ready to copy. It names secrets and holds none.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from kfp import kubernetes
+from kfp.dsl import PipelineTask
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+from components.lib.errors import Refusal
+
+PROFILES = Path(__file__).parents[1] / "profiles"
+COMPONENTS = Path(__file__).parents[2] / "components"
+
+SCRATCH = "/scratch"
+"""Where the image keeps what it works on: ESPALIER_SCRATCH there."""
+
+LONGEST = 7 * 24 * 3600
+"""Seconds that one try of a stage is thought to take at most, where the profile sets it no timeout."""
+
+_SECRET = re.compile(r"(SECRET|TOKEN|PASSWORD|ACCESS_KEY|CREDENTIALS)(_ID|_KEY)?$")
+_PINNED = re.compile(r"^\S+@sha256:[0-9a-f]{64}$")
+
+Cpu = Annotated[str, BeforeValidator(str), Field(pattern=r"^([0-9]*\.)?[0-9]+m?$")]
+Bytes = Annotated[str, BeforeValidator(str), Field(pattern=r"^[0-9]+([EPTGMK]i?)?$")]
+Seconds = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of the profile: immutable, and no field beside the named ones."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Gpu(Section):
+    """The accelerators of one task."""
+
+    type: str = "nvidia.com/gpu"
+    """The resource that the device plugin advertises."""
+    count: Annotated[int, Field(ge=1)] = 1
+
+
+class Toleration(Section):
+    """A taint that the task's pod may stand on."""
+
+    key: str | None = None
+    operator: Literal["Equal", "Exists"] = "Equal"
+    value: str | None = None
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+
+
+class Retries(Section):
+    """How often, and after how many seconds, a task that failed is started again; each wait is `factor` times the last."""
+
+    times: Annotated[int, Field(ge=1)]
+    wait: Seconds = 60
+    factor: Annotated[float, Field(ge=1)] = 2.0
+
+    def window(self, timeout: int) -> int:
+        """Seconds from the first start in which all tries of at most `timeout` seconds, and the waits between them, fit.
+
+        Argo counts the work itself, and kfp's own window is an hour: a stage that trains for two would be killed after one.
+        """
+        waits = sum(self.wait * self.factor**number for number in range(self.times))
+        return round((self.times + 1) * timeout + waits)
+
+
+class Secret(Section):
+    """A Kubernetes Secret by its name, and which environment variable takes which of its keys."""
+
+    name: str
+    keys: dict[str, str]
+    optional: bool = False
+
+
+class Needs(Section):
+    """What one stage is given."""
+
+    cpu: Cpu | None = None
+    """Requested; there is no limit, since a stage that is throttled gains nobody anything."""
+    memory: Bytes | None = None
+    """Requested and limited."""
+    gpu: Gpu | None = None
+    node_selector: dict[str, str] = {}
+    tolerations: list[Toleration] = []
+    shared_memory: Bytes | None = None
+    """The size of /dev/shm, which Kubernetes otherwise leaves at 64 MB; what is in it counts as memory of the task."""
+    scratch: Bytes | None = None
+    """The most that may lie in the scratch folder: twice the release and the checkpoints of its training."""
+    timeout: Seconds | None = None
+    retries: Retries | None = None
+
+
+class Server(Section):
+    """Where Kubeflow Pipelines answers. Both may be left to KF_PIPELINES_ENDPOINT and KF_PIPELINES_UI_ENDPOINT."""
+
+    host: str | None = None
+    ui: str | None = None
+    """The address a browser takes, where it is another than the host."""
+    namespace: str | None = None
+    """The namespace of the person's profile in a multi-user installation; absent in one for a single user."""
+    experiment: str = "espalier"
+
+
+class Profile(Section):
+    """What a cluster gives the pipeline."""
+
+    image: str | None = None
+    """The stages' image with its digest; `--image` and ESPALIER_IMAGE name another."""
+    image_pull_secrets: list[str] = []
+    kubeflow: Server = Server()
+    service_account: str | None = None
+    """The account that the stages run as; the installation's own where absent."""
+    pipeline_root: str | None = None
+    """Where Kubeflow keeps its small artifacts; the installation's own place where absent."""
+    environment: dict[str, str]
+    """Variables of every stage: ESPALIER_BUCKET at least."""
+    secrets: list[Secret] = []
+    defaults: Needs = Needs()
+    stages: dict[str, Needs] = {}
+    """What single stages are given instead, field by field."""
+
+    @field_validator("environment")
+    @classmethod
+    def _open(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, text in value.items():
+            if _SECRET.search(name) or re.search(r"://[^/\s]*:[^/\s]*@", text):
+                raise ValueError(f"{name} is a secret: put it into a Kubernetes Secret and name that in 'secrets'")
+        if not value.get("ESPALIER_BUCKET"):
+            raise ValueError("ESPALIER_BUCKET is missing: name the bucket, or bucket/prefix, that the stages share")
+        return value
+
+    @field_validator("stages")
+    @classmethod
+    def _known(cls, value: dict[str, Needs]) -> dict[str, Needs]:
+        known = stage_names()
+        for name in value:
+            if name not in known:
+                raise ValueError(f"there is no stage {name!r}{_nearest(name, known)}")
+        return value
+
+    @classmethod
+    def load(cls, name: str, image: str | None = None) -> Profile:
+        """Read a profile's file, or the shipped profile of that name, with another image where one is given.
+
+        Raises:
+            Refusal: there is none, or a field is wrong.
+        """
+        path = find_profile(name)
+        try:
+            settings = yaml.safe_load(path.read_text())
+        except OSError as error:
+            shipped = ", ".join(sorted(path.stem for path in PROFILES.glob("*.yaml")))
+            raise Refusal(
+                f"the profile {name} cannot be read ({error.strerror}): name a YAML file or a shipped profile ({shipped})"
+            ) from None
+        except yaml.YAMLError as error:
+            raise Refusal(f"the profile {path} is not YAML ({' '.join(str(error).split())}): correct it") from None
+        if not isinstance(settings, dict):
+            raise Refusal(f"the profile {path} holds no fields: copy a shipped one from {PROFILES}")
+        try:
+            return cls.model_validate({**settings, **({"image": image} if image else {})})
+        except ValidationError as error:
+            raise Refusal(_sentence(path, error)) from None
+
+    def needs(self, stage: str) -> Needs:
+        """What the stage is given: the defaults, with the stage's own fields in their places."""
+        own = self.stages.get(stage, Needs())
+        return Needs.model_validate(self.defaults.model_dump(exclude_unset=True) | own.model_dump(exclude_unset=True))
+
+    def pinned_image(self, mutable: bool = False) -> str:
+        """The image, by its digest.
+
+        Args:
+            mutable: take a tag too, which may come to name other code than the pipeline was compiled for.
+
+        Raises:
+            Refusal: none is named, or one by a tag.
+        """
+        if not self.image:
+            raise Refusal("the profile's field 'image' is missing: name one with --image registry/espalier@sha256:…")
+        if not mutable and not _PINNED.match(self.image):
+            raise Refusal(
+                f"the image {self.image!r} has no digest, so what runs could change: name it as registry/espalier@sha256:…, "
+                "or allow it with --mutable-image"
+            )
+        return self.image
+
+    def dress(self, task: PipelineTask) -> None:
+        """Give a task of a pipeline its stage's needs. The image is set where the pipeline is compiled."""
+        needs = self.needs(task.component_spec.name.replace("-", "_"))
+        # What a stage has made is found in the store, by its content; Kubeflow's cache knows neither code nor content.
+        task.set_caching_options(False)
+        for variable, value in self.environment.items():
+            task.set_env_variable(variable, value)
+        for secret in self.secrets:
+            keys = {key: variable for variable, key in secret.keys.items()}
+            kubernetes.use_secret_as_env(task, secret.name, keys, optional=secret.optional)
+        if self.image_pull_secrets:
+            kubernetes.set_image_pull_secrets(task, self.image_pull_secrets)
+        _resources(task, needs)
+        _placement(task, needs)
+        _patience(task, needs)
+
+
+def _resources(task: PipelineTask, needs: Needs) -> None:
+    if needs.cpu:
+        task.set_cpu_request(needs.cpu)
+    if needs.memory:
+        task.set_memory_request(needs.memory).set_memory_limit(needs.memory)
+    if needs.gpu:
+        task.set_accelerator_type(needs.gpu.type).set_accelerator_limit(needs.gpu.count)
+    if needs.shared_memory:
+        kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory", size_limit=needs.shared_memory)
+    if needs.scratch:
+        kubernetes.empty_dir_mount(task, "scratch", SCRATCH, size_limit=needs.scratch)
+
+
+def _placement(task: PipelineTask, needs: Needs) -> None:
+    for label, value in needs.node_selector.items():
+        kubernetes.add_node_selector(task, label, value)
+    for toleration in needs.tolerations:
+        kubernetes.add_toleration(task, **toleration.model_dump())
+
+
+def _patience(task: PipelineTask, needs: Needs) -> None:
+    if needs.timeout:
+        kubernetes.set_timeout(task, needs.timeout)
+    if needs.retries:
+        task.set_retry(
+            needs.retries.times,
+            backoff_duration=f"{needs.retries.wait}s",
+            backoff_factor=needs.retries.factor,
+            backoff_max_duration=f"{needs.retries.window(needs.timeout or LONGEST)}s",
+        )
+
+
+def find_profile(name: str) -> Path:
+    """The profile's file: one that is there, or the shipped profile of that name."""
+    shipped = PROFILES / f"{Path(name).name.removesuffix('.yaml')}.yaml"
+    return shipped if not Path(name).is_file() and shipped.exists() else Path(name)
+
+
+def stage_names() -> list[str]:
+    """The stages there are: the folders of components that have a Kubeflow face."""
+    return sorted(path.parent.name for path in COMPONENTS.glob("*/component.py"))
+
+
+def _sentence(path: Path, error: ValidationError) -> str:
+    """Put the first fault into one sentence, and say how many more there are."""
+    faults = error.errors(include_url=False)
+    fault = faults[0]
+    place = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        # A stage's name stands in the place of a field's, so look among all the fields there are.
+        known = {name for model in Section.__subclasses__() for name in model.model_fields}
+        said = f"the field {place!r} is not known{_nearest(str(fault['loc'][-1]), sorted(known))}"
+    elif fault["type"] == "missing":
+        said = f"the field {place!r} is missing: add it"
+    elif fault["type"] == "value_error":
+        said = f"{place}: {fault['ctx']['error']}"
+    else:
+        said = f"the field {place!r} is {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    return f"in the profile {path.name}, {said}{more}"
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(word, known, n=1)
+    return f": did you mean {nearest[0]!r}?" if nearest else f": known are {', '.join(known)}"
+
+
+def variables(profile: Profile, environment: Mapping[str, str]) -> dict[str, Any]:
+    """The part of the profile's environment that this machine needs to find the store, where it names nothing else itself.
+
+    The bucket is the profile's in any case: what this machine puts there is what the stages read.
+    """
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_REGION")
+    found = {name: profile.environment[name] for name in names if name in profile.environment}
+    theirs = {name: value for name, value in found.items() if not environment.get(name)}
+    return theirs | {"ESPALIER_BUCKET": profile.environment["ESPALIER_BUCKET"]}

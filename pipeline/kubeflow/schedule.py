@@ -1,0 +1,232 @@
+"""The watcher's recurring run on Kubeflow: made, shown, paused, resumed and deleted by its name.
+
+Kubeflow does not keep a recurring run's name unique and cannot change one. So a name is looked up first: the same schedule
+again is left as it is, and another schedule under the name takes its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kfp import compiler
+from kfp.dsl import PipelineTask
+from kfp_server_api import V2beta1RecurringRun as RecurringRun
+
+from components.lib.errors import Refusal
+from pipeline.kubeflow.client import Kubeflow, Version
+from pipeline.kubeflow.compile import dressed, for_cluster
+from pipeline.kubeflow.profile import Profile
+from pipeline.recompress import recompress
+from pipeline.watch import watch_pipeline
+
+PIPELINE = "espalier-watch"
+
+_MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
+_DAYS = ["sun", "mon", "tue", "wed", "thu", "fri", "sat"]
+_FIELDS: tuple[tuple[str, int, int, list[str]], ...] = (
+    ("second", 0, 59, []),
+    ("minute", 0, 59, []),
+    ("hour", 0, 23, []),
+    ("day of month", 1, 31, []),
+    ("month", 1, 12, _MONTHS),
+    ("day of week", 0, 6, _DAYS),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recurring run is to be."""
+
+    name: str
+    cron: str
+    parameters: Mapping[str, Any]
+    service_account: str | None = None
+    pipeline_root: str | None = None
+
+
+def check_cron(text: str) -> str:
+    """Return the expression of six fields (second, minute, hour, day of month, month, day of week), single-spaced.
+
+    Raises:
+        Refusal: it has another number of fields, or one that Kubeflow's scheduler does not read.
+    """
+    fields = text.split()
+    if len(fields) != len(_FIELDS):
+        hint = f"write '0 {text}'" if len(fields) == 5 else "write '0 0 3 * * *' for three o'clock every night"
+        raise Refusal(
+            f"the cron expression {text!r} has {len(fields)} fields, and Kubeflow's has 6, seconds first: {hint}"
+        )
+    for field, (name, low, high, words) in zip(fields, _FIELDS, strict=True):
+        for part in field.split(","):
+            if not _is_part(part, low, high, words):
+                raise Refusal(
+                    f"the cron expression {text!r} has {part!r} as its {name}: "
+                    f"write a number of {low} to {high}, *, a range such as {low}-{high}, or a step such as */{max(2, low)}"
+                )
+    return " ".join(fields)
+
+
+def _is_part(part: str, low: int, high: int, words: list[str]) -> bool:
+    """Whether it is `*`, `?`, `n`, `n-m`, each but `?` with an optional `/step`, in the field's bounds."""
+    match = re.fullmatch(r"(\*|\?|\w+)(?:-(\w+))?(?:/(\d+))?", part)
+    if not match:
+        return False
+    first, last, step = match.groups()
+    if step is not None and (int(step) == 0 or first == "?"):
+        return False
+    if first in {"*", "?"}:
+        return last is None
+    bounds = [_number(word, low, words) for word in (first, last) if word is not None]
+    return all(low <= bound <= high for bound in bounds) and bounds == sorted(bounds)
+
+
+def _number(word: str, low: int, words: list[str]) -> int:
+    """The number a field's word stands for; -1 for none."""
+    if word.isdecimal():
+        return int(word)
+    return words.index(word.lower()) + low if word.lower() in words else -1
+
+
+def compile_watch(profile: Profile, at_most: int, mutable: bool = False) -> str:
+    """The watcher's pipeline as YAML, every task of it, and of the pipeline inside it, dressed as the profile says.
+
+    Raises:
+        Refusal: the profile names no image, or one by a tag and `mutable` does not allow it.
+    """
+    image = profile.pinned_image(mutable)
+
+    def dress(task: PipelineTask) -> None:
+        # The task that is a whole pipeline has been dressed from inside.
+        if task.container_spec is not None:
+            task.set_container_image(image)
+            profile.dress(task)
+
+    outer = dressed(watch_pipeline(at_most, for_cluster(recompress, profile, mutable)), dress)
+    with tempfile.TemporaryDirectory(prefix="espalier-compile-") as folder:
+        path = Path(folder) / "watch.yaml"
+        compiler.Compiler().compile(outer, str(path))
+        return path.read_text()
+
+
+def create(kubeflow: Kubeflow, plan: Plan, package: str) -> tuple[RecurringRun, bool]:
+    """Make the recurring run that the plan says, unless it is there. Returns it, and whether it was made.
+
+    One run at a time, and none to make up for missed ones: a watcher that looks once sees all that is new.
+
+    Args:
+        kubeflow: where.
+        plan: what.
+        package: the watcher's pipeline, compiled.
+
+    Raises:
+        Refusal: the cron expression is wrong, or Kubeflow does not do it.
+    """
+    check_cron(plan.cron)
+    version = kubeflow.upload(PIPELINE, package)
+    with kubeflow.asked():
+        server = kubeflow.server
+        within = kubeflow.client.create_experiment(server.experiment, namespace=server.namespace).experiment_id
+        known = _named(kubeflow, plan.name, within)
+        description = f"plan {_digest(plan, version)}"
+        same = [one for one in known if one.description == description]
+        made = same[0] if same else _make(kubeflow, plan, within, version, description)
+        # The old goes when the new is there: what fails in between leaves a schedule too many rather than none.
+        for other in known:
+            if other.recurring_run_id != made.recurring_run_id:
+                kubeflow.client.delete_recurring_run(other.recurring_run_id)
+    return made, not same
+
+
+def _make(kubeflow: Kubeflow, plan: Plan, within: str, version: Version, description: str) -> RecurringRun:
+    # No enable_caching: Kubeflow ignores it beside a pipeline's version, so the pipeline itself says what is not cached.
+    return kubeflow.client.create_recurring_run(
+        experiment_id=within,
+        job_name=plan.name,
+        description=description,
+        cron_expression=check_cron(plan.cron),
+        max_concurrency=1,
+        no_catchup=True,
+        params=dict(plan.parameters),
+        pipeline_id=version.pipeline_id,
+        version_id=version.version_id,
+        service_account=plan.service_account,
+        pipeline_root=plan.pipeline_root,
+    )
+
+
+def find(kubeflow: Kubeflow, name: str) -> list[RecurringRun]:
+    """Every recurring run of that name, newest first: more than one where a replacement was broken off.
+
+    Raises:
+        Refusal: there is none.
+    """
+    server = kubeflow.server
+    with kubeflow.asked():
+        try:
+            within = kubeflow.client.get_experiment(experiment_name=server.experiment, namespace=server.namespace)
+        except ValueError:
+            # That is how kfp says that there is no such experiment.
+            found = []
+        else:
+            found = _named(kubeflow, name, within.experiment_id)
+    if not found:
+        raise Refusal(
+            f"Kubeflow has no schedule {name!r} in the experiment {server.experiment!r}: make it (espalier schedule create)"
+        )
+    return found
+
+
+def pause(kubeflow: Kubeflow, name: str) -> None:
+    """Start no more runs; one that is running goes on. Raises Refusal where there is no schedule of that name."""
+    for run in find(kubeflow, name):
+        with kubeflow.asked():
+            kubeflow.client.disable_recurring_run(run.recurring_run_id)
+
+
+def resume(kubeflow: Kubeflow, name: str) -> None:
+    """Start runs again, from the next time on. Raises Refusal where there is no schedule of that name."""
+    with kubeflow.asked():
+        kubeflow.client.enable_recurring_run(find(kubeflow, name)[0].recurring_run_id)
+
+
+def delete(kubeflow: Kubeflow, name: str) -> None:
+    """Delete every recurring run of that name. Raises Refusal where there is none."""
+    for run in find(kubeflow, name):
+        with kubeflow.asked():
+            kubeflow.client.delete_recurring_run(run.recurring_run_id)
+
+
+def _named(kubeflow: Kubeflow, name: str, within: str) -> list[RecurringRun]:
+    """Every recurring run of that name in the experiment with this id, newest first."""
+    wanted = json.dumps({"predicates": [{"key": "display_name", "operation": "EQUALS", "string_value": name}]})
+    found = _all(
+        lambda token: kubeflow.client.list_recurring_runs(
+            page_token=token, page_size=100, sort_by="created_at desc", experiment_id=within, filter=wanted
+        ),
+        "recurring_runs",
+    )
+    return [run for run in found if run.display_name == name]
+
+
+def _all(page: Callable[[str], Any], field: str) -> Iterator[Any]:
+    """Every entry of a list that the server hands out in pages."""
+    token = ""
+    while True:
+        answer = page(token)
+        yield from getattr(answer, field) or ()
+        token = answer.next_page_token or ""
+        if not token:
+            return
+
+
+def _digest(plan: Plan, version: Version) -> str:
+    """Names a plan, so that it is known again: the server gives parameters back in a form of its own."""
+    made_of = [plan.cron.split(), dict(plan.parameters), plan.service_account, plan.pipeline_root, version.version_id]
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]

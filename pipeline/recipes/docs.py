@@ -1,0 +1,143 @@
+"""Write docs/recipe.md from the recipe's types, so that it cannot drift from them.
+
+python -m pipeline.recipes.docs
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from components.lib.recipe.schema import Recipe, Text, methods
+
+PAGE = Path(__file__).parents[2] / "docs" / "recipe.md"
+
+INTRODUCTION = """\
+# The recipe
+
+*Written by `python -m pipeline.recipes.docs` from the types in `components/lib/recipe/schema.py`: change them, not this page.*
+
+A recipe is one YAML file. It says how a release is recompressed; which release, and under which name the result is registered,
+are arguments of the run. It is checked whole before anything starts, and a field that is not known is refused. `espalier recipes`
+lists the shipped ones; [trsp.yaml](../pipeline/recipes/trsp.yaml), for layers, and [dress.yaml](../pipeline/recipes/dress.yaml), for channels,
+name every field and say when to change it. On the command line `--set regularize.steps=200` gives a field another value, read as YAML:
+a list is written `--set 'dress.axes=[ffn, hidden]'`, a mapping `--set 'dress.ratio={{ffn: 0.5, hidden: 0.25}}'`.
+
+Methods: {methods}. `[trsp, dress]` removes layers by the first and channels by the second, in one run.
+"""
+
+SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+
+Place = tuple[str, type[BaseModel]]
+"""A section's dotted name, and its type."""
+
+
+def page() -> str:
+    """Return docs/recipe.md: a table for each section, in the order of the recipe."""
+    introduction = INTRODUCTION.format(methods=", ".join(f"`{method}`" for method in methods()))
+    return "\n".join([introduction, *(_section(name, kind) for name, kind in sections())])
+
+
+def sections() -> Iterator[Place]:
+    """Every section by its dotted name, each before those inside it; what several places share comes once, at the end."""
+    yield "", Recipe
+    yield from _inside("", Recipe)
+    yield "text", Text
+
+
+def _inside(name: str, kind: type[BaseModel]) -> Iterator[Place]:
+    for field, info in kind.model_fields.items():
+        inner = _model(info.annotation)
+        if inner is not None and inner is not Text:
+            place = f"{name}.{field}".lstrip(".")
+            yield place, inner
+            yield from _inside(place, inner)
+
+
+def _model(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, if it holds one."""
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _section(name: str, kind: type[BaseModel]) -> str:
+    rows = (f"| {' | '.join(_row(name, field, info))} |" for field, info in kind.model_fields.items())
+    title = {"": "Sections", "text": "A text"}.get(name, f"`{name}`")
+    head = [
+        f"## {title}",
+        "",
+        _oneline(kind.__doc__ or ""),
+        "",
+        "| field | type | default | meaning |",
+        "|---|---|---|---|",
+    ]
+    return "\n".join([*head, *rows, ""])
+
+
+def _row(section: str, field: str, info: FieldInfo) -> tuple[str, str, str, str]:
+    inner = _model(info.annotation)
+    if inner is not None and inner is not Text:
+        place = f"{section}.{field}".lstrip(".")
+        kind, default = f"[section](#{_anchor(place)})", "*required*" if info.is_required() else "see there"
+    else:
+        kind, default = type_name(info.rebuild_annotation()), _default(info)
+    return f"`{field}`", _cell(kind), _cell(default), _cell(_oneline(info.description or ""))
+
+
+def _default(info: FieldInfo) -> str:
+    if info.is_required():
+        return "*required*"
+    if info.default is None:
+        return "none"
+    value = list(info.default) if isinstance(info.default, tuple) else info.default
+    return f"`{json.dumps(value).strip(chr(34))}`"
+
+
+def type_name(annotation: Any) -> str:
+    """Say a type the way a person writes it in YAML: `int ≥ 1`, `"a" or "b"`, `list of int ≥ 1`."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return type_name(arguments[0]) + _bounds(arguments[1:])
+    if origin is Literal:
+        return " or ".join(f"`{choice}`" for choice in arguments)
+    if origin in (Union, UnionType):
+        return " or ".join(type_name(kind) for kind in arguments if kind is not NoneType)
+    if origin is tuple:
+        return f"list of {type_name(arguments[0])}"
+    if origin is dict:
+        keys = type_name(arguments[0]).replace("string", "name")
+        return f"mapping of {keys} to {type_name(arguments[1])}"
+    if annotation is Text:
+        return "[text](#a-text)"
+    return {str: "string", bool: "true or false", float: "number", int: "integer"}[annotation]
+
+
+def _bounds(metadata: tuple[Any, ...]) -> str:
+    """Say a number's limits, which pydantic keeps as objects with an attribute `gt`, `ge`, `lt` or `le`."""
+    limits = [limit for part in metadata for limit in (part.metadata if isinstance(part, FieldInfo) else [part])]
+    said = [
+        f"{sign} {getattr(limit, name)}" for limit in limits for name, sign in SIGNS.items() if hasattr(limit, name)
+    ]
+    return f" {', '.join(said)}" if said else ""
+
+
+def _anchor(place: str) -> str:
+    """GitHub's name for the heading of a section."""
+    return place.replace(".", "")
+
+
+def _oneline(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

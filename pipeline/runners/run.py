@@ -1,0 +1,175 @@
+"""Run the pipeline, here or on a cluster: checks first, then the runner, then the report."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from components.lib.errors import Refusal, StageFailed
+from components.lib.recipe.schema import Recipe, Text
+from components.lib.store.store import Store, need_space
+from components.lib.tracking import tracking
+from components.lib.transformer.checkpoint import Checkpoint
+from components.pin.pin import check_checkpoint, check_text, pin_folder, pin_text
+from components.register.report import Report
+from pipeline.runners.runners import Local, Runner
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves for the person."""
+
+    report: Report
+    folder: Path
+    """Holds report.html, report.json and log.txt."""
+
+
+def run(
+    recipe: Recipe,
+    release: str,
+    name: str,
+    home: Path,
+    console: Console,
+    label: str = "",
+    on: Runner = Local(),  # noqa: B008  # it is immutable
+) -> Result:
+    """Recompress `release` as the recipe says and register it under `name`.
+
+    Args:
+        recipe: the recipe, its texts as the person named them.
+        release: a folder, an s3:// prefix, a Hub id with an optional @revision, or models:/name@alias.
+        name: the registered model's name.
+        home: where all state lies.
+        console: where progress is shown.
+        label: the run's label, where a watcher chose it.
+        on: where the stages run.
+
+    Raises:
+        Refusal: something the person can put right, most of it found before any work.
+        StageFailed: a stage broke; what was finished before it is kept.
+    """
+    check(recipe, release, name)
+    if on.embeds:
+        check_room(recipe, release, home)
+        # What the environment names is asked before what it does not name is started.
+        check_services()
+    label = label or f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    folder = home / "runs" / label
+    with on.services(home) as environment, in_environment(environment):
+        store = Store.from_environment()
+        check_services()
+        arguments = {
+            "release": to_store(release, recipe, store),
+            "recipe": texts_to_store(recipe, store).to_yaml(),
+            "name": name,
+            "run": label,
+        }
+        on.run(arguments, folder / "log.txt", console)
+        return Result(_fetch_report(store, label, folder), folder)
+
+
+def check(recipe: Recipe, release: str, name: str) -> None:
+    """Refuse, before anything is started, what is wrong with the name, or with a release or a text on this machine."""
+    check_name(name)
+    if is_local(release):
+        check_checkpoint(Path(release).expanduser(), recipe)
+    for _, text in recipe.texts():
+        if _is_local_text(text):
+            check_text(text.path or "")
+
+
+def check_name(name: str) -> None:
+    """Refuse a registered model's name that MLflow, its filters or a path would take for something else."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise Refusal(f"the registered model's name is {name!r}: use letters, digits, '.', '_' and '-'")
+
+
+def check_room(recipe: Recipe, release: str, home: Path) -> None:
+    """Refuse, where the store is the embedded one, a disk that has not room for every checkpoint that the run leaves there.
+
+    What the home holds already is counted as a part of it, so that a run that is started again is not asked to make room twice.
+    """
+    if os.environ.get("ESPALIER_BUCKET") or not is_local(release):
+        return
+    checkpoints = (
+        2  # the release and the pruned one
+        + (recipe.regularize.schedule != "none")
+        + recipe.recover.enabled
+        + len(recipe.evaluate.controls)
+    )
+    size = Checkpoint.open(Path(release).expanduser()).bytes
+    need_space(home, checkpoints * size - _bytes_below(home))
+
+
+def _bytes_below(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        # A run beside this one may drop a file in between.
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
+
+
+def check_services() -> None:
+    """Ask the store and MLflow, as far as the environment names them, whether they answer.
+
+    A cluster's stages may reach an MLflow that this machine knows nothing of.
+    """
+    if os.environ.get("ESPALIER_BUCKET"):
+        Store.from_environment().check()
+    if os.environ.get("MLFLOW_TRACKING_URI"):
+        tracking.check()
+
+
+def is_local(release: str) -> bool:
+    """Whether the release is a folder of this machine: there is one, or it is written as only a path is."""
+    return Path(release).expanduser().is_dir() or release.startswith((".", "/", "~"))
+
+
+def to_store(release: str, recipe: Recipe, store: Store) -> str:
+    """Put a release that is a folder into the store and return its reference; name every other release as it is."""
+    return str(pin_folder(Path(release).expanduser(), recipe, store)) if is_local(release) else release
+
+
+def texts_to_store(recipe: Recipe, store: Store) -> Recipe:
+    """Put the recipe's local texts into the store, and references in their places."""
+    return recipe.with_texts(
+        {dotted: str(pin_text(text, store)) for dotted, text in recipe.texts() if _is_local_text(text)}
+    )
+
+
+def _is_local_text(text: Text) -> bool:
+    return text.path is not None and not text.path.startswith("s3://")
+
+
+def _fetch_report(store: Store, label: str, folder: Path) -> Report:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("report.json", "report.html"):
+        text = store.read_text(f"runs/{label}/{name}")
+        if text is None:
+            raise StageFailed(f"the run {label} left no {name} in the store (the whole log: {folder / 'log.txt'})")
+        (folder / name).write_text(text)
+    return Report.load(folder / "report.json")
+
+
+@contextmanager
+def in_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for the block, for this process and the stages it starts."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,131 @@
+"""The watcher on this machine: look at the sources, and recompress what is new, at most N items at a time."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from components.lib.errors import Refusal, StageFailed, Unavailable
+from components.lib.recipe.schema import Recipe
+from components.lib.store.runs import Ending, failure
+from components.lib.store.store import Store
+from components.lib.tracking import tracking
+from components.watch.claims import Claims
+from components.watch.find import Finding, Item, Watched, look, take
+from pipeline.runners.run import in_environment, run
+from pipeline.services.embedded import services
+
+LEASE = timedelta(minutes=10)
+"""Renewed while the work goes on, so that what a killed watcher held is free again soon."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one source."""
+
+    release: str
+    name: str
+    state: Literal["pass", "fail", "registered", "claimed", "failed", "refused"]
+    detail: str = ""
+    tried: bool = False
+    """Whether this watch worked on it; a failure that is only remembered was not tried."""
+
+
+def watch_once(
+    sources: Sequence[Watched], at_most: int, home: Path, console: Console, retry: bool = False
+) -> list[Outcome]:
+    """Look once at every source, and recompress what is new.
+
+    Args:
+        sources: what to look at.
+        at_most: how many are recompressed at the same time, each beyond the first in a process of its own.
+        home: where all state lies.
+        console: where progress is shown.
+        retry: forget first what failed before and what is claimed.
+
+    Raises:
+        Refusal: the store or MLflow does not answer.
+    """
+    with services(home) as environment, in_environment(environment):
+        store = Store.from_environment()
+        store.check()
+        tracking.check()
+        claims = Claims(store, LEASE)
+        findings = [_look(watched, store, claims, retry) for watched in sources]
+        # What is listed twice is made once.
+        new = list(dict.fromkeys(finding.item for finding in findings if finding.state == "new" and finding.item))
+        made = dict(zip(new, _work(new, at_most, home, console), strict=True))
+        return [(finding.item and made.get(finding.item)) or _outcome(finding) for finding in findings]
+
+
+def recompress(item: Item, home: Path, console: Console) -> Outcome:
+    """Claim one item, recompress it, and leave word of how it went."""
+    store = Store.from_environment()
+    claims = Claims(store, LEASE)
+    label = take(item, claims)
+    if label is None:
+        return Outcome(item.release, item.name, "claimed", "by another watcher, which was first")
+    with _dropped(claims, item, label):
+        try:
+            with claims.held(item.name, item.key, label):
+                result = run(Recipe.from_yaml(item.recipe), item.release, item.name, home, console, label)
+        except Exception as error:
+            end = failure(label, store) or _ending(error)
+            claim = claims.fail(item.name, item.key, label, end)
+            return Outcome(item.release, item.name, "failed", claim.reason, tried=True)
+        claims.clear(item.name, item.key)
+    registered = result.report.registered
+    version = f"version {registered.version}, " if registered else ""
+    state: Literal["pass", "fail"] = "pass" if result.report.verdict.passed else "fail"
+    return Outcome(item.release, item.name, state, f"{version}{result.folder / 'report.html'}", tried=True)
+
+
+@contextmanager
+def _dropped(claims: Claims, item: Item, label: str) -> Iterator[None]:
+    """Free the item where the work is broken off rather than failed, as by Ctrl-C."""
+    try:
+        yield
+    except BaseException:
+        claims.drop(item.name, item.key, label)
+        raise
+
+
+def _ending(error: Exception) -> Ending:
+    """How a run ended that left no word in the store: it was refused before its first stage, or a stage was killed."""
+    if isinstance(error, Refusal):
+        return Ending(succeeded=False, reason=str(error), lasting=not isinstance(error, Unavailable))
+    reason = str(error) if isinstance(error, StageFailed) else f"{type(error).__name__}: {error}"
+    return Ending(succeeded=False, reason=reason)
+
+
+def _look(watched: Watched, store: Store, claims: Claims, retry: bool) -> Finding:
+    finding = look(watched, store, claims)
+    if retry and finding.item and finding.state in {"failed", "claimed"}:
+        claims.clear(finding.item.name, finding.item.key)
+        return replace(finding, state="new")
+    return finding
+
+
+def _outcome(finding: Finding) -> Outcome:
+    assert finding.state != "new", "what is new was worked on"
+    return Outcome(finding.watched.release, finding.watched.name, finding.state, finding.detail)
+
+
+def _work(items: Sequence[Item], at_most: int, home: Path, console: Console) -> list[Outcome]:
+    if min(at_most, len(items)) <= 1:
+        return [recompress(item, home, console) for item in items]
+    # A run takes over its process's standard output, so that two at a time need two processes.
+    with ProcessPoolExecutor(at_most, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(_recompress_quietly, items, [home] * len(items)))
+
+
+def _recompress_quietly(item: Item, home: Path) -> Outcome:
+    return recompress(item, home, Console(quiet=True))

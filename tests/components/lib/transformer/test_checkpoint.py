@@ -1,0 +1,170 @@
+"""What opening a folder tells, and what it refuses before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from components.lib.errors import Refusal
+from components.lib.transformer.checkpoint import Checkpoint, layers_to_remove, load_model, load_tokenizer
+from tests.components.lib.transformer.zoo import SPECIMENS, release
+
+BY_NAME = {specimen.name: specimen for specimen in SPECIMENS}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return release(BY_NAME["llama"].model(3), tmp_path / "release")
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    return release(BY_NAME["llama"].model(3), tmp_path / "sharded", shard="20KB")
+
+
+def edit(folder: Path, **fields: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_headers_tell_what_the_model_holds(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = BY_NAME["gemma2"].model(3, dtype=dtype)
+    checkpoint = Checkpoint.open(release(model, tmp_path))
+    assert checkpoint.layers == 3
+    assert checkpoint.parameters == model.num_parameters()
+    assert checkpoint.bytes == model.num_parameters() * dtype.itemsize
+    assert getattr(torch, checkpoint.dtype) == dtype
+    assert checkpoint.family.model_type == "gemma2"
+
+
+def test_shards_are_one_checkpoint(folder: Path, sharded: Path) -> None:
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    assert Checkpoint.open(sharded).parameters == Checkpoint.open(folder).parameters
+
+
+def test_constants_that_old_releases_stored_are_no_parameters(tmp_path: Path) -> None:
+    model = BY_NAME["gpt2"].model(2)
+    release(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors") | {"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert Checkpoint.open(tmp_path).parameters == model.num_parameters()
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match=r"has no config\.json"):
+        Checkpoint.open(tmp_path)
+
+
+def test_adapters_alone_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(Refusal, match="holds adapters"):
+        Checkpoint.open(tmp_path)
+
+
+def test_a_config_that_is_not_json_is_refused(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+    with pytest.raises(Refusal, match=r"config\.json cannot be read"):
+        Checkpoint.open(folder)
+
+
+def test_pickled_weights_are_refused(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(Refusal, match=r"pickled weights only \(pytorch_model\.bin\)"):
+        Checkpoint.open(folder)
+
+
+def test_a_folder_without_weights_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(Refusal, match="holds neither"):
+        Checkpoint.open(folder)
+
+
+def test_a_missing_shard_is_refused(sharded: Path) -> None:
+    shard = sorted(sharded.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(Refusal, match=f"names {shard.name}, which the folder lacks"):
+        Checkpoint.open(sharded)
+
+
+def test_a_shard_without_its_tensor_is_refused(sharded: Path) -> None:
+    shards = sorted(sharded.glob("*.safetensors"))
+    shutil.copyfile(shards[1], shards[0])
+    with pytest.raises(Refusal, match="promises"):
+        Checkpoint.open(sharded)
+
+
+def test_a_file_cut_short_is_refused(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(Refusal, match="was cut short"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x08\0\0\0\0\0\0\0not json", b"<html>no such file</html>"])
+def test_a_file_that_is_no_safetensors_is_refused(folder: Path, content: bytes) -> None:
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(Refusal, match="is no safetensors file"):
+        Checkpoint.open(folder)
+
+
+def test_quantised_tensors_are_refused_without_a_word_in_the_config(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors") | {"model.layers.0.qweight": torch.ones(2, dtype=torch.int32)}
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(Refusal, match=r"qweight as I32, so its weights are quantised"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize(("stated", "said"), [(2, "holds tensors of layer 2"), (4, "has no tensors of layer 3")])
+def test_a_careless_cut_is_refused(folder: Path, stated: int, said: str) -> None:
+    """transformers would drop the layer, or fill it at random, and load."""
+    edit(folder, num_hidden_layers=stated)
+    with pytest.raises(Refusal, match=said):
+        Checkpoint.open(folder)
+
+
+def test_a_tensor_that_is_not_there_is_no_random_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(Refusal, match=r"1 missing keys, such as model\.norm\.weight"):
+        load_model(folder)
+
+
+def test_a_tensor_of_another_shape_is_refused(folder: Path) -> None:
+    edit(folder, intermediate_size=40)
+    with pytest.raises(Refusal, match="mismatched keys"):
+        load_model(folder)
+
+
+def test_a_model_loads_as_stored_and_in_evaluation_mode(folder: Path) -> None:
+    model = load_model(folder)
+    assert model.dtype == torch.float32
+    assert not model.training
+    assert load_model(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_the_tokenizer_is_read_or_refused(folder: Path) -> None:
+    assert load_tokenizer(folder)("w5 w7")["input_ids"] == [5, 7]
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(Refusal, match="no tokenizer"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "layers", "count"), [(0.25, 12, 3), (0.5, 5, 3), (0.2, 32, 6), (0.21, 32, 7), (0.01, 12, 1)]
+)
+def test_a_ratio_is_rounded_to_whole_layers_and_at_least_one(ratio: float, layers: int, count: int) -> None:
+    assert layers_to_remove(ratio, layers) == count
+
+
+@pytest.mark.parametrize(("ratio", "layers"), [(0.99, 12), (0.5, 1), (0.75, 2)])
+def test_a_ratio_that_leaves_no_layer_is_refused(ratio: float, layers: int) -> None:
+    with pytest.raises(Refusal, match=rf"target\.ratio {ratio} removes"):
+        layers_to_remove(ratio, layers)

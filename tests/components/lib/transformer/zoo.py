@@ -1,0 +1,235 @@
+"""Tiny random models of every family, made on the spot: what the tests of models run on.
+
+A specimen is one shape of a family: its model type and the settings beside the common ones. A new family needs one line here
+to be held to the whole contract (test_contract.py).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from components.lib.transformer.channels import channels_to_remove, kept_rows, layout_of
+from components.lib.transformer.families import FAMILIES
+from components.lib.transformer.layout import Axis, Widths
+from components.lib.transformer.selection import AXES, Channels
+
+VOCABULARY = 96
+LENGTH = 20
+"""Tokens of a test prompt: longer than every sliding window here."""
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """One shape of a family."""
+
+    name: str
+    model_type: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    grouped: bool = True
+    """Whether the family has fewer key-value heads than heads, where asked."""
+    ties: bool = True
+    """Whether its tied form is part of the property tests."""
+
+    def __str__(self) -> str:
+        return self.name
+
+    def model(
+        self,
+        layers: int = 6,
+        heads: int = 4,
+        key_value_heads: int = 2,
+        tied: bool | None = None,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> PreTrainedModel:
+        """Make the model, every parameter random (biases and norms too), so that no layer is like another or like the identity."""
+        common: dict[str, Any] = {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "max_position_embeddings": 64,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        }
+        if self.grouped:
+            common["num_key_value_heads"] = key_value_heads
+        if tied is not None:
+            common["tie_word_embeddings"] = tied
+        config = AutoConfig.for_model(self.model_type, **common | self.settings)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        draw = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=draw)
+            parameter.data = parameter.data + 0.1 * noise if parameter.ndim == 1 else 0.2 * noise
+        model.tie_weights()
+        for parameter in model.parameters():  # the parameters alone: rotary frequencies stay fp32
+            parameter.data = parameter.data.to(dtype)
+        model.config.dtype = dtype
+        return model.eval()
+
+
+WINDOW = {"sliding_window": 4}
+
+SPECIMENS = (
+    Specimen("llama", "llama"),
+    Specimen("llama-biased", "llama", {"attention_bias": True, "mlp_bias": True}),
+    Specimen(
+        "llama3-rope",
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 1e4,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+    ),
+    Specimen("opt", "opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}, grouped=False),
+    Specimen(
+        "opt-post-norm",
+        "opt",
+        {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
+        grouped=False,
+    ),
+    Specimen("phi", "phi", {"qk_layernorm": True}, grouped=False),
+    Specimen("mistral", "mistral", {**WINDOW, "head_dim": 16}),
+    Specimen("qwen2", "qwen2", {**WINDOW, "use_sliding_window": True, "max_window_layers": 2}),
+    Specimen("qwen3", "qwen3", {"head_dim": 16}),
+    Specimen("gemma2", "gemma2", {**WINDOW, "head_dim": 8, "query_pre_attn_scalar": 8}),
+    Specimen(
+        "gemma3", "gemma3_text", {**WINDOW, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window_pattern": 3}
+    ),
+    Specimen("phi3", "phi3", WINDOW),
+    Specimen("gpt2", "gpt2", {"n_inner": 48}, grouped=False),
+    Specimen("gpt_neox", "gpt_neox", grouped=False),
+    Specimen("gpt_neox-sequential", "gpt_neox", {"use_parallel_residual": False}, grouped=False),
+    Specimen("smollm3", "smollm3", {**WINDOW, "use_sliding_window": True, "no_rope_layer_interval": 3}),
+    Specimen("olmo2", "olmo2"),
+    Specimen("granite", "granite", {"residual_multiplier": 0.5, "logits_scaling": 2.0}),
+    Specimen("starcoder2", "starcoder2", WINDOW),
+    Specimen("stablelm", "stablelm", {"use_qkv_bias": True, "qk_layernorm": True}),
+    Specimen("stablelm-parallel", "stablelm", {"use_parallel_residual": True}),
+    Specimen(
+        "qwen3_moe",
+        "qwen3_moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [3],
+            "head_dim": 8,
+        },
+    ),
+    Specimen("mixtral", "mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+)
+
+PROJECTED, HEAD_NORMED = "opt-post-norm", "stablelm"
+"""Of families from which channels can be cut, the specimens from which none can."""
+
+NARROWABLE = (
+    *(
+        specimen
+        for specimen in SPECIMENS
+        if FAMILIES[specimen.model_type].layout and specimen.name not in (PROJECTED, HEAD_NORMED)
+    ),
+    Specimen(
+        "opt-post-norm-whole",
+        "opt",
+        {"ffn_dim": 48, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
+        grouped=False,
+    ),
+    Specimen("stablelm-biased", "stablelm", {"use_qkv_bias": True}),
+)
+"""The specimens from which channels can be cut."""
+
+AXES_CUT: tuple[tuple[Axis, ...], ...] = (*((axis,) for axis in AXES), AXES)
+"""Each axis alone, and all of them together."""
+
+
+def widths_of(model: PreTrainedModel) -> Widths:
+    """Return the widths that the model's config states."""
+    return layout_of(FAMILIES[model.config.model_type]).widths(model.config.to_dict())
+
+
+def draw_channels(
+    model: PreTrainedModel,
+    axes: Sequence[Axis] = AXES,
+    ratios: Mapping[Axis, float] | None = None,
+    seed: int = 0,
+    multiple: int | None = None,
+) -> Channels:
+    """Draw channels to remove, others in every layer: half of each of `axes`, or what `ratios` ask for."""
+    family, config = FAMILIES[model.config.model_type], model.config.to_dict()
+    counts = channels_to_remove(family, config, ratios or dict.fromkeys(axes, 0.5), multiple)
+    widths = widths_of(model)
+    draw = random.Random(seed)
+
+    def some(axis: Axis) -> tuple[int, ...]:
+        return tuple(sorted(draw.sample(range(widths.of(axis)), counts.get(axis, 0))))
+
+    def of_each_layer(axis: Axis) -> tuple[tuple[int, ...], ...]:
+        return tuple(some(axis) for _ in range(family.layers(config))) if axis in counts else ()
+
+    return Channels(hidden=some("hidden"), ffn=of_each_layer("ffn"), heads=of_each_layer("heads"))
+
+
+@torch.no_grad()
+def scale_slices(model: PreTrainedModel, channels: Channels, factor: float) -> None:
+    """Scale, in place, what the cut takes away of every weight: the rows and columns W_R."""
+    family, widths = FAMILIES[model.config.model_type], widths_of(model)
+    for name, weight in model.named_parameters():
+        block = family.block_of(name)
+        at = channels.at(block[0] if block else None)
+        for dimension, rows in enumerate(kept_rows(layout_of(family), widths, name, weight.shape, at)):
+            if rows is not None:
+                scale = torch.full((weight.shape[dimension],), factor).index_fill(0, torch.tensor(rows), 1.0)
+                weight *= scale.unflatten(0, [-1] + [1] * (weight.ndim - 1 - dimension))
+
+
+def release(model: PreTrainedModel, folder: Path, shard: str = "5GB") -> Path:
+    """Save the model as a release would be: weights, tokenizer, chat template, generation config and licence."""
+    model.save_pretrained(folder, max_shard_size=shard)
+    tokenizer().save_pretrained(folder)
+    (folder / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6, "eos_token_id": 2}\n')
+    (folder / "LICENSE").write_text("Take it.\n")
+    return folder
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of words w3, w4, …, with a chat template."""
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{number}": number for number in range(3, VOCABULARY)}
+    inner = Tokenizer(models.WordLevel(words, unk_token="</s>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    made.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return made
+
+
+def prompts(padding: Sequence[int] = (0, 0, 7)) -> tuple[Tensor, Tensor]:
+    """Return (tokens, attention mask), each (batch, LENGTH), a row padded on the left by each number of `padding`."""
+    tokens = torch.randint(3, VOCABULARY, (len(padding), LENGTH), generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(LENGTH).expand_as(tokens) >= torch.tensor(padding)[:, None]).long()
+    return tokens * mask, mask
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, padding: Sequence[int] = (0, 0, 7)) -> Tensor:
+    """Return the logits of the real tokens of `prompts`, (tokens, vocabulary)."""
+    tokens, mask = prompts(padding)
+    return model(input_ids=tokens, attention_mask=mask).logits[mask.bool()]

@@ -1,0 +1,165 @@
+"""The shipped recipes are whole, and say what they ship."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+import pipeline
+from components.lib.errors import Refusal
+from components.lib.recipe.schema import Recipe, Text, methods
+
+RECIPES = sorted((Path(pipeline.__file__).parent / "recipes").glob("*.yaml"))
+WHOLE = ["trsp", "dress"]
+BASELINES = [path for path in RECIPES if path.stem in ("sleb", "shortgpt")]
+
+
+def settings(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text())
+
+
+def leaves(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every field that is no section, by its dotted name, with its default (`...` where it has none)."""
+    for name, field in kind.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation is not Text:
+            yield from leaves(annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", ... if field.is_required() else field.default
+
+
+def value(settings: Mapping[str, Any], dotted: str) -> Any:
+    for part in dotted.split("."):
+        settings = settings[part]
+    return settings
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_shipped_recipe_is_valid_and_named_after_its_method(path: Path) -> None:
+    assert Recipe.load(path).method == path.stem
+
+
+def test_every_method_ships_a_recipe() -> None:
+    assert {path.stem for path in RECIPES} >= set(methods())
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_first_line_says_what_the_recipe_is(path: Path) -> None:
+    """`espalier recipes` prints it."""
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# ")
+    assert len(first) > 20
+
+
+def of(method: str) -> Iterator[tuple[str, Any]]:
+    """Every field that a method has a use for."""
+    foreign = {"trsp": "dress", "dress": "gates"}[method]
+    return (leaf for leaf in leaves(Recipe) if leaf[0].split(".")[0] != foreign)
+
+
+@pytest.mark.parametrize("method", WHOLE)
+def test_a_papers_recipe_names_every_field_of_its_method(method: str) -> None:
+    for name, _ in of(method):
+        value(settings(RECIPES[0].with_stem(method)), name)
+
+
+@pytest.mark.parametrize("method", WHOLE)
+def test_a_papers_recipe_ships_the_defaults(method: str) -> None:
+    """The recipe shows what a field left out would be; only the rules of the verdict have no default to show."""
+    shipped = settings(RECIPES[0].with_stem(method))
+    expected = {name: default for name, default in of(method) if default is not ... and name.split(".")[0] != "promote"}
+    found = {name: value(shipped, name) for name in expected}
+    assert {name: tuple(seen) if isinstance(seen, list) else seen for name, seen in found.items()} == expected
+
+
+@pytest.mark.parametrize("method", WHOLE)
+def test_layers_and_channels_are_one_word_away(method: str) -> None:
+    path = RECIPES[0].with_stem(method)
+    assert "[trsp, dress]" in next(line for line in path.read_text().splitlines() if line.startswith("method:"))
+    assert Recipe.load(path, ["method=[trsp, dress]"]).methods == ("trsp", "dress")
+
+
+@pytest.mark.parametrize("path", BASELINES, ids=lambda path: path.stem)
+def test_a_baseline_regularises_nothing_and_learns_no_gates(path: Path) -> None:
+    assert Recipe.load(path).regularize.schedule == "none"
+    assert "gates" not in settings(path)
+
+
+@pytest.mark.parametrize("path", BASELINES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("section", ["target", "calibration", "recover", "evaluate", "promote"])
+def test_a_baseline_names_every_field_of_the_sections_it_uses(path: Path, section: str) -> None:
+    shipped = settings(path)
+    for name, _ in leaves(Recipe):
+        if name.startswith(f"{section}."):
+            value(shipped, name)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_quality_is_reported_on_another_domain_too(path: Path) -> None:
+    recipe = Recipe.load(path)
+    assert any(text.hub != recipe.calibration.data.hub for text in recipe.evaluate.perplexity.values())
+
+
+def test_the_verdicts_of_the_shipped_recipes_compare() -> None:
+    """One set of texts, and of rules of quality, or the methods could not be told apart; as fast as fewer layers narrow ones are not."""
+    recipes = [Recipe.load(path) for path in RECIPES]
+    rules = [recipe.promote.model_dump() for recipe in recipes]
+    assert len({repr(recipe.evaluate) for recipe in recipes}) == 1
+    assert len({repr({name: rule for name, rule in one.items() if "speedup" not in name}) for one in rules}) == 1
+    assert len({repr(one) for one, recipe in zip(rules, recipes, strict=True) if recipe.methods != ("dress",)}) == 1
+
+
+class TestChannelsOnTheCommandLine:
+    """`--set` takes lists and mappings, and what is wrong in them is told in one sentence that names the field."""
+
+    DRESS = RECIPES[0].with_stem("dress")
+
+    @pytest.mark.parametrize(
+        ("override", "ratios"),
+        [
+            ("dress.axes=[ffn,hidden]", {"ffn": 0.25, "hidden": 0.25}),
+            ("dress.ratio=0.5", {"ffn": 0.5}),
+            ("dress.ratio={ffn: 0.5}", {"ffn": 0.5}),
+            ("dress.ratio.ffn=0.5", {"ffn": 0.5}),
+            ("dress={axes: [ffn, heads], ratio: {ffn: 0.5, heads: 0.25}}", {"ffn": 0.5, "heads": 0.25}),
+        ],
+    )
+    def test_a_list_or_a_mapping_is_taken(self, override: str, ratios: dict[str, float]) -> None:
+        recipe = Recipe.load(self.DRESS, [override])
+        assert recipe.dress.ratios(recipe.target.ratio) == ratios
+        assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+    @pytest.mark.parametrize(
+        ("override", "said"),
+        [
+            ("dress.axes=ffn", "the recipe's field 'dress.axes' is 'ffn': input should be a valid list"),
+            (
+                "dress.axes=[fnn]",
+                "the recipe's field 'dress.axes.0' is 'fnn': input should be 'hidden', 'ffn' or 'heads'",
+            ),
+            ("dress.ratio={ffn: 2}", "the recipe's field 'dress.ratio.ffn' is 2: input should be less than 1"),
+            (
+                "dress.ratio={fnn: 0.5}",
+                "the recipe's field 'dress.ratio.fnn' is 'fnn': input should be 'hidden', 'ffn' or 'heads'",
+            ),
+            (
+                "dress.ratio={ffn: 0.5, heads: 0.25}",
+                "the recipe's dress: dress.ratio names ['ffn', 'heads'] and dress.axes ['ffn']: name the same axes in both",
+            ),
+            ("dress.channel=random", "the recipe's field 'dress.channel' is not known: did you mean 'channels'?"),
+            (
+                "method=trsp",
+                "the recipe's method 'trsp' chooses no channels: remove the section 'dress', or add dress to method",
+            ),
+            ("gates.steps=3", "the recipe's method 'dress' learns no gates: remove the section 'gates'"),
+        ],
+    )
+    def test_what_is_wrong_is_one_sentence_without_the_types_that_were_tried(self, override: str, said: str) -> None:
+        with pytest.raises(Refusal, match=f"^{re.escape(said)}$"):
+            Recipe.load(self.DRESS, [override])
