@@ -10,8 +10,8 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, cycle
 from typing import Any
 
 import matplotlib as mpl
@@ -19,8 +19,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from components.lib.report_parts import Line, Lines, Mark, Points
 from components.register.measured import Measured, ratio
-from components.register.report import Curve, Round
+from components.register.report import Curve
 
 SIZE = (4.6, 2.9)
 """Inches of a panel, 72 SVG units each; the page scales a panel to its column."""
@@ -65,40 +66,60 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def gates(rounds: Sequence[Round], removed: Iterable[int]) -> str:
-    """Draw every layer's gate over the steps of all rounds; the removed layers in colour, named where they left."""
-    chosen = set(removed)
-    curves = {
-        layer: _until_gone([(step, g) for step, line in enumerate(rounds, 1) if (g := line.gates[layer]) is not None])
-        for layer in range(len(rounds[0].gates))
-    }
+def lines(part: Lines) -> str:
+    """Draw the lines of a part.
+
+    With names at the ends, the lines that stand out have the accent colour, a dot and their name at their last point, and
+    the others are thin. With a legend, the lines differ by colour and dashes.
+    """
 
     def draw(axes: Axes) -> None:
-        """One line a layer; those of the layers that went stand out."""
-        for layer, points in curves.items():
-            style: dict[str, Any] = (
-                {"color": ACCENT, "zorder": 3} if layer in chosen else {"color": MUTED, "linewidth": 0.9}
-            )
-            axes.plot(*_columns(points), **style)
-            if layer in chosen:
-                axes.plot(*_columns(points[-1:]), "o", color=ACCENT, markersize=4, zorder=3)
-        for step, (before, line) in enumerate(pairwise(rounds), 1):
-            if line.round != before.round:
-                axes.axvline(step + 0.5, color=RULE, linewidth=0.7, zorder=1)
-        axes.set_xlim(0, 1.2 * len(rounds))
-        ends = {f"layer {layer}": curves[layer][-1] for layer in sorted(chosen) if curves.get(layer)}
-        _label(axes, ends, left_of=1)
+        ends = part.names == "ends"
+        for line, look in zip(part.lines, cycle(_LOOKS), strict=False):
+            axes.plot(*_columns(line.points), label=line.name, **(_weight(line) if ends else look))
+            if ends and line.stands_out:
+                axes.plot(*_columns(line.points[-1:]), "o", color=ACCENT, markersize=4, zorder=3)
+        for mark in part.marks:
+            _mark(axes, mark)
+        (_name_at_ends if ends else _legend)(axes, part)
 
-    return _panel(draw, "optimizer step, all rounds", "gate", f"Gates of {len(curves)} layers over {len(rounds)} steps")
+    return _panel(draw, part.x, part.y, part.summary)
 
 
-def curve(points: Curve, name: str, *, mark: tuple[float, str] | None = None) -> str:
+_LOOKS: list[dict[str, Any]] = [
+    {"color": ACCENT, "linestyle": "solid"},
+    {"color": INK, "linestyle": (0, (5, 2))},
+    {"color": MUTED, "linestyle": (0, (1, 1.5))},
+    {"color": ACCENT, "linestyle": (0, (5, 2, 1, 2))},
+    {"color": INK, "linestyle": (0, (1, 1.5))},
+    {"color": MUTED, "linestyle": "solid"},
+]
+
+
+def _weight(line: Line) -> dict[str, Any]:
+    return {"color": ACCENT, "zorder": 3} if line.stands_out else {"color": MUTED, "linewidth": 0.9}
+
+
+def _name_at_ends(axes: Axes, part: Lines) -> None:
+    """Leave a sixth of the width free for the names of the lines that stand out, and write them there."""
+    last = max((line.points[-1][0] for line in part.lines if line.points), default=1)
+    axes.set_xlim(0, 1.2 * last)
+    _label(axes, {line.name: line.points[-1] for line in part.lines if line.stands_out and line.points}, left_of=1)
+
+
+def _legend(axes: Axes, part: Lines) -> None:
+    """Name the lines below the words of the marks: lines that end together have no room for names at their ends."""
+    axes.set_ylim(0, 1.18 * axes.get_ylim()[1])  # room for the words of the marks
+    axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.8))
+
+
+def curve(points: Curve, name: str, *, mark: Mark | None = None) -> str:
     """Draw a metric over the optimizer steps: every step thin, and where there are many, their running mean thick.
 
     Args:
         points: (step, value), finite.
         name: what the vertical axis says.
-        mark: a step to draw a line at, and what happens there.
+        mark: a step to draw a vertical line at.
     """
     window = len(points) // 12
     smooth = _running_mean(points, window) if window > 1 else []
@@ -111,28 +132,6 @@ def curve(points: Curve, name: str, *, mark: tuple[float, str] | None = None) ->
             _mark(axes, mark)
 
     return _panel(draw, "optimizer step", name, f"{name} over {len(points)} recorded steps")
-
-
-def slices(parts: Mapping[str, Curve], name: str, *, mark: tuple[float, str] | None = None) -> str:
-    """Draw how the slices of the weights that the cut takes away shrink while the rest trains: one line a part of the model.
-
-    Args:
-        parts: (step, norm relative to its start) by the part's name.
-        name: what the vertical axis says.
-        mark: a step to draw a line at, and what happens there.
-    """
-    styles = [(ACCENT, "solid"), (INK, (0, (5, 2))), (MUTED, (0, (1, 1.5)))]
-
-    def draw(axes: Axes) -> None:
-        for (part, points), (colour, dashes) in zip(parts.items(), styles, strict=False):
-            axes.plot(*_columns(points), color=colour, linestyle=dashes, label=part)
-        axes.set_ylim(0, 1.18 * axes.get_ylim()[1])  # above the curves there is room for the mark's words
-        if mark:
-            _mark(axes, mark)
-        # Below the mark's words. The lines begin together and end together, so that names at their ends would crowd.
-        axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.8))
-
-    return _panel(draw, "optimizer step", name, f"{name}: {', '.join(parts)}")
 
 
 def pareto(models: Mapping[str, Measured], text: str) -> str:
@@ -203,11 +202,13 @@ def _label(axes: Axes, points: Mapping[str, tuple[float, float]], left_of: float
             axes.annotate(name, points[name], offset, textcoords="offset points", **aligned)
 
 
-def _mark(axes: Axes, mark: tuple[float, str]) -> None:
-    """Draw a line at a step, and say at its top what happens there."""
-    step, words = mark
-    axes.axvline(step, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
-    axes.annotate(words, (step, 1), (4, -8), axes.get_xaxis_transform(), textcoords="offset points", color=MUTED)
+def _mark(axes: Axes, mark: Mark) -> None:
+    """Draw a vertical line, and write its words at its top."""
+    if not mark.words:
+        axes.axvline(mark.x, color=RULE, linewidth=0.7, zorder=1)
+        return
+    axes.axvline(mark.x, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
+    axes.annotate(mark.words, (mark.x, 1), (4, -8), axes.get_xaxis_transform(), textcoords="offset points", color=MUTED)
 
 
 def _columns_of(points: Mapping[str, tuple[float, float]], width: float) -> list[list[str]]:
@@ -221,12 +222,6 @@ def _columns_of(points: Mapping[str, tuple[float, float]], width: float) -> list
     return groups
 
 
-def _until_gone(points: Curve) -> Curve:
-    """Cut a gate's curve where its layer goes: from there on it is at 0."""
-    last = next((i for i in range(len(points) - 1, -1, -1) if points[i][1] != 0), 0)
-    return points[: last + 1]
-
-
 def _running_mean(points: Curve, window: int) -> Curve:
     """Return the mean of each `window` following values, at the middle one's step."""
     sums = [0.0, *accumulate(value for _, value in points)]
@@ -236,7 +231,7 @@ def _running_mean(points: Curve, window: int) -> Curve:
     ]
 
 
-def _columns(points: Curve) -> tuple[list[int], list[float]]:
+def _columns(points: Points) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 

@@ -79,6 +79,11 @@ def differing(models: Iterable[Measured]) -> list[Along]:
     return differ or ["layers"]
 
 
+def names(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the keys of several mappings, each once, in the order in which they first occur."""
+    return list(dict.fromkeys(key for mapping in mappings for key in mapping))
+
+
 def ratio(value: float | None, base: float | None) -> float | None:
     """Return value / base, or None where either is missing, not finite or not above 0."""
     if value is None or base is None or not (0 < value < math.inf and 0 < base < math.inf):

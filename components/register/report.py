@@ -14,6 +14,7 @@ from components.lib.recipe.schema import Recipe, used
 from components.lib.transformer.removal import Removal, removals
 from components.lib.transformer.selection import Selection
 from components.register.measured import Measured, finite, read_evaluation
+from components.register.method_parts import Round, read_trajectory
 from components.register.verdict import Verdict, judge
 
 CONTROLS = ("pruned-first", "dense-trained")
@@ -74,6 +75,10 @@ class Report(BaseModel):
         """What the selection takes along each axis."""
         return removals(self.selection, self.dense.layers, self.dense.widths)
 
+    def parsed_recipe(self) -> Recipe:
+        """Return the recipe as the object that it was written from."""
+        return Recipe.model_validate(self.recipe)
+
     def to_json(self) -> str:
         """Return the report as strict JSON: a number that is not finite is null."""
         return self.model_dump_json(indent=2) + "\n"
@@ -86,16 +91,6 @@ class Report(BaseModel):
 
 Curve = list[tuple[int, float]]
 """(step, value), in the order of the steps."""
-
-
-@dataclass(frozen=True)
-class Round:
-    """A line of `trajectory.jsonl`: where the gates stood after a step of a round."""
-
-    round: int
-    step: int
-    gates: tuple[float | None, ...]
-    """One a layer; None for a layer that is masked."""
 
 
 @dataclass(frozen=True)
@@ -160,11 +155,7 @@ def read_curves(*, selection: Path, regularize: Path | None = None, recover: Pat
         regularize: the folder of the training's `metrics.jsonl`.
         recover: the folder of the recovery's `metrics.jsonl`.
     """
-    rounds = [
-        Round(line["round"], line["step"], tuple(finite(gate) for gate in line["gates"]))
-        for line in _lines(selection / "trajectory.jsonl")
-    ]
-    return Curves(rounds, _curves(regularize), _curves(recover))
+    return Curves(read_trajectory(selection), _curves(regularize), _curves(recover))
 
 
 def _curves(folder: Path | None) -> dict[str, Curve]:

@@ -10,8 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from components.lib.transformer.removal import NOUNS
+from components.register.format import ABSENT, count, number, times
+from components.register.headline import verdict_sentence
 from components.register.measured import Measured, differing, ratio
-from components.register.page import ABSENT, count, number, times, verdict_sentence
 from components.register.report import Report
 
 

@@ -11,31 +11,35 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from components.lib.report_parts import Line, Lines, Mark
 from components.register import figures
 from components.register.measured import Measured
-from components.register.report import Round
+from components.register.method_parts import Round, gates
 from tests.components.register.conftest import measurements, trajectory
 
 MODELS = {name: Measured.model_validate(model) for name, model in measurements().items()}
 ROUNDS = [Round(line["round"], line["step"], tuple(line["gates"])) for line in trajectory()]
 HOSTILE = r"a<b>&\1 $x_2$ {{ 7 }} '\""
 
+MARK = Mark(15, "gates at 0")
+
+
+def legend(*names: str) -> Lines:
+    lines = [Line(name, [(step, 1 / step) for step in range(1, 101)]) for name in names]
+    return Lines(x="step", y="norm", lines=lines, summary="norms", marks=[MARK])
+
 
 @cache
 def drawn() -> dict[str, str]:
     return {
-        "gates": figures.gates(ROUNDS, (4, 7, 9)),
-        "curve": figures.curve([(step, 1 / step) for step in range(1, 101)], "loss", mark=(15, "gates at 0")),
-        "slices": figures.slices(
-            {part: [(step, 1 / step) for step in range(1, 101)] for part in ("attention", "feed-forward", "rest")},
-            "norm",
-            mark=(15, "gates at 0"),
-        ),
+        "gates": figures.lines(gates(ROUNDS, (4, 7, 9))),
+        "curve": figures.curve([(step, 1 / step) for step in range(1, 101)], "loss", mark=MARK),
+        "legend": figures.lines(legend("attention", "feed-forward", "rest")),
         "pareto": figures.pareto(MODELS, "technical"),
     }
 
 
-@pytest.mark.parametrize("name", ["gates", "curve", "slices", "pareto"])
+@pytest.mark.parametrize("name", ["gates", "curve", "legend", "pareto"])
 def test_a_figure_takes_the_pages_colours_and_loads_nothing(name: str) -> None:
     svg = drawn()[name]
     ElementTree.fromstring(svg)
@@ -59,14 +63,19 @@ def test_every_model_with_the_number_is_a_named_point() -> None:
     assert ">champion<" not in figures.pareto(without, "technical")
 
 
-def test_each_part_of_the_model_has_a_name_and_a_line_of_its_own() -> None:
-    svg = drawn()["slices"]
+def test_each_line_of_a_legend_has_a_name_and_a_look_of_its_own() -> None:
+    svg = drawn()["legend"]
     assert all(f">{part}<" in svg for part in ("attention", "feed-forward", "rest", "gates at 0"))
     assert len(set(re.findall(r"stroke-dasharray: [\d., ]+", svg))) == 3  # two of the lines, and the mark
 
 
+def test_no_line_of_a_legend_is_left_out() -> None:
+    names = [f"line {number}" for number in range(8)]
+    assert all(f">{name}<" in figures.lines(legend(*names)) for name in names)
+
+
 def test_hostile_names_stay_text() -> None:
-    svg = figures.curve([(0, 1.0), (1, 2.0)], HOSTILE, mark=(0.5, HOSTILE))
+    svg = figures.curve([(0, 1.0), (1, 2.0)], HOSTILE, mark=Mark(0.5, HOSTILE))
     tree = ElementTree.fromstring(svg)
     assert HOSTILE in [text.text for text in tree.iter("text")]
     assert HOSTILE in (tree.get("aria-label") or "")
@@ -74,7 +83,7 @@ def test_hostile_names_stay_text() -> None:
 
 def test_one_point_and_a_flat_curve_can_be_drawn() -> None:
     assert "<svg" in figures.curve([(5, 1.0)], "loss")
-    assert "<svg" in figures.gates([Round(0, 1, (1.0, None))], ())
+    assert "<svg" in figures.lines(gates([Round(0, 1, (1.0, None))], (0, 1)))
 
 
 @settings(max_examples=50)

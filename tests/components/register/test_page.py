@@ -12,9 +12,14 @@ from typing import Any
 
 import pytest
 
+from components.lib.report_parts import Sentence, Table
 from components.lib.transformer.selection import Channels, Selection
-from components.register.page import count, number, render, seconds, task_accuracy, times
+from components.register import page as pages
+from components.register.page import render
 from components.register.report import Curves, Report
+from components.register.sections import SECTIONS
+from components.register.sections.quality import task_accuracy
+from components.register.sections.section import Section
 from tests.components.register.conftest import (
     RECIPE,
     RELEASE,
@@ -114,7 +119,7 @@ def test_without_rules_the_page_says_that_none_were_asked_for(run: Path) -> None
 def test_the_layers_that_went_are_marked_with_their_place(report: Report) -> None:
     html = render(report, Curves())
     assert html.count('class="gone"') == 3
-    assert "9, 7, 4, in the order they went" in html
+    assert "in the order of removal: 9, 7, 4" in html
     assert re.search(r'<li class="gone"[^>]*><b>9</b>.*cut 1', html)
 
 
@@ -128,14 +133,14 @@ class TestChannels:
         assert re.search(r"ffn intermediate [^0-9]+684 512 25\.1 % 172 25 % rounded: a multiple of 8 stays", page.text)
         assert "smallest weights × activations on the calibration windows" in page.text
         assert "strip" not in page.classes
-        assert "in the order they went" not in page.text
+        assert "in the order of removal" not in page.text
         assert page.tags.count("svg") == 2 + 4 + 1 + 2  # Pareto a text, four training curves, the slices, the recovery
 
     def test_layers_and_channels_are_both_there(self, tmp_path: Path) -> None:
         page = page_of(build_both(tmp_path), curves_of(tmp_path))
         assert "trsp and dress removed 3 of 12 layers and 172 of 684 ffn channels a layer." in page.text
         assert "layers whole transformer layers 12 9 25 % 3 25 % ffn" in page.text
-        assert "9, 7, 4, in the order they went" in page.text
+        assert "in the order of removal: 9, 7, 4" in page.text
         assert page.classes.count("gone") == 3
 
     def test_layers_alone_have_no_table_of_axes(self, report: Report, run: Path) -> None:
@@ -167,6 +172,17 @@ class TestChannels:
         listed = report.model_copy(update={"selection": Selection(method="dress", axis="ffn", channels=wide)})
         assert len(render(listed, Curves())) < 60_000
         assert len(listed.to_json()) > 500_000
+
+
+def test_a_section_is_one_function_in_the_list(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It brings its title, its template and its data; one that has nothing to show is left out."""
+    table = Table(["layer", "zeros"], [["0", "12"], ["1", "<b>"]], title="By layer", note="Counted after the cut.")
+    data = {"parts": [Sentence("Few weights are 0."), table], "groups": {}}
+    added = (lambda report, curves: Section("Zeros", "training.html.j2", data), lambda report, curves: None)
+    monkeypatch.setattr(pages, "SECTIONS", (*SECTIONS, *added))
+    page = page_of(report)
+    assert page.text.endswith("Zeros Few weights are 0. By layer layer zeros 0 12 1 <b> Counted after the cut.")
+    assert page.tags.count("h2") == len([make for make in SECTIONS if make(report, Curves())]) + 1
 
 
 def test_the_bare_minimum_is_a_page_too(tmp_path: Path) -> None:
@@ -263,17 +279,3 @@ def test_tasks_are_told_in_points_beside_dense(rewrite: Rewrite, models: dict[st
 )
 def test_an_accuracy_is_found_however_it_is_written(found: Any, accuracy: float | None) -> None:
     assert task_accuracy(found) == accuracy
-
-
-def test_numbers_are_written_as_a_person_reads_them() -> None:
-    assert [number(value) for value in (7.0801, 59.384, 227.3, 12345.6, 0.0, None)] == (
-        ["7.080", "59.38", "227.3", "12,346", "0", "–"]
-    )
-    assert [count(value) for value in (999, 10_815_744, 6.74e9)] == ["999", "10.82 M", "6.740 G"]
-    assert [times(0.98842), times(1.3, 2), times(None)] == ["0.988×", "1.30×", "–"]
-    assert [seconds(8.21), seconds(59.96), seconds(185), seconds(8040)] == [
-        "8.2 s",
-        "1 min 00 s",
-        "3 min 05 s",
-        "2 h 14 min",
-    ]
