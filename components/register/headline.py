@@ -18,6 +18,7 @@ def headline(report: Report) -> Mapping[str, Any]:
         "outcome": "fail" if not report.verdict.passed else "pass" if report.verdict.rules else "",
         "word": "Pass" if report.verdict.passed else "Fail",
         "sentence": verdict_sentence(report),
+        "controls": control_sentences(report),
         "size": Cell(
             times(ratio(candidate.parameters, dense.parameters)),
             f"{count(candidate.parameters)} parameters against {count(dense.parameters)}",
@@ -42,6 +43,58 @@ def verdict_sentence(report: Report) -> str:
     if not failed:
         return "the one rule holds" if len(rules) == 1 else f"all {len(rules)} rules hold"
     return f"{len(failed)} of {len(rules)} rules broken: {', '.join(rule.name for rule in failed)}"
+
+
+CONTROLS = {
+    "pruned-first": "the control that was cut first",
+    "dense-trained": "the control that was trained and not cut",
+}
+"""The controls in a sentence."""
+
+
+def control_sentences(report: Report) -> list[str]:
+    """Say for every control that was asked for whether the candidate beat it in perplexity, and by how much.
+
+    Returns:
+        A sentence for each control, in the order of CONTROLS. Ratios are candidate / control; below 1 is better. A ratio
+        that is 1 when rounded to three decimals is a tie and beats nothing.
+    """
+    asked = report.recipe.get("evaluate", {}).get("controls", [])
+    return [_against(report, name, who) for name, who in CONTROLS.items() if name in {*asked, *report.controls}]
+
+
+def _against(report: Report, name: str, who: str) -> str:
+    control = report.controls.get(name)
+    if control is None:
+        return f"{who[0].upper()}{who[1:]} was asked for, but not measured."
+    found = {text: ratio(value, control.perplexity.get(text)) for text, value in report.candidate.perplexity.items()}
+    if not any(found.values()):
+        return f"Against {who}, no perplexity can be compared."
+    told = [f"{times(value)} on {text} ({_outcome(value)})" for text, value in found.items()]
+    wins = sum(_outcome(value) == "better" for value in found.values())
+    ratios = " and ".join(filter(None, (", ".join(told[:-1]), told[-1])))
+    return f"Against {who}, the candidate's perplexity is {ratios}: it beat the control {_on(wins, len(found))}."
+
+
+def _outcome(value: float | None) -> str:
+    """Judge the ratio as it is printed, so that the words agree with the number."""
+    if value is None:
+        return "not measured"
+    rounded = round(value, 3)
+    return "equal" if rounded == 1 else "better" if rounded < 1 else "worse"
+
+
+def _on(wins: int, texts: int) -> str:
+    """Return "on both texts", "on none of 3 texts".
+
+    >>> _on(1, 1), _on(0, 1), _on(2, 2), _on(1, 3), _on(0, 2)
+    ('on this text', 'on no text', 'on both texts', 'on 1 of 3 texts', 'on none of 2 texts')
+    """
+    if texts == 1:
+        return "on this text" if wins else "on no text"
+    if wins == texts:
+        return "on both texts" if texts == 2 else f"on all {texts} texts"
+    return f"on {wins or 'none'} of {texts} texts"
 
 
 def _speedups(report: Report, phase: str) -> Cell:

@@ -1,4 +1,4 @@
-"""What a run ends with on the terminal: every measured model side by side, and the verdict."""
+"""The summary of a run on the terminal: every measured model side by side, the verdict, and the controls."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from rich.table import Table
 
 from components.lib.transformer.removal import NOUNS
 from components.register.format import ABSENT, count, number, times
-from components.register.headline import verdict_sentence
+from components.register.headline import control_sentences, verdict_sentence
 from components.register.measured import Measured, differing, ratio
 from components.register.report import Report
 
 
 def print_summary(report: Report | Mapping[str, Any], console: Console) -> None:
-    """Print the table and the verdict, the broken rules by name with what was found and what was asked."""
+    """Print the table; the verdict, with each broken rule; and whether the candidate beat the controls."""
     report = report if isinstance(report, Report) else Report.model_validate(report)
     console.print(summary_table(report))
     verdict = report.verdict
@@ -26,10 +26,12 @@ def print_summary(report: Report | Mapping[str, Any], console: Console) -> None:
     for rule in verdict.failed:
         found = rule.note or f"{times(rule.value)}, asked {rule.bound} {rule.threshold:g}×"
         console.print(f"  {escape(rule.name)}: {escape(found)}", highlight=False)
+    for sentence in control_sentences(report):
+        console.print(escape(sentence), highlight=False)
 
 
 def summary_table(report: Report) -> Table:
-    """The models as columns, the dense one first; beside each number its ratio to the dense model's."""
+    """Return the models as columns, the dense one first; beside each number its ratio to the dense model's."""
     models = dict(sorted(report.models().items(), key=lambda item: item[0] == "champion"))
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("", no_wrap=True)

@@ -14,8 +14,8 @@ from pipeline.cli.summary import print_summary
 from tests.components.register.conftest import RECIPE, build_channels, build_report, measurements, write_run
 
 
-def printed(report: Report | dict[str, Any]) -> list[str]:
-    console = Console(width=140, record=True, file=io.StringIO())
+def printed(report: Report | dict[str, Any], width: int = 140) -> list[str]:
+    console = Console(width=width, record=True, file=io.StringIO())
     print_summary(report, console)
     return [" ".join(line.split()) for line in console.export_text().splitlines()]
 
@@ -25,7 +25,7 @@ def test_models_stand_side_by_side_with_their_ratio_to_dense(tmp_path: Path) -> 
     lines = printed(report)
     assert lines[0] == "dense candidate pruned-first dense-trained champion"
     assert "perplexity technical 227.3 259.1 1.140× 269.0 1.183× 231.4 1.018× 251.8 1.108×" in lines
-    assert lines[-1] == "Pass: all 10 rules hold"
+    assert "Pass: all 10 rules hold" in lines
     assert printed(json.loads(report.to_json())) == lines
 
 
@@ -35,6 +35,16 @@ def test_channels_are_shown_where_any_model_has_fewer(tmp_path: Path) -> None:
     assert "hidden channels 256 192 192 256 256" in lines
     assert "ffn channels a layer 684 512 512 684 684" in lines
     assert not any(line.startswith("key-value") for line in lines)
+
+
+def test_the_last_lines_say_whether_the_candidate_beat_each_control(tmp_path: Path) -> None:
+    lines = printed(build_report(write_run(tmp_path)), width=60)
+    text = " ".join(lines[-8:])
+    assert (
+        "Against the control that was cut first, the candidate's perplexity is 0.975× on wikitext2 (better) and" in text
+    )
+    assert "0.963× on technical (better): it beat the control on both texts." in text
+    assert text.endswith("1.120× on technical (worse): it beat the control on none of 2 texts.")
 
 
 def test_broken_rules_are_named_with_what_was_found_and_asked(tmp_path: Path) -> None:
