@@ -1,4 +1,4 @@
-"""Where and with what the numbers were made."""
+"""The machine and the library versions that an evaluation ran with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "accelerate",
 
 
 def machine() -> dict[str, Any]:
-    """Device, processor, GPU, threads and library versions."""
+    """Return the device, processor, GPU, threads and library versions."""
     return {
         "device": best_device().type,
         "cpu": _cpu(),
@@ -33,7 +33,7 @@ def _version(name: str) -> str | None:
 
 
 def _cpu() -> str:
-    """The processor's name; Linux tells it in /proc only."""
+    """Return the name of the processor; on Linux only /proc has it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

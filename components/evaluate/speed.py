@@ -1,8 +1,8 @@
-"""Speed of prefill and decode, and how much of it the removed compute promises.
+"""Speed of prefill and decode, and the speed-up that the removed floating-point operations promise.
 
-Machines are noisy and ratios are what counts, so the models take turns inside each repetition: what slows the machine down
-for a second slows all of them down. Prefill is one forward pass over (batch, prompt) that makes the last position's logits
-only, as generation does; decode is greedy steps with the key-value cache after it. Weights stay in the type they are in.
+The models take turns inside each repetition, because only ratios between models count: a slow second of the machine then
+slows all models alike. Prefill is one forward pass over (batch, prompt) that computes the logits of the last position only,
+as generation does; decode is greedy steps with the key-value cache after it. Weights keep their type.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Figures = dict[str, float | str | None]
-"""`tokens_per_second`, `latency_ms_p50` and `latency_ms_p90`; all None, and a `reason`, where the batch did not fit in memory."""
+"""`tokens_per_second`, `latency_ms_p50` and `latency_ms_p90`; all None, with a `reason`, if the batch did not fit in memory."""
 
 SpeedOf = dict[str, dict[str, Figures]]
 """Phase (`prefill`, `decode`) → batch size as a string → figures."""
@@ -36,9 +36,9 @@ class _Timings:
     """Seconds of one model at one batch size."""
 
     prefill: list[float] = field(default_factory=list)
-    """One a repetition."""
+    """One for each repetition."""
     decode: list[float] = field(default_factory=list)
-    """One a decoded token, over all repetitions."""
+    """One for each decoded token, over all repetitions."""
     failure: str | None = None
 
 
@@ -48,16 +48,16 @@ def measure_speed(
     tokens: Tensor,
     done: Callable[[int], None] | None = None,
 ) -> dict[str, SpeedOf]:
-    """Time the models against one another.
+    """Measure the speed of the models side by side.
 
-    Prefill latency is that of a whole pass, decode latency that of one step (a token of every sequence); throughput is
-    taken from the medians. A batch that does not fit in memory has None for figures, with a reason.
+    The prefill latency is that of a whole pass, the decode latency that of one step (a token of every sequence);
+    throughput is computed from the medians. The figures of a batch that does not fit in memory are None, with a reason.
 
     Args:
         models: in evaluation mode, all on one device.
-        speed: batch sizes, prompt, tokens to generate, repetitions; each batch size has one warm-up more.
-        tokens: (any number,), the text that the prompts repeat.
-        done: called after each pass with the number of tokens it read and wrote.
+        speed: batch sizes, prompt, tokens to generate, repetitions; each batch size has one more repetition as warm-up.
+        tokens: (any number,), the prompts are filled with them, repeated as needed.
+        done: called after each pass with the number of its tokens, prompt and generated.
     """
     results: dict[str, SpeedOf] = {name: {"prefill": {}, "decode": {}} for name in models}
     for batch in speed.batches:
@@ -75,16 +75,16 @@ def measure_speed(
 
 
 def _prompts(tokens: Tensor, batch: int, prompt: int) -> Tensor:
-    """Fill (batch, prompt) with the text, from its start again where it ends."""
+    """Fill (batch, prompt) with the tokens, and begin again at the start when they end."""
     return tokens.repeat(-(-batch * prompt // len(tokens)))[: batch * prompt].view(batch, prompt)
 
 
 def _time(model: PreTrainedModel, prompts: Tensor, generate: int, timings: _Timings, warm_up: bool) -> None:
-    """Add one repetition to the timings, unless it is the warm-up or one before it ran out of memory."""
+    """Add one repetition to the timings; skip it after a repetition that ran out of memory, and do not record the warm-up."""
     if timings.failure:
         return
     try:
-        # A champion of another vocabulary may lack some ids: which tokens it reads is of no matter for its speed.
+        # A champion of another vocabulary may lack some ids; its speed does not depend on which tokens it reads.
         ids = prompts.to(model.device) % model.config.vocab_size
         prefill, *decode = time_generation(model, ids, generate)
     except (RuntimeError, MemoryError) as error:
@@ -108,7 +108,7 @@ def _free_memory() -> None:
 
 @torch.inference_mode()
 def time_generation(model: PreTrainedModel, prompts: Tensor, generate: int) -> list[float]:
-    """Return the seconds of the prefill, then of each greedy step after it: 1 + `generate` numbers.
+    """Return the seconds of the prefill, then those of each greedy step: 1 + `generate` numbers.
 
     Args:
         model: in evaluation mode.
@@ -131,7 +131,7 @@ def _last_logits_only(model: PreTrainedModel) -> dict[str, Any]:
 
 
 class _Clock:
-    """Seconds between marks, for work that is finished when its call returns."""
+    """Measure seconds between marks, for work that is finished when its call returns."""
 
     def __init__(self) -> None:
         self._marks = [time.perf_counter()]
@@ -144,7 +144,7 @@ class _Clock:
 
 
 class _CudaClock:
-    """Seconds between marks in the GPU's own queue: nothing waits for the GPU between two steps, as in real decoding."""
+    """Measure seconds between marks in the GPU's own queue: as in real decoding, no step waits for the GPU."""
 
     def __init__(self) -> None:
         torch.cuda.synchronize()
@@ -162,7 +162,7 @@ class _CudaClock:
 
 
 def _figures(seconds: list[float], tokens: int, failure: str | None) -> Figures:
-    """Sum up the seconds of passes that read or write `tokens` tokens each."""
+    """Return the figures of passes, given the seconds of each and the `tokens` that each reads or writes."""
     if failure:
         return {"tokens_per_second": None, "latency_ms_p50": None, "latency_ms_p90": None, "reason": failure}
     p50, p90 = (
@@ -173,10 +173,10 @@ def _figures(seconds: list[float], tokens: int, failure: str | None) -> Figures:
 
 @torch.inference_mode()
 def prefill_flops(model: PreTrainedModel, prompt: int) -> int:
-    """Count the floating-point operations of the prefill of one sequence of `prompt` tokens; a batch takes as many for each.
+    """Count the floating-point operations of the prefill of one sequence of `prompt` tokens.
 
-    Matrix products and attention are counted, two operations a multiply-add, attention over the full square. The embedding
-    is a look-up and counts nothing; the head counts for the one position it is computed for.
+    Matrix products and attention are counted: two operations for each multiply-add, attention over the full square. The
+    embedding is a look-up and counts 0; the head counts for the last position only.
     """
     ids = torch.zeros(1, prompt, dtype=torch.long, device=model.device)
     with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
@@ -188,10 +188,10 @@ def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: 
     return sdpa_flop_count(query, key, value)
 
 
-# The counter knows the fused attention kernels of CUDA, and takes the one of the CPU for nothing.
+# The counter knows the fused attention kernels of CUDA and counts 0 for the kernel of the CPU.
 _CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
 def promised_speedup(dense: PreTrainedModel, candidate: PreTrainedModel, prompt: int) -> float:
-    """Return the prefill speed-up that the removed compute promises: the dense model's operations over the candidate's."""
+    """Return the prefill speed-up that the counts promise: the dense model's operations over the candidate's."""
     return prefill_flops(dense, prompt) / prefill_flops(candidate, prompt)

@@ -18,14 +18,14 @@ Scores = dict[str, dict[str, Any]]
 
 
 class ZeroShot:
-    """Some of lm-eval's tasks, found and their data fetched before any model is measured."""
+    """Tasks of lm-eval; they are found and their data is fetched before any model is measured."""
 
     def __init__(self, tasks: Sequence[str], limit: int | None = None, seed: int = 0) -> None:
         """Find the tasks.
 
         Args:
-            tasks: names of lm-eval's tasks and groups, or paths of task files (YAML) of one's own.
-            limit: examples a task; all when None.
+            tasks: names of lm-eval's tasks and groups, or paths of task files (YAML).
+            limit: examples for each task; all if None.
             seed: seeds lm-eval's random choices.
 
         Raises:
@@ -37,7 +37,7 @@ class ZeroShot:
             _load(self._manager, task)
 
     def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Scores:
-        """Return the model's scores without examples in the prompt, as lm-eval computes them."""
+        """Return the scores of the model as lm-eval computes them, without examples in the prompt."""
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
@@ -57,7 +57,7 @@ class ZeroShot:
 
 
 def _manager(shipped: bool) -> TaskManager:
-    """Find lm-eval's own tasks where any is asked for: it has ten thousand, and looks at each."""
+    """Make lm-eval's index of tasks; without `shipped` it skips its own ten thousand, which take long to list."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
@@ -82,7 +82,7 @@ def _load(manager: TaskManager, task: str) -> None:
 
 
 def _numbers(scores: dict[str, Any]) -> dict[str, float]:
-    """Keep what lm-eval measured, under `acc` for its `acc,none` (no filter)."""
+    """Keep the numbers of lm-eval, and rename `acc,none` (no filter) to `acc`."""
     return {
         name.removesuffix(",none"): value
         for name, value in scores.items()

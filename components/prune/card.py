@@ -1,4 +1,4 @@
-"""The model card of a pruned checkpoint: what it is, where it comes from, what was removed and what was checked."""
+"""The model card of a pruned checkpoint: its origin, what was removed, and how the result was verified."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from components.lib.report_parts import Lines, Part
 from components.lib.transformer.layout import Widths
 from components.lib.transformer.removal import Removal, in_words, percent, removals
 from components.lib.transformer.selection import Selection
 
 CARRIED = ("license", "license_name", "license_link", "language")
-"""What a derived model's card must or should repeat of its release's."""
+"""Fields of the release's card that the card of a derived model repeats."""
 
 
 def model_card(
@@ -27,16 +28,18 @@ def model_card(
     widths: Widths | None,
     verification: Mapping[str, Any],
     release_card: str = "",
+    parts: Sequence[Part] = (),
 ) -> str:
     """Return the README.md of a pruned checkpoint. The same inputs give the same card.
 
     Args:
-        release: `source`, `revision` (None where the source has none) and `digest` of what was pruned.
+        release: `source`, `revision` (None if the source has none) and `digest` of the release.
         recipe: the recipe's sections that made this checkpoint, as plain data.
-        selection: what was removed.
-        widths: of what was pruned; None where they are not known, and only layers were removed.
-        verification: `verification.json`: `layers` left, and what was compared.
-        release_card: the release's own README.md, whose licence and language are carried over.
+        selection: the removed layers and channels.
+        widths: of the model before the cut; None if they are not known, and only layers were removed.
+        verification: the content of `verification.json`: the number of remaining `layers`, and the checked values.
+        release_card: the release's own README.md; its licence and language are repeated.
+        parts: what the methods add about their choice; sentences and tables are written, pictures are left out.
     """
     layers = int(verification["layers"]) + len(selection.removed)
     found = removals(selection, layers, widths)
@@ -51,12 +54,13 @@ def model_card(
         kept=[layer for layer in range(layers) if layer not in selection.removed],
         scores={name: values for name, values in selection.scores.items() if len(values) == layers},
         verification={name: value for name, value in verification.items() if name not in ("removed", "layers")},
+        parts=[part for part in parts if not isinstance(part, Lines)],
         recipe=yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).strip(),
     )
 
 
 def _shown(selection: Selection) -> str:
-    """How the model that was cut stands in for the cut one, when the two are compared."""
+    """Say how the full-size model is run for the comparison, so that it computes what the cut model computes."""
     layers, channels = "those layers skipped", "those channels gated to 0"
     if selection.removed and selection.channels:
         return f"{layers} and {channels}"
@@ -82,7 +86,7 @@ def _front_matter(
 
 
 def front_matter(card: str) -> dict[str, Any]:
-    """Return the YAML head of a model card; empty where there is none or where it cannot be read."""
+    """Return the YAML head of a model card; empty if there is none or if it cannot be read."""
     found = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card, flags=re.DOTALL)
     try:
         head = yaml.safe_load(found[1]) if found else None
@@ -92,7 +96,10 @@ def front_matter(card: str) -> dict[str, Any]:
 
 
 def _hub_id(release: Mapping[str, Any]) -> str | None:
-    """The Hub id of a release that was pinned to a commit of the Hub; the Hub refuses any other `base_model`."""
+    """Return the Hub id of a release that is pinned to a commit of the Hub, else None.
+
+    The Hub refuses a `base_model` that is not the id of a repository.
+    """
     name = str(release["source"]).partition("@")[0]
     commit = re.fullmatch(r"[0-9a-f]{40}", str(release["revision"]))
     return name if commit and re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
@@ -102,18 +109,18 @@ def _hub_id(release: Mapping[str, Any]) -> str | None:
 def _template() -> Template:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=False,  # Markdown: `code` keeps names from being read as markup
+        autoescape=False,  # Markdown, not HTML: the filters `code` and `text` keep values from being read as markup
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(code=code, plain=plain, score=score, percent=percent)
+    environment.filters.update(code=code, readable=readable, score=score, text=text, percent=percent)
     return environment.get_template("card.md.j2")
 
 
 def code(value: Any) -> str:
-    """A code span: on one line, and nothing in it ends it or a table's cell.
+    """Format a value as a code span on one line; no character of the value can end the span or a cell of a table.
 
     >>> code("a`b|c")
     "`a'b/c`"
@@ -121,13 +128,22 @@ def code(value: Any) -> str:
     return f"`{' '.join(str(value).split()).replace('`', chr(39)).replace('|', '/')}`"
 
 
-def plain(value: Any) -> str:
-    """A checked value as a person reads it: whole numbers with their thousands apart, small differences as 3.1e-06."""
+def text(value: str) -> str:
+    r"""Format plain text on one line, so that no character of it is read as markup.
+
+    >>> print(text("a | b_c"))
+    a \| b\_c
+    """
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(value.split()))
+
+
+def readable(value: Any) -> str:
+    """Format a checked value: whole numbers with a separator between thousands, differences as 3.1e-06, text as code."""
     if isinstance(value, float):
         return f"{value:.2g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else code(value)
 
 
 def score(value: float) -> str:
-    """A layer's score; a perplexity of 0 stands for one that was not measured, and no other score is exactly 0."""
+    """Format the score of a layer. 0 means that the score was not measured: no measured score is exactly 0."""
     return f"{value:.4g}" if value else "–"

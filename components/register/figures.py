@@ -1,7 +1,7 @@
 """The report's figures: small matplotlib panels as inline SVG that take the page's colours and fonts.
 
-Panels are drawn at the width of a phone, so that a page lays several side by side and a phone shows each at full size.
-Colours are drawn as stand-ins and replaced by the page's CSS variables: one picture serves light, dark and print. The
+Panels have the width of a phone, so that a page shows several side by side and a phone shows each at full size. Colours are
+drawn as placeholders and replaced by the CSS variables of the page: one picture serves light mode, dark mode and print. The
 same inputs give the same bytes.
 """
 
@@ -27,10 +27,10 @@ SIZE = (4.6, 2.9)
 """Inches of a panel, 72 SVG units each; the page scales a panel to its column."""
 
 PLOT_HEIGHT = 0.75
-"""The part of a panel's height that the axes take, nearly: labels are moved apart by it."""
+"""The part of a panel's height that the axes take, about; used to convert points to data units."""
 
 INK, MUTED, RULE, ACCENT, PAPER = "#010101", "#020202", "#030303", "#040404", "#050505"
-"""Stand-ins for the page's colours."""
+"""Placeholders for the page's colours."""
 
 _CSS = {
     INK: "currentColor",
@@ -114,11 +114,11 @@ def _legend(axes: Axes, part: Lines) -> None:
 
 
 def curve(points: Curve, name: str, *, mark: Mark | None = None) -> str:
-    """Draw a metric over the optimizer steps: every step thin, and where there are many, their running mean thick.
+    """Draw a metric over the optimizer steps: every step as a thin line and, from 24 steps on, their running mean as a thick one.
 
     Args:
         points: (step, value), finite.
-        name: what the vertical axis says.
+        name: the label of the vertical axis.
         mark: a step to draw a vertical line at.
     """
     window = len(points) // 12
@@ -137,7 +137,7 @@ def curve(points: Curve, name: str, *, mark: Mark | None = None) -> str:
 def pareto(models: Mapping[str, Measured], text: str) -> str:
     """Draw each model's perplexity on `text` against its parameters, both relative to the dense model; the candidate in colour.
 
-    Models without a perplexity on the text, and all of them where the dense model has none, are left out.
+    Models without a perplexity on the text are left out; all are, if the dense model has none.
     """
     dense = models["dense"]
     points: dict[str, tuple[float, float]] = {}
@@ -160,7 +160,7 @@ def pareto(models: Mapping[str, Measured], text: str) -> str:
 
 
 def spread(positions: Sequence[float], gap: float) -> list[float]:
-    """Move positions apart until neighbours are at least `gap` apart; those that crowd are centred on their mean."""
+    """Move positions apart until neighbours are at least `gap` apart; a crowded group is centred on its mean."""
     groups: list[list[int]] = []
     for index in sorted(range(len(positions)), key=positions.__getitem__):
         groups.append([index])
@@ -174,7 +174,7 @@ def spread(positions: Sequence[float], gap: float) -> list[float]:
 
 
 def _bottom(group: Sequence[int], positions: Sequence[float], gap: float) -> float:
-    """The lowest position of a group that is centred on its members' mean."""
+    """Return the lowest position of a group that is centred on the mean of its members."""
     return sum(positions[index] for index in group) / len(group) - gap * (len(group) - 1) / 2
 
 
@@ -183,12 +183,12 @@ def _top(group: Sequence[int], positions: Sequence[float], gap: float) -> float:
 
 
 def _label(axes: Axes, points: Mapping[str, tuple[float, float]], left_of: float = 0.5) -> None:
-    """Name points beside them, names near each other moved apart.
+    """Write the names of points beside them, and move names that overlap apart.
 
     Args:
-        axes: where the points are drawn, its limits final.
+        axes: the points are drawn here already, and the limits are final.
         points: (x, y) by name.
-        left_of: points beyond this part of the width have their names to the left, the others to the right.
+        left_of: the name of a point beyond this part of the width is at its left, else at its right.
     """
     left, right = axes.get_xlim()
     bottom, top = axes.get_ylim()
@@ -212,7 +212,7 @@ def _mark(axes: Axes, mark: Mark) -> None:
 
 
 def _columns_of(points: Mapping[str, tuple[float, float]], width: float) -> list[list[str]]:
-    """Group names whose points stand one above the other: each within `width` of the one to its left."""
+    """Group names whose points are one above the other: each within `width` of the one to its left."""
     groups: list[list[str]] = []
     for name in sorted(points, key=lambda name: points[name][0]):
         if groups and points[name][0] - points[groups[-1][-1]][0] < width:
@@ -236,7 +236,7 @@ def _columns(points: Points) -> tuple[list[float], list[float]]:
 
 
 def _panel(draw: Callable[[Axes], None], x: str, y: str, alt: str) -> str:
-    """Draw one panel; the vertical axis' label stands above it, where it can be read without turning one's head."""
+    """Draw one panel; the label of the vertical axis is written horizontally above it, to be read more easily."""
     with mpl.rc_context(_STYLE):
         figure = Figure(SIZE, layout="constrained")
         axes = figure.add_subplot()
@@ -251,7 +251,7 @@ def _panel(draw: Callable[[Axes], None], x: str, y: str, alt: str) -> str:
 
 
 def _inline(svg: str, alt: str) -> str:
-    """Turn matplotlib's SVG file into an element of a page: the page's colours and font, no name space to look up."""
+    """Turn matplotlib's SVG file into an element of a page: the page's colours and font, no XML name space."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"| transform="rotate\(-0 [^"]*"|(?<=<g) id="[^"]*"', "", svg)
@@ -269,5 +269,5 @@ def _inline(svg: str, alt: str) -> str:
 
 
 def _quoted(alt: str) -> str:
-    # A backslash would be read as a group's number by the replacement it is put into.
+    # The text becomes a replacement of re.sub, which reads a backslash as the number of a group.
     return html.escape(alt).replace("\\", "&#92;")

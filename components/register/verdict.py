@@ -1,7 +1,7 @@
-"""The verdict: does the candidate hold every rule of the recipe's `promote` section?
+"""The verdict: does the candidate pass every rule of the recipe's `promote` section?
 
-A rule compares one number of the candidate with another model's from the same evaluation. What was not measured cannot
-hold: a missing or NaN number on either side fails its rule, and the rule says which one it was.
+A rule compares a number of the candidate with the number of another model from the same evaluation. A missing or NaN number
+on either side fails the rule, and the note of the rule names it.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ Bound = Literal["at most", "at least"]
 
 
 class Rule(BaseModel):
-    """One rule, for one text or one batch size where the rule speaks of each."""
+    """One rule, applied to one text or one batch size if it applies to each of them."""
 
     model_config = ConfigDict(frozen=True)
 
     name: str
-    """The field of `promote`, and what it was applied to: `perplexity_over_dense[wikitext2]`, `prefill_speedup[8]`."""
+    """The field of `promote`, with the text or batch size: `perplexity_over_dense[wikitext2]`, `prefill_speedup[8]`."""
     value: float | None
-    """The candidate's number over the other model's; None where it could not be formed."""
+    """The candidate's number over the other model's; None if one of them is missing."""
     compared: dict[str, float | None] = {}
     """The two numbers, by model."""
     threshold: float
     bound: Bound
     passed: bool
     note: str = ""
-    """Why the rule failed or holds without a value; empty where the number says it."""
+    """The reason if the rule has no value; else empty."""
 
 
 class Verdict(BaseModel):
@@ -52,12 +52,12 @@ class Verdict(BaseModel):
 def judge(models: Mapping[str, Measured], recipe: Recipe) -> Verdict:
     """Apply the recipe's rules to the models of one evaluation.
 
-    The texts and batch sizes are those the recipe asked for, so that one the evaluation left out fails rather than
-    passes unseen. A recipe without rules asks for nothing, which every candidate holds.
+    The recipe names the texts and batch sizes, so that a rule on one that the evaluation left out fails. Without rules,
+    every candidate passes.
 
     Args:
-        models: `dense` and `candidate`; `champion` and `pruned-first` where they were measured.
-        recipe: its `promote` gives the rules, its `evaluate` the texts and batch sizes they are applied to.
+        models: `dense` and `candidate`; `champion` and `pruned-first` if they were measured.
+        recipe: `promote` has the rules, `evaluate` the texts and batch sizes that they apply to.
     """
     rules = (*_perplexity_rules(models, recipe), *_size_rules(models, recipe), *_speed_rules(models, recipe))
     return Verdict(passed=all(rule.passed for rule in rules), rules=rules)

@@ -102,11 +102,11 @@ def _notes(report: Report) -> Iterator[str]:
         yield from _adaptation(report, recipe)
     if trained and "pruned-first" not in report.controls:
         yield (
-            "No control was cut first and then trained, so nothing here tells what training before the cut "
-            "brought over training after it: add pruned-first to evaluate.controls."
+            "No control was cut first and then trained, so this report does not show whether training before the cut is better "
+            "than training after it: add pruned-first to evaluate.controls."
         )
     if len(report.candidate.perplexity) == 1:
-        yield "Only one text was measured: nothing here tells how the model does on text of another domain."
+        yield "Only one text was measured: the quality on text of another domain is unknown."
 
 
 def _adaptation(report: Report, recipe: Recipe) -> Iterator[str]:
@@ -114,19 +114,19 @@ def _adaptation(report: Report, recipe: Recipe) -> Iterator[str]:
     control = report.controls.get("dense-trained")
     near = [name for name, text in recipe.evaluate.perplexity.items() if _same_source(recipe, name)]
     if control is None:
-        where = f"({', '.join(near)} here) " if near else ""
+        here = f" (here on {', '.join(near)})" if near else ""
         yield (
-            f"Training on the calibration text also adapts the model to text of its kind, so a low perplexity there {where}"
-            "alone proves little. The control that would show how much, the dense model with the same training, was not "
-            "asked for: add dense-trained to evaluate.controls."
+            f"Training on the calibration text also adapts the model to similar text, so a low perplexity on such text{here} "
+            "proves little on its own. The dense model with the same training would show how large that effect is, but was "
+            "not asked for: add dense-trained to evaluate.controls."
         )
         return
     moved = {text: ratio(value, report.dense.perplexity.get(text)) for text, value in control.perplexity.items()}
     told = ", ".join(f"{times(value)} on {text}" for text, value in moved.items() if value is not None)
     if told:
         yield (
-            f"The same training moves the dense model's own perplexity to {told}. Below 1 is adaptation to text like the "
-            "calibration text, above 1 is forgetting; the candidate's numbers contain both."
+            f"The same training moves the dense model's own perplexity to {told}. Below 1 it adapted to text like the "
+            "calibration text, above 1 it forgot; the candidate's numbers contain both effects."
         )
 
 

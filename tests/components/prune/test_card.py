@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import doctest
 from typing import Any
 
 import pytest
 import yaml
 
+from components.lib.report_parts import Lines, Sentence, Table
 from components.lib.transformer.layout import Widths
 from components.lib.transformer.selection import Channels, Selection
+from components.prune import card as module
 from components.prune.card import front_matter, model_card
 
 RELEASE = {"source": "org/base@main", "revision": "0123456789" * 4, "digest": "sha256:" + "ab" * 32}
@@ -87,6 +90,20 @@ def test_layers_and_channels_are_told_together() -> None:
     assert "| 3 | removed | 11.25 |" in told
     assert "those layers skipped and those channels gated to 0." in told
     assert front_matter(told)["tags"] == ["pruned", "layer-pruning", "ffn-pruning", "trsp", "dress"]
+
+
+def test_the_parts_that_methods_add_are_written_and_pictures_left_out() -> None:
+    table = Table(["layer", "score"], [["0", "a|b"], ["1", "2"]], title="Scores", note="Low is little needed.")
+    picture = Lines(x="step", y="gate", lines=[], summary="Gates of 4 layers")
+    told = card(parts=[Sentence("The channels are <drawn> at\nrandom."), picture, table])
+    assert "\nThe channels are \\<drawn\\> at random.\n" in told
+    assert "\n**Scores**\n\n| layer | score |\n|---|---|\n| 0 | a\\|b |\n| 1 | 2 |\n\nLow is little needed.\n" in told
+    assert "gate" not in told.partition("## What was removed")[2].partition("## Lineage")[0]
+
+
+def test_the_examples_in_the_docstrings_hold() -> None:
+    found = doctest.testmod(module)
+    assert (found.attempted, found.failed) == (2, 0)
 
 
 def test_lineage_verification_and_recipe_are_told() -> None:

@@ -98,7 +98,7 @@ def test_the_headline_says_the_verdict_and_the_numbers_that_matter(report: Repor
     assert "0.799× 8.599 M parameters against 10.77 M" in text
     assert "0.988× wikitext2: 58.72 against 59.41" in text
     assert "1.140× technical: 259.1 against 227.3" in text
-    assert "the candidate's prefill would be 1.25×" in text
+    assert "make the candidate's prefill 1.25× as fast" in text
     assert re.search(r"1\.\d\d× to 1\.\d\d× prefill, batch 1, 8, 64", text)
 
 
@@ -242,7 +242,7 @@ class TestNotes:
     def test_missing_controls_are_told_with_the_text_they_matter_for(self, run: Path, models: dict[str, Any]) -> None:
         del models["dense-trained"], models["pruned-first"]
         text = page_of(build_report(write_run(run, models))).text
-        assert "a low perplexity there (wikitext2 here) alone proves little" in text
+        assert "a low perplexity on such text (here on wikitext2) proves little on its own" in text
         assert "add pruned-first to evaluate.controls" in text
 
     def test_without_training_nothing_is_said_of_it(self, run: Path, models: dict[str, Any]) -> None:
