@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from components.lib.recipe.schema import Recipe
-from components.lib.stage.run import telling
+from components.lib.stage.events import reported
 from components.lib.store.store import Store
-from components.lib.tracking import tracking
+from components.lib.tracking import registry, runs
 from components.pin.pin import pin_release, pin_text
 
 
 def pin_run(release: str, recipe: str, name: str, run: str) -> tuple[str, str, str]:
     """Return the release's reference, the pinned recipe's YAML, and the champion's reference (empty where there is none)."""
-    with telling("pin", run) as tell:
+    with reported("pin", run):
         store = Store.from_environment()
         parsed = Recipe.from_yaml(recipe)
         texts = {dotted: str(pin_text(text, store)) for dotted, text in parsed.texts()}
@@ -25,7 +25,6 @@ def pin_run(release: str, recipe: str, name: str, run: str) -> tuple[str, str, s
             "espalier.name": name,
             **{f"espalier.text.{dotted}": text for dotted, text in texts.items()},
         }
-        tracking.open_parent(run, tags, pinned.model_dump(mode="json"))
-        champion = tracking.aliased(name, "champion")
-        tell("done")
+        runs.open_parent(run, tags, pinned.model_dump(mode="json"))
+        champion = registry.aliased(name, "champion")
         return str(reference), pinned.to_yaml(), str(champion.reference) if champion else ""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from components.lib.errors import Refusal
 from components.lib.store.store import Store
-from components.lib.tracking import tracking
-from components.lib.tracking.tracking import Version
+from components.lib.tracking import registry
+from components.lib.tracking.registry import Version
 
 
 def promote(name: str, version: str = "", force: bool = False) -> Version:
@@ -19,23 +19,23 @@ def promote(name: str, version: str = "", force: bool = False) -> Version:
     Raises:
         Refusal: no such version, a verdict that is not pass, or a file that is missing or differs.
     """
-    candidate = tracking.version_of(name, version) if version else _challenger(name)
+    candidate = registry.version_of(name, version) if version else _challenger(name)
     verdict = candidate.tags.get("espalier.verdict", "missing")
     if verdict != "pass" and not force:
         raise Refusal(
             f"version {candidate.version} of {name} has the verdict {verdict}: pass --force to promote it all the same"
         )
     Store.from_environment().verify(candidate.reference)
-    champion = tracking.aliased(name, "champion")
+    champion = registry.aliased(name, "champion")
     if champion and champion.version != candidate.version:
-        tracking.set_alias(name, "previous", champion.version)
-    tracking.set_alias(name, "champion", candidate.version)
-    tracking.drop_alias(name, "challenger", candidate.version)
-    return tracking.version_of(name, candidate.version)
+        registry.set_alias(name, "previous", champion.version)
+    registry.set_alias(name, "champion", candidate.version)
+    registry.drop_alias(name, "challenger", candidate.version)
+    return registry.version_of(name, candidate.version)
 
 
 def _challenger(name: str) -> Version:
-    challenger = tracking.aliased(name, "challenger")
+    challenger = registry.aliased(name, "challenger")
     if challenger is None:
         raise Refusal(
             f"the registered model {name!r} has no challenger: name a version (--version), or run a recompression whose rules hold"

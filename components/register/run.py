@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from components.lib.recipe.schema import Recipe
-from components.lib.stage.run import code_version, telling
+from components.lib.stage.events import reported
+from components.lib.stage.run import code_version
 from components.lib.store.runs import item_of
 from components.lib.store.store import Manifest, Reference, Store
-from components.lib.tracking import tracking
+from components.lib.tracking import registry, runs
 from components.register.page import render
 from components.register.report import Registered, Report, build, read_curves
 
@@ -66,9 +67,7 @@ def register_run(name: str, run: str, recipe: str, outputs: Outputs, page: str) 
     Returns:
         `pass` or `fail`.
     """
-    with telling("register", run) as tell, tempfile.TemporaryDirectory(prefix="espalier-") as scratch:
-        tell("started")
-        began = time.perf_counter()
+    with reported("register", run) as events, tempfile.TemporaryDirectory(prefix="espalier-") as scratch:
         store = Store.from_environment()
         references = outputs.references()
         manifests = {output: store.manifest(reference) for output, reference in references.items()}
@@ -91,9 +90,9 @@ def register_run(name: str, run: str, recipe: str, outputs: Outputs, page: str) 
         curves = read_curves(selection=folders["selection"], regularize=folders["regularized"], recover=recovered)
         html = render(report, curves)
         _leave(store, run, report, html, page)
-        tracking.record_reused(run, _made_by_stages(manifests))
+        runs.record_reused(run, _made_by_stages(manifests))
         verdict = "pass" if report.verdict.passed else "fail"
-        tell("done", seconds=round(time.perf_counter() - began, 1), verdict=verdict)
+        events.finish(verdict=verdict)
         return verdict
 
 
@@ -125,7 +124,7 @@ def _made_by_stages(manifests: Mapping[str, Manifest]) -> dict[str, dict[str, An
 def _timing(run: str, manifests: Mapping[str, Manifest]) -> dict[str, float]:
     """Seconds of each stage's work when it was made, and of this run from its first stage until now."""
     timing = {name: float(made["seconds"]) for name, made in _made_by_stages(manifests).items()}
-    parent = tracking.find_parent(run)
+    parent = runs.find_parent(run)
     total = time.time() - parent.info.start_time / 1000 if parent else sum(timing.values())
     return {**timing, "total": round(total, 3)}
 
@@ -139,17 +138,17 @@ def _environment(recipe: Recipe, evaluation: Path, manifests: Mapping[str, Manif
 
 def _register(name: str, run: str, candidate: Reference, evaluation: Reference, report: Report) -> Registered:
     """Register the version, set or take away `challenger`, and tie its numbers to their data sets."""
-    parent = tracking.find_parent(run)
+    parent = runs.find_parent(run)
     run_id = parent.info.run_id if parent else ""
-    version = tracking.register_version(name, candidate, run_id, _evidence(run, evaluation, report))
+    version = registry.register_version(name, candidate, run_id, _evidence(run, evaluation, report))
     if version.tags.get("espalier.evaluation") != evaluation.digest or "espalier.logged_model" not in version.tags:
-        model_id = tracking.log_model_evidence(name, run_id, {"espalier.version": version.version}, _measured(report))
-        tracking.tag_version(version, {"espalier.evaluation": evaluation.digest, "espalier.logged_model": model_id})
+        model_id = registry.log_model_evidence(name, run_id, {"espalier.version": version.version}, _measured(report))
+        registry.tag_version(version, {"espalier.evaluation": evaluation.digest, "espalier.logged_model": model_id})
     if not report.verdict.passed:
-        tracking.drop_alias(name, "challenger", version.version)
+        registry.drop_alias(name, "challenger", version.version)
     elif "champion" not in version.aliases:
-        tracking.set_alias(name, "challenger", version.version)
-    version = tracking.version_of(name, version.version)
+        registry.set_alias(name, "challenger", version.version)
+    version = registry.version_of(name, version.version)
     return Registered(name=name, version=version.version, aliases=version.aliases, source=version.source)
 
 
@@ -171,7 +170,7 @@ def _evidence(run: str, evaluation: Reference, report: Report) -> dict[str, str]
         "espalier.verdict": "pass" if report.verdict.passed else "fail",
         "espalier.evaluation_reference": str(evaluation),
         "espalier.recipe": json.dumps(report.recipe)[:4900],
-        **({f"{tracking.ITEM}.{item}": "made"} if item else {}),
+        **({f"{registry.ITEM}.{item}": "made"} if item else {}),
         **ratios,
     }
 
@@ -201,7 +200,7 @@ def _leave(store: Store, run: str, report: Report, html: str, page: str) -> None
     store.write_text(f"runs/{run}/report.html", html)
     Path(page).parent.mkdir(parents=True, exist_ok=True)
     Path(page).write_text(html)
-    tracking.leave_report(run, {"report.json": report.to_json(), "report.html": html}, _summary(report))
+    runs.leave_report(run, {"report.json": report.to_json(), "report.html": html}, _summary(report))
 
 
 def _summary(report: Report) -> dict[str, float]:

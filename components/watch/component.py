@@ -20,10 +20,10 @@ def watch(sources: list, at_most: int, lease_hours: float, seen: Output[Markdown
     from datetime import timedelta
     from pathlib import Path
 
-    from components.lib.stage.run import telling
+    from components.lib.stage.events import reported
     from components.watch.find import find_new, table
 
-    with telling("watch"):
+    with reported("watch"):
         runs, findings = find_new(sources, at_most, timedelta(hours=lease_hours))
         page = table(findings, runs)
         print(page)

@@ -18,7 +18,7 @@ from components.lib.sources.resolve import Resolved, checkpoint_files, resolve_r
 from components.lib.stage.run import code_version
 from components.lib.store.artifacts import Manifest, Reference, describe
 from components.lib.store.store import Store
-from components.lib.tracking import tracking
+from components.lib.tracking import client, registry
 from components.lib.transformer.checkpoint import Checkpoint
 from components.watch.claims import Claims
 
@@ -87,7 +87,7 @@ def look(watched: Watched, store: Store, claims: Claims) -> Finding:
         item = identify(watched, store)
     except Refusal as error:
         return Finding(watched, "refused", str(error))
-    version = tracking.made_for(item.name, item.key)
+    version = registry.made_for(item.name, item.key)
     if version:
         claims.clear(item.name, item.key)
         return Finding(watched, "registered", f"as version {version.version}", item)
@@ -98,7 +98,7 @@ def look(watched: Watched, store: Store, claims: Claims) -> Finding:
 def take(item: Item, claims: Claims) -> str | None:
     """Claim an item. Returns the label of the run to make; None where another watcher has it, or has just finished it."""
     run = claims.take(item.name, item.key)
-    if run and tracking.made_for(item.name, item.key):
+    if run and registry.made_for(item.name, item.key):
         claims.drop(item.name, item.key, run)
         return None
     return run
@@ -117,7 +117,7 @@ def find_new(
     """
     store = Store.from_environment()
     store.check()
-    tracking.check()
+    client.check()
     claims = Claims(store, lease)
     findings = [look(Watched.model_validate(source), store, claims) for source in sources]
     runs: list[dict[str, str]] = []

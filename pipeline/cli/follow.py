@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 
-from components.lib.stage.run import EVENT
+from components.lib.stage.events import EVENT
 from components.lib.training.journal import Journal
 
 FINISHED = {"reused": "made before", "skipped": "not asked for", "done": "done"}

@@ -16,7 +16,7 @@ from rich.console import Console
 from components.lib.errors import Refusal, StageFailed
 from components.lib.recipe.schema import Recipe, Text
 from components.lib.store.store import Store, need_space
-from components.lib.tracking import tracking
+from components.lib.tracking import client
 from components.lib.transformer.checkpoint import Checkpoint
 from components.pin.pin import check_checkpoint, check_text, pin_folder, pin_text
 from components.register.report import Report
@@ -126,7 +126,7 @@ def check_services() -> None:
     if os.environ.get("ESPALIER_BUCKET"):
         Store.from_environment().check()
     if os.environ.get("MLFLOW_TRACKING_URI"):
-        tracking.check()
+        client.check()
 
 
 def is_local(release: str) -> bool:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from rich.console import Console
 
 from components.lib.errors import Refusal, StageFailed
-from components.lib.stage.run import EVENT, code_version
+from components.lib.stage.events import EVENT
+from components.lib.stage.run import code_version
 from components.lib.store.runs import failure
 from components.lib.store.store import Store
 from pipeline.cli.follow import Follower, following

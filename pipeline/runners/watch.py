@@ -17,7 +17,7 @@ from components.lib.errors import Refusal, StageFailed, Unavailable
 from components.lib.recipe.schema import Recipe
 from components.lib.store.runs import Ending, failure
 from components.lib.store.store import Store
-from components.lib.tracking import tracking
+from components.lib.tracking import client
 from components.watch.claims import Claims
 from components.watch.find import Finding, Item, Watched, look, take
 from pipeline.runners.run import in_environment, run
@@ -57,7 +57,7 @@ def watch_once(
     with services(home) as environment, in_environment(environment):
         store = Store.from_environment()
         store.check()
-        tracking.check()
+        client.check()
         claims = Claims(store, LEASE)
         findings = [_look(watched, store, claims, retry) for watched in sources]
         # What is listed twice is made once.

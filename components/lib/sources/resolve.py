@@ -89,11 +89,11 @@ def _s3(source: str, store: Store) -> Resolved:
 
 
 def _registered(source: str, store: Store) -> Resolved:
-    from components.lib.tracking import tracking
+    from components.lib.tracking import registry
 
     name, _, alias = source.removeprefix("models:/").partition("@")
     if alias:
-        version = tracking.aliased(name, alias)
+        version = registry.aliased(name, alias)
         if version is None:
             raise Refusal(
                 f"the registered model {name!r} has no alias {alias!r}: set it, or name a version (models:/{name}/1)"
@@ -102,7 +102,7 @@ def _registered(source: str, store: Store) -> Resolved:
         name, _, number = name.rpartition("/")
         if not name or not number.isdigit():
             raise Refusal(f"{source} names no registered version: write models:/name@alias or models:/name/1")
-        version = tracking.version_of(name, number)
+        version = registry.version_of(name, number)
     if not version.source.startswith("s3://"):
         raise Refusal(
             f"{source} lies at {version.source}, not on S3: register its s3:// prefix, or name the folder itself"

@@ -24,45 +24,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from components.lib.errors import Refusal
 from components.lib.recipe.schema import Recipe, plain
-from components.lib.store.runs import leave_failure
+from components.lib.stage.events import StageEvents, reported
 from components.lib.store.store import PrefixCheckpoints, Reference, Store
 
-EVENT = "@espalier "
-"""Begins a line of standard output that tells a follower how far a stage is; the rest of the line is JSON."""
-
 _REFERENCE = re.compile(r"^s3://\S+@(sha256:[0-9a-f]{64})$")
-
-
-class Tell(Protocol):
-    """Says what a stage is at."""
-
-    def __call__(self, event: str, **details: Any) -> None: ...
-
-
-@contextmanager
-def telling(label: str, run: str = "") -> Iterator[Tell]:
-    """Tell a follower, by lines on standard output, what the stage `label` is at, and how it ended if it did not end well.
-
-    The end is kept in the store too, where a `run` is named: on a cluster nobody reads these lines.
-    """
-
-    def tell(event: str, **details: Any) -> None:
-        print(EVENT + json.dumps({"stage": label, "event": event, **details}), flush=True)
-
-    try:
-        yield tell
-    except Refusal as error:
-        tell("refused", message=str(error))
-        leave_failure(run, label, error)
-        raise
-    except BaseException as error:
-        tell("failed", message=f"{type(error).__name__}: {error}")
-        leave_failure(run, label, error)
-        raise
 
 
 @contextmanager
@@ -79,11 +47,10 @@ def stage(
         inputs: references by name; an empty one is an input that this run does without.
         variant: tells apart runs of one stage with the same inputs, such as the two controls.
     """
-    with telling(f"{name} {variant}".strip(), run) as tell:
-        tell("opened")
-        opened = Stage(name, run, Recipe.from_yaml(recipe), sections, inputs, variant, tell)
+    with reported(f"{name} {variant}".strip(), run) as events:
+        opened = Stage(name, run, Recipe.from_yaml(recipe), sections, inputs, variant, events)
         if not opened.pending:
-            tell("reused")
+            events.finish("reused")
         yield opened
 
 
@@ -98,13 +65,13 @@ class Stage:
         sections: Sequence[str],
         inputs: Mapping[str, str],
         variant: str,
-        tell: Tell,
+        events: StageEvents,
     ) -> None:
         self.name = name
         self.run = run
         self.recipe = recipe
         self.variant = variant
-        self.tell = tell
+        self.events = events
         self.store = Store.from_environment()
         self.inputs = {name: Reference.parse(text) for name, text in inputs.items() if text}
         self.sections = {section: _section(recipe, section) for section in sections}
@@ -134,6 +101,12 @@ class Stage:
         return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
     @property
+    def tags(self) -> dict[str, str]:
+        """The tags of the stage's MLflow run: its key, its code and its inputs."""
+        inputs = {f"espalier.input.{name}": str(reference) for name, reference in self.inputs.items()}
+        return {"espalier.key": self.key, "espalier.code": self.code, **inputs}
+
+    @property
     def prefix(self) -> str:
         """Where the output lies in the store."""
         return f"stages/{self.name}/{self.key}"
@@ -157,7 +130,7 @@ class Stage:
     def hand_on(self, name: str) -> None:
         """Make the input `name` the output ("" for none): the recipe asks nothing of this stage."""
         self._reference = str(self.inputs[name]) if name else ""
-        self.tell("skipped")
+        self.events.finish("skipped")
 
     def perform(self, work: Callable[..., None], resumes: bool = False, **more: Any) -> None:
         """Fetch the inputs, call `work`, and put what it left in `out` into the store, the manifest last.
@@ -167,9 +140,9 @@ class Stage:
                 `journal`, and `more`.
             resumes: the work takes `checkpoints` too, and goes on from the newest one.
         """
-        from components.lib.tracking.tracking import stage_run
+        from components.lib.tracking.runs import stage_run
 
-        self.tell("started")
+        self.events.emit("started")
         with tempfile.TemporaryDirectory(prefix="espalier-", dir=os.environ.get("ESPALIER_SCRATCH")) as scratch:
             folders = {name: self.store.get(reference, Path(scratch) / name) for name, reference in self.inputs.items()}
             out = Path(scratch) / "out"
@@ -177,7 +150,9 @@ class Stage:
             sections = {name.rpartition(".")[2]: section for name, section in self.sections.items()}
             checkpoints = StageCheckpoints(self.store, f"checkpoints/{self.key}", out)
             extra = {"checkpoints": checkpoints, **more} if resumes else more
-            with stage_run(self, out) as journal:
+            with stage_run(
+                self.run, self.name, self.variant, self.tags, self.settings, out, self.events.emit
+            ) as journal:
                 began = time.perf_counter()
                 work(**folders, **sections, out=out, journal=journal, **extra)
                 seconds = time.perf_counter() - began
@@ -186,7 +161,7 @@ class Stage:
                 journal.leave(out, self.reference, seconds)
         if resumes:
             self.store.delete(checkpoints.prefix)
-        self.tell("done", seconds=round(seconds, 1))
+        self.events.finish()
 
     def show(self, artifact: Any) -> None:
         """Fill a Kubeflow artifact with the output's manifest, for its user interface: the files stay in the store."""

@@ -11,8 +11,8 @@ import pytest
 from components.lib.errors import Refusal
 from components.lib.store import s3
 from components.lib.store.store import Store
-from components.lib.tracking import tracking
-from components.lib.tracking.tracking import Version
+from components.lib.tracking import registry, runs
+from components.lib.tracking.registry import Version
 from components.promote.promote import promote
 
 
@@ -25,7 +25,7 @@ def name(environment: dict[str, str]) -> str:
 @pytest.fixture
 def register(name: str, tmp_path: Path) -> Callable[..., Version]:
     """Register a checkpoint of one file, with its verdict."""
-    run = tracking.open_parent("one", {}, {})
+    run = runs.open_parent("one", {}, {})
 
     def register(content: str, verdict: str | None = "pass") -> Version:
         weights = tmp_path / content / "model/weights"
@@ -33,18 +33,18 @@ def register(name: str, tmp_path: Path) -> Callable[..., Version]:
         weights.write_text(content)
         reference = Store.from_environment().put_content(tmp_path / content, "stages/prune")
         tags = {"espalier.verdict": verdict} if verdict else {}
-        return tracking.register_version(name, reference, run, tags)
+        return registry.register_version(name, reference, run, tags)
 
     return register
 
 
 def aliases(name: str) -> dict[str, str]:
-    found = {alias: tracking.aliased(name, alias) for alias in ("champion", "previous", "challenger")}
+    found = {alias: registry.aliased(name, alias) for alias in ("champion", "previous", "challenger")}
     return {alias: version.version for alias, version in found.items() if version}
 
 
 def test_the_challenger_becomes_champion(name: str, register: Callable[..., Version]) -> None:
-    tracking.set_alias(name, "challenger", register("first").version)
+    registry.set_alias(name, "challenger", register("first").version)
     champion = promote(name)
     assert (champion.version, champion.aliases) == ("1", ("champion",))
     assert aliases(name) == {"champion": "1"}
@@ -67,7 +67,7 @@ def test_to_promote_the_champion_again_loses_no_way_back(name: str, register: Ca
 
 def test_another_challenger_stays_one(name: str, register: Callable[..., Version]) -> None:
     register("first")
-    tracking.set_alias(name, "challenger", register("second").version)
+    registry.set_alias(name, "challenger", register("second").version)
     promote(name, "1")
     assert aliases(name) == {"champion": "1", "challenger": "2"}
 

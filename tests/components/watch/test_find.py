@@ -13,7 +13,7 @@ import pytest
 from components.lib.recipe.schema import Recipe
 from components.lib.store.runs import Ending
 from components.lib.store.store import Reference, Store
-from components.lib.tracking import tracking
+from components.lib.tracking import client, registry
 from components.pin.pin import pin_folder
 from components.watch import find
 from components.watch.claims import Claims
@@ -66,9 +66,9 @@ def put(store: Store, name: str, content: str) -> None:
     )
 
 
-def register(name: str, key: str, digest: str = "d" * 64) -> tracking.Version:
+def register(name: str, key: str, digest: str = "d" * 64) -> registry.Version:
     reference = Reference("s3://bucket/made", digest)
-    return tracking.register_version(name, reference, "", {f"{tracking.ITEM}.{key}": "made"})
+    return registry.register_version(name, reference, "", {f"{registry.ITEM}.{key}": "made"})
 
 
 def test_the_same_question_has_the_same_key(watched: Watched, store: Store) -> None:
@@ -124,12 +124,12 @@ def test_a_registered_model_is_watched_by_its_alias(watched: Watched, release: s
     source = f"source-{store.prefix}"
     for number in (1, 2):
         put(store, f"version-{number}/config.json", json.dumps({"version": number}))
-        tracking.client().create_registered_model(source) if number == 1 else None
-        tracking.client().create_model_version(source, store.uri(f"version-{number}"))
+        client.client().create_registered_model(source) if number == 1 else None
+        client.client().create_model_version(source, store.uri(f"version-{number}"))
     following = watched.model_copy(update={"release": f"models:/{source}@champion"})
-    tracking.set_alias(source, "champion", "1")
+    registry.set_alias(source, "champion", "1")
     first = identify(following, store)
-    tracking.set_alias(source, "champion", "2")
+    registry.set_alias(source, "champion", "2")
     second = identify(following, store)
     assert (first.release, second.release) == (f"models:/{source}/1", f"models:/{source}/2")
     assert first.key != second.key
@@ -184,7 +184,7 @@ def test_a_version_that_a_person_deleted_is_made_again(watched: Watched, store: 
     item = identify(watched, store)
     version = register(item.name, item.key)
     assert look(watched, store, claims).state == "registered"
-    tracking.client().delete_model_version(item.name, version.version)
+    client.client().delete_model_version(item.name, version.version)
     assert look(watched, store, claims).state == "new"
 
 
@@ -211,5 +211,5 @@ def test_runs_that_register_the_same_checkpoint_at_once_make_one_version(store: 
 
     with ThreadPoolExecutor(4) as racers:
         answers = set(racers.map(racer, range(4)))
-    left = tracking.client().search_model_versions(f"name = '{name}'")
+    left = client.client().search_model_versions(f"name = '{name}'")
     assert [str(version.version) for version in left] == list(answers)

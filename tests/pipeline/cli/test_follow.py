@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from components.lib.stage.run import EVENT, telling
+from components.lib.stage.events import EVENT, reported
 from pipeline.cli.follow import Follower, bar, following
 
 
@@ -175,7 +175,7 @@ class TestAStageThatEndsBadly:
         assert follower.refused is None
 
     def test_tells_all_this_by_what_the_stages_themselves_print(self, tmp_path: Path) -> None:
-        with following(tmp_path / "log.txt", 1, plain()) as follower, pytest.raises(KeyError), telling("evaluate"):
+        with following(tmp_path / "log.txt", 1, plain()) as follower, pytest.raises(KeyError), reported("evaluate"):
             raise KeyError("perplexity")
         assert follower.failed == "evaluate: KeyError: 'perplexity'"
 

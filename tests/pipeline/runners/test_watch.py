@@ -14,7 +14,7 @@ from rich.console import Console
 from components.lib.errors import Refusal, StageFailed, Unavailable
 from components.lib.store.runs import item_of
 from components.lib.store.store import Reference, Store
-from components.lib.tracking import tracking
+from components.lib.tracking import registry
 from components.watch import claims
 from components.watch.claims import ATTEMPTS
 from components.watch.find import Watched
@@ -89,8 +89,8 @@ def test_a_new_release_is_recompressed_and_then_known(
 ) -> None:
     def registers() -> Any:
         # As the stage register does: a version is made whatever the verdict, and bears the item's key.
-        tags = {f"{tracking.ITEM}.{item_of(runs[-1], store)}": "made"}
-        version = tracking.register_version(watched.name, Reference("s3://b/made", "d" * 64), "", tags).version
+        tags = {f"{registry.ITEM}.{item_of(runs[-1], store)}": "made"}
+        version = registry.register_version(watched.name, Reference("s3://b/made", "d" * 64), "", tags).version
         report = SimpleNamespace(registered=SimpleNamespace(version=version), verdict=SimpleNamespace(passed=passed))
         return SimpleNamespace(report=report, folder=tmp_path)
 

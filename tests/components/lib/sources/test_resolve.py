@@ -19,7 +19,7 @@ from components.lib.errors import Refusal, Unavailable
 from components.lib.recipe.schema import Text
 from components.lib.sources.resolve import resolve_release, resolve_text
 from components.lib.store.store import Store
-from components.lib.tracking import tracking
+from components.lib.tracking import client, registry
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -70,10 +70,10 @@ class TestTheRegistry:
     def registered(self, name: str, store: Store) -> str:
         """Version 1, on S3, is champion; version 2 lies elsewhere."""
         store.write_text("model/config.json", "{}")
-        tracking.client().create_registered_model(name)
-        tracking.client().create_model_version(name, store.uri("model"))
-        tracking.client().create_model_version(name, "gs://elsewhere/model")
-        tracking.set_alias(name, "champion", "1")
+        client.client().create_registered_model(name)
+        client.client().create_model_version(name, store.uri("model"))
+        client.client().create_model_version(name, "gs://elsewhere/model")
+        registry.set_alias(name, "champion", "1")
         return name
 
     def test_is_resolved_to_the_version_that_an_alias_names(

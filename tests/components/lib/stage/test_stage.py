@@ -13,10 +13,11 @@ import pytest
 from components.lib.errors import Refusal
 from components.lib.recipe.schema import Target
 from components.lib.stage import run as stages
-from components.lib.stage.run import EVENT, Stage, stage, telling
+from components.lib.stage.events import EVENT, reported
+from components.lib.stage.run import Stage, stage
 from components.lib.store.runs import failure
 from components.lib.store.store import Reference, Store
-from components.lib.tracking import tracking
+from components.lib.tracking import client, runs
 from components.lib.training.journal import Checkpoints, Journal
 
 RECIPE = """
@@ -139,7 +140,7 @@ class TestPerforming:
     def test_hands_the_work_its_inputs_and_sections_and_keeps_what_it_leaves(
         self, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        tracking.open_parent("one", {}, {})
+        runs.open_parent("one", {}, {})
         with opened({"model": model}) as this:
             assert this.pending
             this.perform(copy_notes)
@@ -158,7 +159,7 @@ class TestPerforming:
         assert metadata["inputs"] == {"model": model}
         assert metadata["settings"] == {"target": {"ratio": 0.5}}
 
-        run = tracking.client().get_run(metadata["mlflow_run_id"])
+        run = client.client().get_run(metadata["mlflow_run_id"])
         assert run.data.tags["espalier.output"] == str(made)
         assert run.data.metrics["loss"] == 1.0
         assert run.info.status == "FINISHED"
@@ -170,13 +171,13 @@ class TestPerforming:
     def test_a_second_time_does_no_work(self, model: str, capsys: pytest.CaptureFixture[str]) -> None:
         with opened({"model": model}) as first:
             first.perform(copy_notes)
-        runs = len(tracking.client().search_runs([tracking.experiment_id()]))
+        before = len(client.client().search_runs([client.experiment_id()]))
         capsys.readouterr()
         with opened({"model": model}) as again:
             assert not again.pending
             assert again.reference == first.reference
         assert [event["event"] for event in events(capsys.readouterr().out)] == ["opened", "reused"]
-        assert len(tracking.client().search_runs([tracking.experiment_id()])) == runs
+        assert len(client.client().search_runs([client.experiment_id()])) == before
 
     def test_that_fails_leaves_nothing_that_counts_and_says_why(
         self, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -196,7 +197,7 @@ class TestPerforming:
         with opened({"model": model}) as again:
             assert again.pending
         assert list(tmp_path.iterdir()) == [tmp_path / "artifact"]
-        (run,) = tracking.client().search_runs([tracking.experiment_id()])
+        (run,) = client.client().search_runs([client.experiment_id()])
         assert run.info.status == "FAILED"
         assert events(capsys.readouterr().out)[2] == {
             "stage": "prune",
@@ -318,13 +319,27 @@ class TestShowing:
         assert artifact.metadata == {}
 
 
-class TestTelling:
+class TestReporting:
+    def test_tells_that_the_block_began_and_how_long_it_took(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with reported("watch"):
+            pass
+        opened, done = events(capsys.readouterr().out)
+        assert opened == {"stage": "watch", "event": "opened"}
+        assert (done["event"], done["seconds"] >= 0) == ("done", True)
+
+    def test_tells_one_end_with_what_the_block_adds_to_it(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with reported("register") as reporting:
+            reporting.finish(verdict="pass")
+            reporting.finish("skipped")
+        _, done = events(capsys.readouterr().out)
+        assert (done["event"], done["verdict"], "seconds" in done) == ("done", "pass", True)
+
     def test_tells_a_refusal_in_its_own_words_and_keeps_it(
         self, store: Store, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        with pytest.raises(Refusal), telling("pin", "one"):
+        with pytest.raises(Refusal), reported("pin", "one"):
             raise Refusal("the model is gone: name another")
-        assert events(capsys.readouterr().out) == [
+        assert events(capsys.readouterr().out)[1:] == [
             {"stage": "pin", "event": "refused", "message": "the model is gone: name another"}
         ]
         left = failure("one", store)
@@ -334,15 +349,15 @@ class TestTelling:
     def test_names_the_variant_with_the_stage(self, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
         with opened({}, variant="dense-trained"):
             pass
-        assert events(capsys.readouterr().out) == [{"stage": "prune dense-trained", "event": "opened"}]
+        assert {event["stage"] for event in events(capsys.readouterr().out)} == {"prune dense-trained"}
 
     def test_a_store_that_is_away_hides_no_error(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         monkeypatch.delenv("ESPALIER_BUCKET", raising=False)
-        with pytest.raises(ZeroDivisionError), telling("pin", "one"):
+        with pytest.raises(ZeroDivisionError), reported("pin", "one"):
             raise ZeroDivisionError
-        assert events(capsys.readouterr().out)[0]["event"] == "failed"
+        assert events(capsys.readouterr().out)[1]["event"] == "failed"
 
     def test_an_input_that_is_no_reference_is_refused(self, store: Store) -> None:
         with pytest.raises(Refusal, match="'/tmp/model' is no reference"), opened({"model": "/tmp/model"}):

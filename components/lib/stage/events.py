@@ -1,0 +1,79 @@
+"""Events that tell a progress display how far a stage is.
+
+    with reported("register", run) as events:
+        events.emit("progress", done=1, total=2, shown={})
+        events.finish("done", verdict="pass")
+
+A stage prints each event as a line of standard output. Every block emits `opened` first and exactly one end: `done`, `reused`,
+`skipped`, `refused` or `failed`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from components.lib.errors import Refusal
+from components.lib.store.runs import leave_failure
+
+EVENT = "@espalier "
+"""The prefix of a line of standard output that holds an event; the rest of the line is JSON."""
+
+
+class EventSink(Protocol):
+    """Receives a stage's events."""
+
+    def __call__(self, event: str, **details: Any) -> None: ...
+
+
+class StageEvents:
+    """The events of one run of a stage, and the time since it was opened."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.ended = False
+        self._began = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the stage was opened."""
+        return time.perf_counter() - self._began
+
+    def emit(self, event: str, **details: Any) -> None:
+        """Print one event. This method is an `EventSink`."""
+        print(EVENT + json.dumps({"stage": self.label, "event": event, **details}), flush=True)
+
+    def finish(self, event: str = "done", **details: Any) -> None:
+        """Emit the event that ends the stage, once: a later call does nothing. `done` tells the seconds it took."""
+        if self.ended:
+            return
+        self.ended = True
+        timing = {"seconds": round(self.seconds, 1)} if event == "done" else {}
+        self.emit(event, **timing, **details)
+
+
+@contextmanager
+def reported(label: str, run: str = "") -> Iterator[StageEvents]:
+    """Report a block of work: `opened`, then `done` with its seconds unless the block itself calls `finish`.
+
+    An error is reported as `refused` or `failed` and raised again. It is also kept in the store, because nobody reads a pod's
+    standard output on a cluster.
+
+    Args:
+        label: the stage's name as the progress display shows it.
+        run: the recompression's label; empty if the work is not a part of one, and then an error is not kept.
+    """
+    events = StageEvents(label)
+    events.emit("opened")
+    try:
+        yield events
+    except BaseException as error:
+        refused = isinstance(error, Refusal)
+        message = str(error) if refused else f"{type(error).__name__}: {error}"
+        events.emit("refused" if refused else "failed", message=message)
+        leave_failure(run, label, error)
+        raise
+    events.finish()

@@ -1,0 +1,79 @@
+"""The MLflow client, and the experiment that the runs are kept in.
+
+Only ids are used, never MLflow's notion of an active run: nothing depends on what else runs in the process.
+"""
+
+from __future__ import annotations
+
+import os
+import urllib.error
+import urllib.request
+from functools import cache
+
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from components.lib.errors import Unavailable
+
+# MLflow's default retries a failing server for some minutes at every call.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+
+
+def client() -> MlflowClient:
+    """The client of the server that MLFLOW_TRACKING_URI names.
+
+    Raises:
+        Refusal: the variable is not set; MLflow would quietly write to a local file.
+    """
+    address = os.environ.get("MLFLOW_TRACKING_URI")
+    if not address:
+        raise Unavailable(
+            "MLFLOW_TRACKING_URI is not set: start the embedded services (espalier services up) or name your server"
+        )
+    return _client(address)
+
+
+_client = cache(MlflowClient)
+
+
+def check() -> None:
+    """Make sure, within seconds, that the tracking server answers.
+
+    Raises:
+        Refusal: it does not.
+    """
+    address = client().tracking_uri
+    if not address.startswith("http"):
+        return
+    try:
+        with urllib.request.urlopen(f"{address.rstrip('/')}/health", timeout=5):
+            pass
+    except urllib.error.HTTPError as error:
+        if error.code in {401, 403}:
+            cure = "set MLFLOW_TRACKING_TOKEN or MLFLOW_TRACKING_USERNAME, or have the server allow this host"
+            raise Unavailable(f"MLflow at {address} refuses this client ({error.code}): {cure}") from None
+    except OSError as error:
+        raise Unavailable(
+            f"MLflow at {address} does not answer ({error}): start it, or correct MLFLOW_TRACKING_URI"
+        ) from None
+
+
+def experiment_id() -> str:
+    """The experiment MLFLOW_EXPERIMENT_NAME names (default `espalier`), made where it is missing.
+
+    The Kubeflow server's MLflow plugin names its own in MLFLOW_EXPERIMENT_ID: the runs that it makes lie there.
+    """
+    if os.environ.get("MLFLOW_EXPERIMENT_ID"):
+        return os.environ["MLFLOW_EXPERIMENT_ID"]
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "espalier")
+    found = client().get_experiment_by_name(name)
+    if found:
+        return found.experiment_id
+    try:
+        return client().create_experiment(name)
+    except MlflowException:
+        # Another stage made it in between.
+        made = client().get_experiment_by_name(name)
+        if made is None:
+            raise
+        return made.experiment_id

@@ -1,0 +1,154 @@
+"""The MLflow model registry: a version for each checkpoint, its tags and its aliases."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from components.lib.errors import Refusal
+from components.lib.store.store import Reference
+from components.lib.tracking.client import client, experiment_id
+
+log = logging.getLogger(__name__)
+
+ITEM = "espalier.item"
+"""With an item's key it is the tag of the version made for that item: one version may be the answer to several."""
+
+_ABSENT = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}
+"""The registry's error codes for an unknown model, version or alias."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """A registered model version that Espalier made."""
+
+    name: str
+    version: str
+    source: str
+    aliases: tuple[str, ...]
+    tags: Mapping[str, str]
+
+    @property
+    def reference(self) -> Reference:
+        """The artifact that holds the version's checkpoint."""
+        text = self.tags.get("espalier.reference")
+        if not text:
+            raise Refusal(
+                f"version {self.version} of {self.name} has no tag espalier.reference: it was not registered by espalier"
+            )
+        return Reference.parse(text)
+
+
+def aliased(name: str, alias: str) -> Version | None:
+    """The version that the alias names, or None where there is none: a server that does not answer is another matter."""
+    try:
+        found = client().get_model_version_by_alias(name, alias)
+    except MlflowException as error:
+        if error.error_code in _ABSENT:
+            return None
+        raise
+    return version_of(found.name, str(found.version))
+
+
+def version_of(name: str, version: str) -> Version:
+    """The version with its aliases.
+
+    Raises:
+        Refusal: there is none.
+    """
+    try:
+        found = client().get_model_version(name, version)
+    except MlflowException as error:
+        if error.error_code not in _ABSENT:
+            raise
+        raise Refusal(f"the registry has no version {version} of {name}: {_versions_known(name)}") from None
+    return _version(found)
+
+
+def register_version(name: str, reference: Reference, run_id: str, tags: Mapping[str, str]) -> Version:
+    """Register the checkpoint under `name`, or find the version that holds it already; its evidence is brought up to date.
+
+    A version is identified by its checkpoint's digest: the same files are the same version, however often they are registered.
+    """
+    source = f"{reference.uri}/model"
+    try:
+        client().create_registered_model(name)
+    except MlflowException:
+        log.debug("the model %s is registered already", name)
+    evidence = {**tags, "espalier.reference": str(reference), "espalier.digest": reference.digest}
+    made = None
+    if not _holding(name, reference.digest):
+        made = client().create_model_version(name, source, run_id=run_id, tags=evidence)
+    # Two runs may have looked before either had made its version: both find the older one now, and the younger goes.
+    oldest = _holding(name, reference.digest)[0]
+    if made is not None and str(made.version) != oldest.version:
+        client().delete_model_version(name, str(made.version))
+    tag_version(oldest, evidence)
+    return version_of(name, oldest.version)
+
+
+def _holding(name: str, digest: str) -> list[Version]:
+    """The versions of `name` that hold the checkpoint with this digest, oldest first."""
+    found = (_version(one) for one in client().search_model_versions(f"name = '{name}'"))
+    return sorted((one for one in found if one.tags.get("espalier.digest") == digest), key=lambda one: int(one.version))
+
+
+def made_for(name: str, key: str) -> Version | None:
+    """The version of `name` that was made for the watched item with this key, or None."""
+    found = client().search_model_versions(f"name = '{name}' and tags.`{ITEM}.{key}` = 'made'")
+    return _version(found[0]) if found else None
+
+
+def tag_version(version: Version, tags: Mapping[str, str]) -> None:
+    """Set tags of a registered version."""
+    for key, value in tags.items():
+        client().set_model_version_tag(version.name, version.version, key, value)
+
+
+def set_alias(name: str, alias: str, version: str) -> None:
+    """Point the alias at the version. A version that has it already is left alone, since webhooks would fire again."""
+    present = aliased(name, alias)
+    if present is None or present.version != version:
+        client().set_registered_model_alias(name, alias, version)
+
+
+def drop_alias(name: str, alias: str, version: str) -> None:
+    """Take the alias away where it names this version."""
+    present = aliased(name, alias)
+    if present and present.version == version:
+        client().delete_registered_model_alias(name, alias)
+
+
+def log_model_evidence(
+    name: str, run_id: str, tags: Mapping[str, str], measured: Mapping[str, tuple[float, str, str]]
+) -> str:
+    """Make a LoggedModel that ties each number to the data set it was measured on, and return its id.
+
+    Args:
+        name: the registered model's name.
+        run_id: the run that measured.
+        tags: tags of the LoggedModel.
+        measured: metric name → (value, data set's name, data set's digest).
+    """
+    model = client().create_logged_model(
+        experiment_id(), name=name, source_run_id=run_id, tags=dict(tags), model_type="transformers-checkpoint"
+    )
+    for metric, (value, dataset, digest) in measured.items():
+        client().log_metric(
+            run_id, metric, value, model_id=model.model_id, dataset_name=dataset, dataset_digest=digest[:32]
+        )
+    client().finalize_logged_model(model.model_id, "READY")
+    return model.model_id
+
+
+def _version(found: ModelVersion) -> Version:
+    return Version(found.name, str(found.version), found.source, tuple(sorted(found.aliases)), dict(found.tags))
+
+
+def _versions_known(name: str) -> str:
+    versions = sorted(int(found.version) for found in client().search_model_versions(f"name = '{name}'"))
+    return f"it has {', '.join(map(str, versions))}" if versions else "no model is registered under that name"

@@ -1,0 +1,176 @@
+"""MLflow runs: a parent run for each recompression, a nested run for each of its stages."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mlflow.entities import Metric, Param, Run, RunTag
+
+from components.lib.stage.events import EventSink
+from components.lib.tracking.client import client, experiment_id
+from components.lib.tracking.journal import StageJournal
+
+log = logging.getLogger(__name__)
+
+LABEL = "espalier.run"
+"""The tag of a parent run that holds its label."""
+
+STAGE_OF = "espalier.stage_of"
+"""The tag of a stage's run that holds the label of the recompression it is a part of."""
+
+
+def find_parent(label: str) -> Run | None:
+    """The parent run of the recompression called `label`, or None."""
+    found = client().search_runs([experiment_id()], filter_string=f"tags.`{LABEL}` = '{label}'", max_results=1)
+    return found[0] if found else None
+
+
+def open_parent(label: str, tags: Mapping[str, str], recipe: Mapping[str, Any]) -> str:
+    """Return the parent run's id, making the run where it is missing, with its tags and the recipe as params.
+
+    The Kubeflow server's MLflow plugin makes a parent run of its own and names the task's run in MLFLOW_RUN_ID: then that
+    parent is the one, unless it is another recompression's already: a watcher's run has several.
+    """
+    found = find_parent(label)
+    run_id = found.info.run_id if found else _plugin_parent(label)
+    if run_id is None:
+        run_id = client().create_run(experiment_id(), run_name=label).info.run_id
+    texts = {LABEL: label, **tags}
+    _log(run_id, texts, recipe)
+    return run_id
+
+
+def close_parent(label: str, succeeded: bool) -> None:
+    """End the parent run, and any stage's run under it that was killed before it could end itself."""
+    parent = find_parent(label)
+    if parent is None:
+        return
+    for run in _stage_runs(label):
+        if run.info.status == "RUNNING":
+            client().set_terminated(run.info.run_id, "FAILED")
+    client().set_terminated(parent.info.run_id, "FINISHED" if succeeded else "FAILED")
+
+
+@contextmanager
+def stage_run(
+    label: str,
+    name: str,
+    variant: str,
+    tags: Mapping[str, str],
+    settings: Mapping[str, Any],
+    out: Path,
+    sink: EventSink,
+) -> Iterator[StageJournal]:
+    """Open a stage's nested run, and end it with the state in which the block ends.
+
+    The Kubeflow server's MLflow plugin names the run that it made for this task in MLFLOW_RUN_ID; that run is then used.
+
+    Args:
+        label: the recompression that the stage is a part of.
+        name: the stage.
+        variant: tells apart several runs of one stage in a recompression; may be empty.
+        tags: the run's other tags, such as espalier.key and espalier.input.*.
+        settings: logged as the run's params.
+        out: the stage's output folder, in which the journal writes `metrics.jsonl`.
+        sink: receives the stage's progress events.
+    """
+    run_id = os.environ.get("MLFLOW_RUN_ID") or _nested(label, f"{name} {variant}".strip())
+    own = {STAGE_OF: label, "espalier.stage": name, "espalier.variant": variant}
+    _log(run_id, {**tags, **own}, settings)
+    try:
+        yield StageJournal(run_id, out, sink)
+    except BaseException:
+        _end(run_id, "FAILED")
+        raise
+    _end(run_id, "FINISHED")
+
+
+def record_reused(label: str, manifests: Mapping[str, Mapping[str, Any]]) -> None:
+    """Make a nested run for each stage whose output was found made, pointing at the run that made it.
+
+    Args:
+        label: the run's label.
+        manifests: each stage output's manifest metadata, by the name to show.
+    """
+    parent = find_parent(label)
+    if parent is None:
+        return
+    have = {run.data.tags.get("espalier.key") for run in _stage_runs(label)}
+    for name, made in manifests.items():
+        if made.get("key") in have:
+            continue
+        tags = {
+            "mlflow.parentRunId": parent.info.run_id,
+            STAGE_OF: label,
+            "espalier.stage": made["stage"],
+            "espalier.key": made["key"],
+            "espalier.code": made["code"],
+            "espalier.reused_from": made["mlflow_run_id"],
+        }
+        run = client().create_run(experiment_id(), run_name=f"{name} (reused)", tags=tags)
+        client().set_terminated(run.info.run_id, "FINISHED")
+
+
+def leave_report(label: str, files: Mapping[str, str], metrics: Mapping[str, float]) -> None:
+    """Keep the report's files and summary numbers in the parent run."""
+    parent = find_parent(label)
+    if parent is None:
+        return
+    for name, text in files.items():
+        client().log_text(parent.info.run_id, text, name)
+    now = int(time.time() * 1000)
+    client().log_batch(parent.info.run_id, metrics=[Metric(name, value, now, 0) for name, value in metrics.items()])
+
+
+def _end(run_id: str, state: str) -> None:
+    """End a stage's run. Best effort: an MLflow outage must not fail the stage or hide its error."""
+    try:
+        client().set_terminated(run_id, state)
+    except Exception as error:
+        log.warning("MLflow was not told that the run %s is %s (%s)", run_id, state, error)
+
+
+def _nested(label: str, name: str) -> str:
+    parent = find_parent(label)
+    tags = {"mlflow.parentRunId": parent.info.run_id} if parent else {}
+    return client().create_run(experiment_id(), run_name=name, tags=tags).info.run_id
+
+
+def _plugin_parent(label: str) -> str | None:
+    """The parent of the run that the Kubeflow server's plugin made for this task, where it is free to be `label`'s."""
+    own = os.environ.get("MLFLOW_RUN_ID")
+    if not own:
+        return None
+    parent = client().get_run(own).data.tags.get("mlflow.parentRunId", own)
+    taken = client().get_run(parent).data.tags.get(LABEL, label) != label
+    return None if taken else parent
+
+
+def _stage_runs(label: str) -> list[Run]:
+    """The runs of the recompression's stages, whoever made them."""
+    return list(client().search_runs([experiment_id()], filter_string=f"tags.`{STAGE_OF}` = '{label}'"))
+
+
+def _log(run_id: str, tags: Mapping[str, str], settings: Mapping[str, Any]) -> None:
+    """Log tags and params, at most the hundred params a call that MLflow takes."""
+    params = _params(settings)
+    client().log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()], params=params[:100])
+    for start in range(100, len(params), 100):
+        client().log_batch(run_id, params=params[start : start + 100])
+
+
+def _params(settings: Mapping[str, Any], prefix: str = "") -> list[Param]:
+    """Flatten nested settings into dotted params; MLflow keeps at most 6000 characters of a value."""
+    params: list[Param] = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            params += _params(value, f"{prefix}{name}.")
+        elif value is not None:
+            params.append(Param(f"{prefix}{name}", str(value)[:6000]))
+    return params
