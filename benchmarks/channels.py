@@ -21,7 +21,7 @@ from components.lib.methods import Task, load
 from components.lib.recipe.schema import Recipe
 from components.lib.training.journal import Silent
 from components.lib.transformer.channels import check_channels
-from components.lib.transformer.checkpoint import Checkpoint
+from components.lib.transformer.checkpoint import PrunableCheckpoint
 from components.lib.transformer.selection import NOTHING, Selection
 
 
@@ -45,7 +45,7 @@ def run(bench: Bench, figures: Figures) -> None:
         for axes in arguments.axes:
             settings = recipe(bench, axes, ratio).dress
             try:
-                check_channels(Checkpoint.open(arguments.model), settings.ratios(ratio), settings.multiple)
+                check_channels(PrunableCheckpoint.open(arguments.model), settings.ratios(ratio), settings.multiple)
             except Refusal as refusal:
                 print(f"{axes} {ratio:.0%}: {refusal}", flush=True)
                 continue

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from components.lib.recipe.schema import Recipe
 from components.lib.training.journal import Silent
-from components.lib.transformer.checkpoint import Checkpoint, layers_to_remove, load_model, load_tokenizer
+from components.lib.transformer.checkpoint import PrunableCheckpoint, layers_to_remove, load_model, load_tokenizer
 from components.lib.transformer.gates import bypassed
 from components.lib.transformer.narrow import narrowed
 from components.lib.transformer.perplexity import perplexity
@@ -69,7 +69,7 @@ class Bench:
 
     def count(self, ratio: float) -> int:
         """Return how many layers a ratio removes."""
-        return layers_to_remove(ratio, Checkpoint.open(self.arguments.model).layers)
+        return layers_to_remove(ratio, PrunableCheckpoint.open(self.arguments.model).layers)
 
     def windows(self, seed: int) -> Tensor:
         """Draw the calibration windows (samples, length) of a seed."""

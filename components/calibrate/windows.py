@@ -14,7 +14,6 @@ from components.lib.training.journal import Journal
 from components.lib.transformer.checkpoint import Checkpoint, load_tokenizer
 from components.lib.transformer.text import (
     draw_windows,
-    longest_context,
     read_documents,
     text_file,
     token_stream,
@@ -56,7 +55,7 @@ def calibrate(release: Path, text: Path, *, calibration: Calibration, out: Path,
 
 
 def _require_length(model: Path, length: int) -> None:
-    longest = longest_context(Checkpoint.open(model).config)
+    longest = Checkpoint.open(model).longest_context
     if longest is not None and length > longest:
         raise Refusal(
             f"calibration.length is {length}, and the model reads {longest} tokens at most: set calibration.length to {longest} or less"

@@ -30,7 +30,6 @@ from components.lib.transformer.perplexity import perplexity
 from components.lib.transformer.text import (
     SEPARATOR,
     consecutive_windows,
-    longest_context,
     read_documents,
     text_file,
     token_stream,
@@ -61,7 +60,7 @@ def evaluate(
     """Measure the models and leave `evaluation.json`.
 
     It holds `models` (name → parameters, bytes, layers, widths, dtype, perplexity, tasks, speed, prefill_flops, notes) and the
-    `context` of the numbers. A number that is not finite is null there, and a note says what it was. Bytes are those of the
+    `context` of the numbers. The layers and widths of a model of an unknown family may be null, and a number that is not finite is null, and a note says what it was. Bytes are those of the
     stored weights; prefill_flops are those of one sequence of `speed.prompt` tokens.
 
     Args:
@@ -100,11 +99,21 @@ class Subject:
     name: str
     checkpoint: Checkpoint
     tokenizer: PreTrainedTokenizerBase
+    size: Mapping[str, Any]
+    """What its headers tell, by the names in `evaluation.json`."""
 
     @classmethod
     def open(cls, name: str, folder: Path) -> Subject:
-        """Open a checkpoint's headers and its tokenizer."""
-        return cls(name, Checkpoint.open(folder), load_tokenizer(folder))
+        """Open a checkpoint's headers and its tokenizer. Raises Refusal if it cannot be read, or its parameters not be counted."""
+        checkpoint = Checkpoint.open(folder)
+        size = {
+            "parameters": checkpoint.parameters,
+            "bytes": checkpoint.bytes,
+            "layers": checkpoint.layers,
+            "widths": asdict(checkpoint.widths) if checkpoint.widths else None,
+            "dtype": checkpoint.dtype,
+        }
+        return cls(name, checkpoint, load_tokenizer(folder), size)
 
     def load(self) -> PreTrainedModel:
         """Load the model onto the device, in the type it is stored in, once what earlier ones held is let go."""
@@ -154,7 +163,7 @@ def _require_lengths(subjects: Iterable[Subject], evaluate: Evaluate) -> None:
     if speed.enabled:
         wanted["evaluate.speed.prompt + generate"] = speed.prompt + speed.generate
     for subject in subjects:
-        longest = longest_context(subject.checkpoint.config)
+        longest = subject.checkpoint.longest_context
         for field, length in wanted.items():
             if longest is not None and length > longest:
                 raise Refusal(
@@ -183,17 +192,12 @@ def _quality(
     subject: Subject, read: Mapping[str, Read], zero_shot: ZeroShot | None, evaluate: Evaluate, progress: Progress
 ) -> dict[str, Any]:
     """Measure everything of a model but its speed."""
-    checkpoint = subject.checkpoint
     model = subject.load()
     perplexities, notes = _perplexities(subject, model, read, evaluate.batch_size, progress)
     tasks = zero_shot(model, subject.tokenizer, evaluate.batch_size) if zero_shot else {}
     progress.advance(len(evaluate.tasks) * sum(text.windows.numel() for text in read.values()))
     return {
-        "parameters": checkpoint.parameters,
-        "bytes": checkpoint.bytes,
-        "layers": checkpoint.layers,
-        "widths": asdict(checkpoint.widths) if checkpoint.widths else None,
-        "dtype": checkpoint.dtype,
+        **subject.size,
         "perplexity": perplexities,
         "tasks": tasks,
         "speed": {"prefill": {}, "decode": {}},

@@ -9,7 +9,7 @@ from components.lib.methods import Task, load
 from components.lib.recipe.schema import Dress, Gates, Target
 from components.lib.training.journal import Journal
 from components.lib.transformer.channels import check_channels
-from components.lib.transformer.checkpoint import Checkpoint, load_model
+from components.lib.transformer.checkpoint import PrunableCheckpoint, load_model
 from components.lib.transformer.device import best_device, reused_memory
 from components.lib.transformer.selection import NOTHING
 from components.lib.transformer.text import load_windows
@@ -40,7 +40,7 @@ def choose(
     """
     names = [method] if isinstance(method, str) else method
     if "dress" in names:
-        check_channels(Checkpoint.open(release / "model"), dress.ratios(target.ratio), dress.multiple)
+        check_channels(PrunableCheckpoint.open(release / "model"), dress.ratios(target.ratio), dress.multiple)
     model = load_model(release / "model", device=best_device())
     drawn = load_windows(windows)
     selection = NOTHING

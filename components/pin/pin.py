@@ -12,8 +12,8 @@ from components.lib.recipe.schema import Recipe, Text
 from components.lib.sources.resolve import Resolved, checkpoint_files, resolve_release, resolve_text
 from components.lib.store.store import Reference, Store
 from components.lib.transformer.channels import check_channels
-from components.lib.transformer.checkpoint import Checkpoint, layers_to_remove
-from components.lib.transformer.text import SUFFIXES, longest_context
+from components.lib.transformer.checkpoint import PrunableCheckpoint, layers_to_remove
+from components.lib.transformer.text import SUFFIXES
 
 
 def pin_release(release: str, recipe: Recipe, store: Store) -> Reference:
@@ -61,14 +61,14 @@ def pin_text(text: Text, store: Store) -> Reference:
     return store.find(prefix) or _fetch(resolved, prefix, store, lambda folder: _text_files(folder, resolved.source))
 
 
-def check_checkpoint(folder: Path, recipe: Recipe) -> Checkpoint:
+def check_checkpoint(folder: Path, recipe: Recipe) -> PrunableCheckpoint:
     """Open a checkpoint. Raises Refusal where it is one that the recipe cannot be applied to, before any work."""
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = PrunableCheckpoint.open(folder)
     if recipe.methods != ("dress",):
         layers_to_remove(recipe.target.ratio, checkpoint.layers)
     if "dress" in recipe.methods:
         check_channels(checkpoint, recipe.dress.ratios(recipe.target.ratio), recipe.dress.multiple)
-    most = longest_context(checkpoint.config)
+    most = checkpoint.longest_context
     for field, length in recipe.lengths().items():
         if most is not None and length > most:
             raise Refusal(f"{field} is {length}, and the model reads {most} tokens at most: set it to {most} or less")

@@ -41,7 +41,8 @@ class Measured(BaseModel):
 
     parameters: int
     bytes: int
-    layers: int
+    layers: int | None
+    """None for a model whose config states them under no known name."""
     widths: Widths | None = None
     """None where they are not known."""
     perplexity: dict[str, Metric] = {}

@@ -71,9 +71,15 @@ class Report(BaseModel):
         champion = {"champion": self.champion} if self.champion else {}
         return {"dense": self.dense, "candidate": self.candidate, **champion, **self.controls}
 
+    @property
+    def layers(self) -> int:
+        """The dense model's number of layers."""
+        assert self.dense.layers is not None, "the dense model is of a known family"
+        return self.dense.layers
+
     def removals(self) -> list[Removal]:
         """What the selection takes along each axis."""
-        return removals(self.selection, self.dense.layers, self.dense.widths)
+        return removals(self.selection, self.layers, self.dense.widths)
 
     def parsed_recipe(self) -> Recipe:
         """Return the recipe as the object that it was written from."""

@@ -19,7 +19,7 @@ from components.lib.stage.run import code_version
 from components.lib.store.artifacts import Manifest, Reference, describe
 from components.lib.store.store import Store
 from components.lib.tracking import client, registry
-from components.lib.transformer.checkpoint import Checkpoint
+from components.lib.transformer.checkpoint import PrunableCheckpoint
 from components.watch.claims import Claims
 
 NO_RESULT = {"watch", "promote", "finish"}
@@ -152,7 +152,7 @@ def _release(release: str, store: Store) -> tuple[str, list[str]]:
         return release, [Reference.parse(release).digest]
     folder = Path(release).expanduser()
     if folder.is_dir():
-        files = checkpoint_files(Checkpoint.open(folder))
+        files = checkpoint_files(PrunableCheckpoint.open(folder))
         # The digest that the folder has in the store.
         return release, [Manifest(files=tuple(describe(path, name) for name, path in files.items())).digest]
     resolved = resolve_release(release, store)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from components.lib.recipe.section import Section
 from components.lib.training.journal import Journal
-from components.lib.transformer.checkpoint import Checkpoint
+from components.lib.transformer.checkpoint import PrunableCheckpoint
 from components.lib.transformer.selection import Selection
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class Transfer(Section):
     name: ClassVar[str]
     """The transfer's name in a recipe."""
 
-    def check(self, checkpoint: Checkpoint) -> None:
+    def check(self, checkpoint: PrunableCheckpoint) -> None:
         """Refuse, before any work, a checkpoint whose blocks do not allow the transfer.
 
         Raises:

@@ -12,7 +12,7 @@ from components.lib.transformer.layout import Axis, Layout, Widths, axis_of
 from components.lib.transformer.selection import AXES, Channels
 
 if TYPE_CHECKING:
-    from components.lib.transformer.checkpoint import Checkpoint
+    from components.lib.transformer.checkpoint import PrunableCheckpoint
 
 ALIGNED = 8
 """The kept width is a multiple of this where the recipe names none: what the matrix units of GPUs are fed in."""
@@ -74,7 +74,7 @@ def channels_to_remove(
     return {axis: widths.of(axis) - kept[axis] for axis in AXES if axis in kept}
 
 
-def check_channels(checkpoint: Checkpoint, ratios: Mapping[Axis, float], multiple: int | None) -> None:
+def check_channels(checkpoint: PrunableCheckpoint, ratios: Mapping[Axis, float], multiple: int | None) -> None:
     """Refuse, before any work, a checkpoint from which the channels that a recipe asks for cannot be cut.
 
     Raises:

@@ -1,21 +1,23 @@
 """A Hugging Face checkpoint in a folder: opened quickly for what its headers say, and loaded whole.
 
-`Checkpoint.open` reads config.json and the safetensors headers only, and refuses what cannot be pruned before anything
-slow is imported. `load_model` imports transformers, and refuses a load that left a tensor out.
+`Checkpoint.open` reads config.json and the safetensors headers of any model: enough to count, measure and serve it.
+`PrunableCheckpoint.open` also refuses, before anything slow is imported, what cannot be cut: what is cut, trained or pinned as a
+release is opened with it. `load_model` imports transformers, and refuses a load that left a tensor out.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from components.lib.errors import Refusal
-from components.lib.transformer.families import Config, Family, family_of
+from components.lib.transformer.families import FAMILIES, Config, Family, family_of
 from components.lib.transformer.layout import Widths
+from components.lib.transformer.packing import count_parameters
 
 if TYPE_CHECKING:
     import torch
@@ -51,26 +53,97 @@ class Stored:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A causal language model in a folder, opened and found prunable."""
+    """A causal language model in a folder, of any family, quantised or not."""
 
     folder: Path
     config: dict[str, Any]
     """config.json as it stands."""
-    family: Family
+    family: Family | None
+    """The row of its `model_type`; None if the table has none."""
     tensors: Mapping[str, Stored]
-    """Every parameter by its name on disk."""
+    """Every tensor by its name on disk, but for the constants of old releases."""
 
     @classmethod
-    def open(cls, folder: Path, remote_code: bool = False) -> Checkpoint:
+    def open(cls, folder: Path) -> Checkpoint:
         """Read config.json and the safetensors headers.
 
         Raises:
-            Refusal: there is no config.json; `family_of` refuses it; there are no safetensors weights; a shard is missing,
-                cut short, or without a tensor the index promises; or the stored blocks are not the config's layers.
+            Refusal: there is no config.json; there are no safetensors weights; or a shard is missing, cut short, or without a
+                tensor that the index promises.
+        """
+        config = _read_config(folder)
+        return cls(folder, config, FAMILIES.get(str(config.get("model_type"))), _parameters(folder))
+
+    @property
+    def layers(self) -> int | None:
+        """The number of layers; None if the config states it under no known name."""
+        names = ((self.family.count,) if self.family else ()) + _LAYER_COUNTS
+        return self._first_number(names)
+
+    @property
+    def longest_context(self) -> int | None:
+        """How many tokens the model reads at most; None if the config states no bound."""
+        return self._first_number(_CONTEXTS)
+
+    @property
+    def widths(self) -> Widths | None:
+        """The widths; None if the family's layout is not known, or if the config leaves them to its class."""
+        layout = self.family.layout if self.family else None
+        known = layout is not None and layout.hidden[0] in self.config and layout.heads in self.config
+        return layout.widths(self.config) if layout and known else None
+
+    @cached_property
+    def parameters(self) -> int:
+        """The number of stored parameters, packed ones unpacked (`packing.py`); a tied head is stored once.
+
+        Raises:
+            Refusal: weights are packed and the config does not state their bits.
+        """
+        return count_parameters(self.tensors, self.config)
+
+    @cached_property
+    def bytes(self) -> int:
+        """The size of the stored tensors, scales and zero points of a quantisation included."""
+        return sum(tensor.size for tensor in self.tensors.values())
+
+    @cached_property
+    def dtype(self) -> str:
+        """The dtype that holds the most bytes, by torch's name, such as bfloat16; int32 or uint8 for packed weights."""
+        sizes: dict[str, int] = {}
+        for tensor in self.tensors.values():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size
+        largest = max(sizes, key=lambda dtype: sizes[dtype])
+        return _TORCH_NAMES.get(largest, largest.lower())
+
+    def _first_number(self, names: Iterable[str]) -> int | None:
+        """Return the first of the config's fields that is a number; of a multimodal model, of its text model's."""
+        text = self.config.get("text_config")
+        parts = (self.config, text if isinstance(text, dict) else {})
+        found = (part[name] for part in parts for name in names if type(part.get(name)) is int)
+        return next(found, None)
+
+
+@dataclass(frozen=True)
+class PrunableCheckpoint(Checkpoint):
+    """A checkpoint that layers, and channels if its family has a layout, can be cut from."""
+
+    family: Family
+
+    @classmethod
+    def open(cls, folder: Path, remote_code: bool = False) -> PrunableCheckpoint:
+        """Read config.json and the safetensors headers, and refuse what cannot be pruned.
+
+        Args:
+            folder: a checkpoint.
+            remote_code: whether the config may name code that comes with the model.
+
+        Raises:
+            Refusal: `Checkpoint.open` or `family_of` refuses it; its weights are quantised; or the stored blocks are not the
+                config's layers.
         """
         config = _read_config(folder)
         family = family_of(config, remote_code)
-        tensors = {name: tensor for name, tensor in _stored(folder).items() if not name.endswith(_CONSTANTS)}
+        tensors = _parameters(folder)
         _check_dtypes(folder, tensors)
         _check_blocks(folder, config, family, tensors)
         return cls(folder, config, family, tensors)
@@ -80,33 +153,25 @@ class Checkpoint:
         """The number of layers."""
         return self.family.layers(self.config)
 
-    @property
-    def widths(self) -> Widths | None:
-        """The widths; None where the family's channels, or what the config leaves to its class, are not known."""
-        layout = self.family.layout
-        known = layout is not None and layout.hidden[0] in self.config and layout.heads in self.config
-        return layout.widths(self.config) if layout and known else None
 
-    @cached_property
-    def parameters(self) -> int:
-        """The number of stored parameters; a tied head is stored once."""
-        return sum(_count(tensor.shape) for tensor in self.tensors.values())
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_CONTEXTS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
 
-    @cached_property
-    def bytes(self) -> int:
-        """The size of the stored parameters."""
-        return sum(tensor.size for tensor in self.tensors.values())
-
-    @cached_property
-    def dtype(self) -> str:
-        """The dtype that holds the most bytes, by torch's name: float32, bfloat16 or float16."""
-        sizes: dict[str, int] = {}
-        for tensor in self.tensors.values():
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size
-        return _DTYPES[max(sizes, key=lambda dtype: sizes[dtype])]
-
-
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+_FULL_PRECISION = ("F64", "F32", "F16", "BF16")
+_TORCH_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
 
 
 def layers_to_remove(ratio: float, layers: int) -> int:
@@ -133,24 +198,30 @@ def load_model(
 
     Args:
         folder: a checkpoint that `Checkpoint.open` accepts.
-        dtype: as the release says when None.
-        device: where the weights are put as they are read; the CPU when None.
+        dtype: the stored one if None.
+        device: the weights are put there as they are read; the CPU if None.
         remote_code: whether code that comes with the model may run.
 
     Raises:
-        Refusal: a tensor was missing, unexpected or of another shape: transformers itself would fill it at random.
+        Refusal: a tensor was missing, unexpected or of another shape (transformers itself would fill it at random), or the
+            library of its quantisation is not installed.
     """
     from transformers import AutoModelForCausalLM
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype or "auto",
-        device_map={"": device} if device else None,
-        trust_remote_code=remote_code,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,  # only so that they are told of, and refused below
-        output_loading_info=True,
-    )
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype or "auto",
+            device_map={"": device} if device else None,
+            trust_remote_code=remote_code,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # only so that they are told of, and refused below
+            output_loading_info=True,
+        )
+    except ImportError as error:  # what a quantisation's own library raises that is not installed
+        raise Refusal(
+            f"{folder} needs a library that is not installed ({' '.join(str(error).split())[:200]}): install it, or leave the model out"
+        ) from None
     model, loading = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if loading[kind]:
@@ -190,6 +261,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Refusal(f"{path} holds {type(value).__name__}, not a mapping: get the release again")
     return value
+
+
+def _parameters(folder: Path) -> dict[str, Stored]:
+    """Return every stored tensor but the constants of old releases."""
+    return {name: tensor for name, tensor in _stored(folder).items() if not name.endswith(_CONSTANTS)}
 
 
 def _stored(folder: Path) -> dict[str, Stored]:
@@ -241,7 +317,7 @@ def _header(path: Path) -> dict[str, Stored]:
 
 def _check_dtypes(folder: Path, tensors: Mapping[str, Stored]) -> None:
     for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in _FULL_PRECISION:
             raise Refusal(
                 f"{folder} holds {name} as {tensor.dtype}, so its weights are quantised: prune the full-precision release, and quantise the result"
             )
@@ -259,10 +335,3 @@ def _check_blocks(folder: Path, config: Config, family: Family, tensors: Mapping
         raise Refusal(
             f"{folder} has no tensors of layer {min(stated - stored)}, but its {family.count} is {len(stated)}: get the release again"
         )
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for length in shape:
-        count *= length
-    return count

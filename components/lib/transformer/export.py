@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from components.lib.errors import Refusal
-from components.lib.transformer.checkpoint import Checkpoint, Stored, load_model
+from components.lib.transformer.checkpoint import PrunableCheckpoint, Stored, load_model
 from components.lib.transformer.families import cut_config
 from components.lib.transformer.gates import blocks, skipped
 from components.lib.transformer.narrow import narrowed
@@ -48,7 +48,7 @@ def save_model(
     Raises:
         ValueError: the model still has adapters, or other layers than the source without `removed`.
     """
-    checkpoint = Checkpoint.open(source, remote_code)
+    checkpoint = PrunableCheckpoint.open(source, remote_code)
     if any(".base_layer." in name for name, _ in model.named_parameters()):
         raise ValueError("the model still has adapters: call merge_and_unload() first")
     if len(blocks(model)) != checkpoint.layers - len(set(removed)):
@@ -137,7 +137,7 @@ def verify_cut(
     Raises:
         VerificationError: one of the three does not hold.
     """
-    original, cut = Checkpoint.open(source, remote_code), _opened(out, remote_code)
+    original, cut = PrunableCheckpoint.open(source, remote_code), _opened(out, remote_code)
     _verify_config(original, cut, remaining_config(original, layers, channels))
     _verify_tensors(original, cut, remaining(original, layers, channels))
     model = load_model(source, device=device, remote_code=remote_code)
@@ -269,14 +269,14 @@ def _greedy(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = own
 
 
-def _opened(out: Path, remote_code: bool) -> Checkpoint:
+def _opened(out: Path, remote_code: bool) -> PrunableCheckpoint:
     try:
-        return Checkpoint.open(out, remote_code)
+        return PrunableCheckpoint.open(out, remote_code)
     except Refusal as refusal:
         raise VerificationError(str(refusal)) from None
 
 
-def _verify_config(source: Checkpoint, out: Checkpoint, expected: Mapping[str, Any]) -> None:
+def _verify_config(source: PrunableCheckpoint, out: PrunableCheckpoint, expected: Mapping[str, Any]) -> None:
     """Hold config.json against the rules: short prompts would not show a sliding window in the wrong layer."""
     for field in sorted(set(expected) | set(out.config)):
         if expected.get(field) != out.config.get(field):
@@ -285,7 +285,7 @@ def _verify_config(source: Checkpoint, out: Checkpoint, expected: Mapping[str, A
             )
 
 
-def _verify_tensors(source: Checkpoint, out: Checkpoint, remaining: Mapping[str, Stored]) -> None:
+def _verify_tensors(source: PrunableCheckpoint, out: PrunableCheckpoint, remaining: Mapping[str, Stored]) -> None:
     """Hold every tensor of `out` against what remains of the source's, byte for byte and one at a time."""
     base = f"{source.family.blocks.split('.')[0]}."
     expected = {name.removeprefix(base): tensor for name, tensor in remaining.items()}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.lib.transformer.channels import cut_widths, kept_rows, layout_of
-from components.lib.transformer.checkpoint import INDEX, WEIGHTS, Checkpoint, Stored
+from components.lib.transformer.checkpoint import INDEX, WEIGHTS, PrunableCheckpoint, Stored
 from components.lib.transformer.families import Config, Family, cut_config, family_named, kept_layers
 from components.lib.transformer.selection import NO_CHANNELS, Channels
 
@@ -87,7 +87,7 @@ def cut_checkpoint(
     Raises:
         Refusal: `source` cannot be pruned, a layer is not of the model, or none would stay.
     """
-    checkpoint = Checkpoint.open(source, remote_code)
+    checkpoint = PrunableCheckpoint.open(source, remote_code)
     tensors, config = remaining(checkpoint, layers, channels), remaining_config(checkpoint, layers, channels)
     out.mkdir(parents=True, exist_ok=True)
     _write_weights(out, tensors)
@@ -107,13 +107,13 @@ def written_out(config: Config, family: Family) -> dict[str, Any]:
     return dict(config) | {field: value for field, value in filled.items() if value is not None}
 
 
-def remaining_config(checkpoint: Checkpoint, layers: Sequence[int], channels: Channels) -> dict[str, Any]:
+def remaining_config(checkpoint: PrunableCheckpoint, layers: Sequence[int], channels: Channels) -> dict[str, Any]:
     """Return the config of what stays when `layers` and `channels` go."""
     family = checkpoint.family
     return cut_widths(cut_config(written_out(checkpoint.config, family), family, layers), family, channels)
 
 
-def remaining(checkpoint: Checkpoint, layers: Sequence[int], channels: Channels) -> dict[str, Stored]:
+def remaining(checkpoint: PrunableCheckpoint, layers: Sequence[int], channels: Channels) -> dict[str, Stored]:
     """Return the tensors that stay when `layers` and `channels` go, by their names in the cut checkpoint.
 
     Raises:
@@ -131,7 +131,7 @@ def remaining(checkpoint: Checkpoint, layers: Sequence[int], channels: Channels)
     return tensors
 
 
-def _sliced(checkpoint: Checkpoint, name: str, tensor: Stored, channels: Channels, layer: int | None) -> Stored:
+def _sliced(checkpoint: PrunableCheckpoint, name: str, tensor: Stored, channels: Channels, layer: int | None) -> Stored:
     if not channels:
         return tensor
     layout = layout_of(checkpoint.family)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import random
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -256,12 +256,6 @@ def consecutive_windows(stream: Tensor, length: int) -> Tensor:
             f"the text has {len(stream)} tokens, which gives no window of {length}: shorten the windows or name a longer text"
         )
     return stream[: count * length].view(count, length)
-
-
-def longest_context(config: Mapping[str, Any]) -> int | None:
-    """Return how many tokens the model of a config.json reads at most, or None where it names no bound."""
-    names = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
-    return next((config[name] for name in names if isinstance(config.get(name), int)), None)
 
 
 def windows_possible(stream: Tensor, length: int) -> int:

@@ -43,7 +43,7 @@ def removed_section(report: Report, parts: Sequence[Part]) -> Section:
         "axes": _axes(report) if selection.channels else [],
         "layers": _layers(report) if selection.removed else [],
         "order": selection.order,
-        "count": report.dense.layers,
+        "count": report.layers,
         "scored": [method_parts.SCORES.get(name, name) for name in _scored(report)],
         "parts": parts,
     }
@@ -69,7 +69,7 @@ def _axes(report: Report) -> list[tuple[str, list[Cell]]]:
 def _layers(report: Report) -> list[Layer]:
     """Return every layer of the dense model with its scores and its place in the order of removal."""
     scores = [[score or None for score in report.selection.scores[name]] for name in _scored(report)]
-    heights = _heights(scores[0]) if scores else [0] * report.dense.layers
+    heights = _heights(scores[0]) if scores else [0] * report.layers
     order = {layer: place for place, layer in enumerate(report.selection.order, start=1)}
     return [
         Layer(index, [number(score[index], 3) for score in scores], height, order.get(index))
@@ -79,7 +79,7 @@ def _layers(report: Report) -> list[Layer]:
 
 def _scored(report: Report) -> list[str]:
     """Return the names of the scores that have a number for each layer."""
-    return [name for name, values in report.selection.scores.items() if len(values) == report.dense.layers]
+    return [name for name, values in report.selection.scores.items() if len(values) == report.layers]
 
 
 def _heights(scores: Sequence[float | None]) -> list[int]:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPTNeoConfig, PreTrainedTokenizerFast
 
 from components.evaluate import evaluate as module
 from components.evaluate.evaluate import evaluate
@@ -109,6 +110,41 @@ def test_every_model_is_measured_on_every_text_at_every_batch(models: dict, text
             assert all(figures["tokens_per_second"] > 0 for figures in this["speed"][phase].values())
         assert this["notes"] == []
     assert found["models"]["dense"]["prefill_flops"] > found["models"]["candidate"]["prefill_flops"] > 0
+
+
+def test_a_champion_of_a_family_that_cannot_be_pruned_is_measured_too(
+    models: dict, texts: dict, tmp_path: Path
+) -> None:
+    config = GPTNeoConfig(
+        vocab_size=zoo.VOCABULARY,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=64,
+    )
+    neo = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    zoo.release(neo, tmp_path / "neo/model")
+    found = measure(models | {"champion": tmp_path / "neo"}, texts, tmp_path)["models"]["champion"]
+    assert (found["layers"], found["widths"], found["parameters"]) == (2, None, neo.num_parameters())
+    for text, folder in texts.items():
+        stream = token_stream(read_documents(folder / "a.txt"), zoo.tokenizer())
+        assert found["perplexity"][text] == pytest.approx(
+            perplexity(neo, consecutive_windows(stream, LENGTH)), rel=1e-5
+        )
+    assert found["speed"]["decode"]["1"]["tokens_per_second"] > 0
+    assert found["prefill_flops"] > 0
+
+
+def test_a_champion_whose_parameters_cannot_be_counted_is_refused_before_anything_is_measured(
+    models: dict, texts: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    folder = zoo.release(LLAMA.model(2), tmp_path / "packed/model")
+    packed = {"model.layers.0.mlp.up_proj.qweight": torch.zeros(4, 48, dtype=torch.int32)}
+    save_file(load_file(folder / "model.safetensors") | packed, folder / "model.safetensors")
+    with pytest.raises(Refusal, match=r"the weights of model\.layers\.0\.mlp\.up_proj are packed"):
+        measure(models | {"champion": tmp_path / "packed"}, texts, tmp_path)
 
 
 def test_progress_rises_to_its_end_exactly(models: dict, texts: dict, tmp_path: Path) -> None:

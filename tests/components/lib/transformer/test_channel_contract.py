@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from components.lib.transformer.channels import layout_of
-from components.lib.transformer.checkpoint import Checkpoint, load_model
+from components.lib.transformer.checkpoint import PrunableCheckpoint, load_model
 from components.lib.transformer.export import verify_cut
 from components.lib.transformer.gates import skipped
 from components.lib.transformer.layout import Axis, Widths
@@ -96,7 +96,7 @@ def test_a_cut_model_can_be_cut_again(specimen: Specimen, tmp_path: Path) -> Non
     cut_checkpoint(tmp_path / "once", tmp_path / "twice", channels=second)
     cut_checkpoint(source, tmp_path / "at-once", REMOVED, joined(first, second, widths_of(model)))
     assert torch.equal(logits(reloaded(tmp_path / "twice")), logits(reloaded(tmp_path / "at-once")))
-    assert Checkpoint.open(tmp_path / "twice").config == Checkpoint.open(tmp_path / "at-once").config
+    assert PrunableCheckpoint.open(tmp_path / "twice").config == PrunableCheckpoint.open(tmp_path / "at-once").config
 
 
 def joined(first: Channels, second: Channels, widths: Widths) -> Channels:
@@ -119,7 +119,7 @@ def joined(first: Channels, second: Channels, widths: Widths) -> Channels:
 
 def assert_widths(source: Path, cut: Path, channels: Channels) -> None:
     """The config states what stays, a head is as wide as it was, and every layer has the same shapes."""
-    before, after = Checkpoint.open(source), Checkpoint.open(cut)
+    before, after = PrunableCheckpoint.open(source), PrunableCheckpoint.open(cut)
     layout = layout_of(before.family)
     was, now = layout.widths(before.config), layout.widths(after.config)
     assert [now.of(axis) for axis in AXES] == [was.of(axis) - channels.count(axis) for axis in AXES]

@@ -17,7 +17,7 @@ from components.lib.transformer.channels import (
     kept_rows,
     layout_of,
 )
-from components.lib.transformer.checkpoint import Checkpoint
+from components.lib.transformer.checkpoint import PrunableCheckpoint
 from components.lib.transformer.families import FAMILIES
 from components.lib.transformer.layout import LLAMA, Axis, Widths
 from components.lib.transformer.selection import AXES, NO_CHANNELS, Channels
@@ -113,14 +113,14 @@ class TestARefusal:
     def test_of_a_checkpoint_names_the_tensor_that_the_layout_does_not_fit(
         self, name: str, tensor: str, axes: tuple[Axis, ...], tmp_path: Path
     ) -> None:
-        checkpoint = Checkpoint.open(release(BY_NAME[name].model(2), tmp_path))
+        checkpoint = PrunableCheckpoint.open(release(BY_NAME[name].model(2), tmp_path))
         with pytest.raises(Refusal, match=f"the tensor [a-z0-9_.]*({tensor}).* remove layers instead"):
             check_channels(checkpoint, dict.fromkeys(axes, 0.5), None)
 
 
 @pytest.mark.parametrize("specimen", NARROWABLE, ids=str)
 def test_a_checkpoint_whose_channels_can_be_cut_passes(specimen: Specimen, tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(release(specimen.model(1), tmp_path))
+    checkpoint = PrunableCheckpoint.open(release(specimen.model(1), tmp_path))
     check_channels(checkpoint, dict.fromkeys(AXES, 0.5), None)
 
 

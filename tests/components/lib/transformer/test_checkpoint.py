@@ -9,10 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from components.lib.errors import Refusal
-from components.lib.transformer.checkpoint import Checkpoint, layers_to_remove, load_model, load_tokenizer
-from tests.components.lib.transformer.zoo import SPECIMENS, release
+from components.lib.transformer.checkpoint import (
+    Checkpoint,
+    PrunableCheckpoint,
+    layers_to_remove,
+    load_model,
+    load_tokenizer,
+)
+from components.lib.transformer.families import FAMILIES
+from tests.components.lib.transformer.zoo import SPECIMENS, VOCABULARY, release
 
 BY_NAME = {specimen.name: specimen for specimen in SPECIMENS}
 
@@ -40,12 +48,50 @@ def test_the_headers_tell_what_the_model_holds(dtype: torch.dtype, tmp_path: Pat
     assert checkpoint.parameters == model.num_parameters()
     assert checkpoint.bytes == model.num_parameters() * dtype.itemsize
     assert getattr(torch, checkpoint.dtype) == dtype
-    assert checkpoint.family.model_type == "gemma2"
+    assert checkpoint.family is FAMILIES["gemma2"]
 
 
 def test_shards_are_one_checkpoint(folder: Path, sharded: Path) -> None:
     assert len(list(sharded.glob("*.safetensors"))) > 1
     assert Checkpoint.open(sharded).parameters == Checkpoint.open(folder).parameters
+
+
+OTHERS: dict[str, dict[str, object]] = {
+    "gpt_neo": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+}
+"""Families that the table does not have."""
+
+
+@pytest.mark.parametrize("model_type", OTHERS)
+def test_a_model_of_another_family_is_read_and_not_pruned(model_type: str, tmp_path: Path) -> None:
+    config = AutoConfig.for_model(model_type, vocab_size=VOCABULARY, **OTHERS[model_type])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    checkpoint = Checkpoint.open(release(model, tmp_path))
+    assert (checkpoint.family, checkpoint.widths, checkpoint.layers) == (None, None, 2)
+    assert checkpoint.parameters == model.num_parameters()
+    assert checkpoint.dtype == "bfloat16"
+    assert len(load_model(tmp_path).state_dict()) == len(model.state_dict())
+    with pytest.raises(Refusal, match=f"the model type '{model_type}' is not supported"):
+        PrunableCheckpoint.open(tmp_path)
+
+
+def test_the_text_model_of_a_multimodal_one_is_read_and_not_pruned(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": config, "vision_config": {}}))
+    checkpoint = Checkpoint.open(folder)
+    assert (checkpoint.family, checkpoint.layers, checkpoint.longest_context) == (None, 3, 64)
+    with pytest.raises(Refusal, match="wraps a text model"):
+        PrunableCheckpoint.open(folder)
+
+
+@pytest.mark.parametrize("name", ["max_position_embeddings", "n_positions", "max_seq_len", "seq_length"])
+def test_the_longest_context_is_read_under_any_of_its_names(folder: Path, name: str) -> None:
+    edit(folder, max_position_embeddings=None)
+    assert Checkpoint.open(folder).longest_context is None
+    edit(folder, **{name: 4096})
+    assert Checkpoint.open(folder).longest_context == 4096
 
 
 def test_constants_that_old_releases_stored_are_no_parameters(tmp_path: Path) -> None:
@@ -117,7 +163,7 @@ def test_quantised_tensors_are_refused_without_a_word_in_the_config(folder: Path
     tensors = load_file(folder / "model.safetensors") | {"model.layers.0.qweight": torch.ones(2, dtype=torch.int32)}
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(Refusal, match=r"qweight as I32, so its weights are quantised"):
-        Checkpoint.open(folder)
+        PrunableCheckpoint.open(folder)
 
 
 @pytest.mark.parametrize(("stated", "said"), [(2, "holds tensors of layer 2"), (4, "has no tensors of layer 3")])
@@ -125,7 +171,7 @@ def test_a_careless_cut_is_refused(folder: Path, stated: int, said: str) -> None
     """transformers would drop the layer, or fill it at random, and load."""
     edit(folder, num_hidden_layers=stated)
     with pytest.raises(Refusal, match=said):
-        Checkpoint.open(folder)
+        PrunableCheckpoint.open(folder)
 
 
 def test_a_tensor_that_is_not_there_is_no_random_tensor(folder: Path) -> None:

@@ -22,7 +22,6 @@ from components.lib.transformer import text
 from components.lib.transformer.text import (
     consecutive_windows,
     draw_windows,
-    longest_context,
     read_documents,
     text_file,
     token_stream,
@@ -258,9 +257,3 @@ class TestConsecutiveWindows:
     def test_text_shorter_than_a_window_is_refused(self) -> None:
         with pytest.raises(Refusal, match="has 11 tokens, which gives no window of 12"):
             consecutive_windows(torch.arange(11), 12)
-
-
-def test_longest_context_is_read_under_any_of_its_names() -> None:
-    assert longest_context({"max_position_embeddings": 4096}) == 4096
-    assert longest_context({"n_positions": 1024}) == 1024
-    assert longest_context({"model_type": "unbounded"}) is None
