@@ -1,7 +1,6 @@
 """Measure every model of a run in one process and one environment: quality, size, speed.
 
-A number never travels alone: the dense model's stands beside the candidate's, made from the same texts and windows on the
-same machine, and the context says which.
+The dense model and the candidate are measured on the same texts and windows and on the same machine; the context records them.
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 REFERENCE = "dense"
-"""The model whose tokenizer reads the texts for all."""
+"""The model whose tokenizer turns the texts into tokens for all models."""
 SEED = 0
 PROBE = 20_000
 """Characters of each text on which a model's tokenizer is compared with the reference's."""
 TOGETHER = 0.25
-"""The part of the free memory that all models' weights may take to be timed in turns; caches and activations need the rest."""
+"""All models are timed in turns if their weights take at most this part of the free memory; caches and activations need the rest."""
 
 
 def evaluate(
@@ -123,7 +122,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Read:
-    """A text as the reference's tokenizer reads it."""
+    """A text in the tokens of the reference's tokenizer."""
 
     probe: str
     """Its first characters."""
@@ -133,25 +132,25 @@ class Read:
     """The tokens of the probe."""
 
     def is_read_alike_by(self, tokenizer: PreTrainedTokenizerBase) -> bool:
-        """Whether another tokenizer makes the same tokens of it, as far as the probe shows."""
+        """Return True if another tokenizer gives the same tokens for the probe."""
         return torch.equal(token_stream([self.probe], tokenizer), self.probed)
 
 
 class Progress:
-    """Counts tokens, and tells the journal."""
+    """Counts tokens and reports them to the journal."""
 
     def __init__(self, journal: Journal, total: int) -> None:
-        """Start at none of `total` tokens."""
+        """Start at 0 of `total` tokens."""
         self.journal, self.total, self.tokens = journal, total, 0
 
     def advance(self, tokens: int) -> None:
-        """Count `tokens` more."""
+        """Add `tokens` to the count."""
         self.tokens += tokens
         self.journal.progress(self.tokens, self.total)
 
 
 def _twins(models: Mapping[str, Path], digests: Mapping[str, str]) -> dict[str, str]:
-    """Return for each model the first one that has its digest: itself, where none before it has."""
+    """Return for each model the first model with the same digest, or itself if it is the first."""
     first: dict[str, str] = {}
     return {name: first.setdefault(digests.get(name, f"only {name}"), name) for name in models}
 
@@ -181,7 +180,7 @@ def _read(folder: Path, name: str, reference: Subject, evaluate: Evaluate) -> Re
 
 
 def _tokens_per_model(read: Mapping[str, Read], evaluate: Evaluate) -> int:
-    """The work on one model in tokens read and written; a task is taken to be as long as the texts."""
+    """Return the work on one model in tokens, read and written; a task counts as many as the texts together."""
     texts = sum(text.windows.numel() for text in read.values())
     speed = evaluate.speed
     passes = (speed.repeats + 1) * sum(speed.batches) * (speed.prompt + speed.generate) if speed.enabled else 0
@@ -208,7 +207,7 @@ def _quality(
 def _perplexities(
     subject: Subject, model: PreTrainedModel, read: Mapping[str, Read], batch_size: int, progress: Progress
 ) -> tuple[dict[str, float | None], list[str]]:
-    """Return the perplexity by text, and what is to be said of those that are no plain number."""
+    """Return the perplexity by text, and a note for each that is missing or not finite."""
     found: dict[str, float | None] = {}
     notes = []
     for name, text in read.items():
@@ -233,14 +232,14 @@ def _fit_together(subjects: Iterable[Subject]) -> bool:
 
 
 def _groups(subjects: Mapping[str, Subject], together: bool) -> list[dict[str, Subject]]:
-    """All models at once, or one after the other where their weights do not fit beside each other."""
+    """Return one group of all models, or a group for each model if their weights do not fit in memory together."""
     return [dict(subjects)] if together else [{name: subject} for name, subject in subjects.items()]
 
 
 def _speed(
     group: Mapping[str, Subject], read: Mapping[str, Read], evaluate: Evaluate, progress: Progress
 ) -> dict[str, dict[str, Any]]:
-    """Time a group of models in turns."""
+    """Measure the speed of a group of models in turns."""
     tokens = next(iter(read.values())).windows.flatten()
     models = {name: subject.load() for name, subject in group.items()}
     figures = measure_speed(models, evaluate.speed, tokens, done=progress.advance)
@@ -251,7 +250,7 @@ def _speed(
 def _context(
     evaluate: Evaluate, read: Mapping[str, Read], digests: Mapping[str, str], together: bool
 ) -> dict[str, Any]:
-    """What the numbers were made from, by and on."""
+    """Return the data, the settings and the machine of the numbers."""
     return {
         "length": evaluate.length,
         "tokens": {name: text.windows.numel() for name, text in read.items()},
@@ -269,7 +268,7 @@ def _save(result: dict[str, Any], out: Path) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """Put None in place of every NaN and infinity: JSON has neither, and no rule may hold by one."""
+    """Replace NaN and infinities by None: JSON has neither, and no rule may pass because of one."""
     if isinstance(value, dict):
         return {name: _finite(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
