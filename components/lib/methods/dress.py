@@ -75,10 +75,10 @@ class _Tally:
             segments: what the dimension is made of.
             values: (rows,), none negative.
         """
-        axis = axis_of(segments[0])
-        if axis is None:
+        axis, sizes = axis_of(segments[0]), [self.widths.size(segment) for segment in segments]
+        if axis is None or sum(sizes) != len(values):  # `check_channels` refuses such a tensor if its axis is to be cut
             return
-        parts = values.double().cpu().split([self.widths.size(segment) for segment in segments])
+        parts = values.double().cpu().split(sizes)
         by_channel = torch.stack([part.reshape(self.widths.of(axis), -1).sum(-1) for part in parts]).sum(0)
         block = self.family.block_of(f"{name}.")
         layer = block[0] if block and axis != "hidden" else 0
@@ -99,7 +99,7 @@ def _magnitude(model: PreTrainedModel, windows: Tensor, task: Task, journal: Jou
     """
     tally = _Tally(model)
     for name, weight in model.named_parameters():
-        if weight.ndim == 2:
+        if weight.ndim == 2 and tally.layout.segments(name.removesuffix(".weight")):
             energy = weight.float().square()
             for dimension, segments in enumerate(tally.layout.dimensions(name)):
                 tally.add(name, segments, energy.sum(1 - dimension))

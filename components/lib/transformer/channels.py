@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import lcm
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +19,17 @@ ALIGNED = 8
 
 
 def layout_of(family: Family) -> Layout:
-    """Return a family's layout. Raises Refusal where it has none."""
-    if family.layout is None:
+    """Return a family's layout. Raises Refusal, with the reason, if it has none."""
+    if family.layout is not None:
+        return family.layout
+    if family.layers_only:
         raise Refusal(
-            f"{family.title} is a mixture of experts, from which whole layers can be removed and channels cannot: use the method trsp"
+            f"{family.title} {family.layers_only}, from which whole layers can be removed and channels cannot: use the method trsp"
         )
-    return family.layout
+    raise Refusal(
+        f"the row {family.model_type!r} of components/lib/transformer/families.py has no layout, so the channels of {family.title} are not "
+        "known: use the method trsp, which removes layers, or add the layout there (docs/families.md shows how)"
+    )
 
 
 def channels_to_remove(
@@ -78,14 +83,15 @@ def check_channels(checkpoint: PrunableCheckpoint, ratios: Mapping[Axis, float],
     """Refuse, before any work, a checkpoint from which the channels that a recipe asks for cannot be cut.
 
     Raises:
-        Refusal: what `channels_to_remove` raises, or a tensor is not one that the layout knows.
+        Refusal: `channels_to_remove` refuses the ratios, or `kept_rows` refuses a tensor.
     """
     removed = channels_to_remove(checkpoint.family, checkpoint.config, ratios, multiple)
     layout = layout_of(checkpoint.family)
     widths = layout.widths(checkpoint.config)
-    first = {axis: tuple(range(count)) for axis, count in removed.items()}
+    in_blocks = {axis: tuple(range(count)) for axis, count in removed.items()}
+    outside: dict[Axis, tuple[int, ...]] = {"hidden": in_blocks.get("hidden", ())}
     for name, tensor in checkpoint.tensors.items():
-        kept_rows(layout, widths, name, tensor.shape, first)
+        kept_rows(layout, widths, name, tensor.shape, in_blocks if checkpoint.family.block_of(name) else outside)
 
 
 FAR = 0.1
@@ -106,26 +112,44 @@ def _nearest(axis: Axis, ratio: float, width: int, allowed: Sequence[int]) -> in
 def kept_rows(
     layout: Layout, widths: Widths, tensor: str, shape: Sequence[int], removed: Mapping[Axis, Sequence[int]]
 ) -> list[list[int] | None]:
-    """Return, for each dimension of a tensor, the indices that stay, or None where all do.
+    """Return, for each dimension of a tensor, the indices that stay, or None if all stay.
+
+    Only what the removed axes touch must be known: a model with other tensors beside them (StableLM's norms of single heads), or with
+    an embedding of another width (OPT-350m), can still lose ffn channels.
 
     Args:
         layout: the family's.
         widths: the model's.
-        tensor: its name, and
+        tensor: its name.
         shape: its shape, as stored.
-        removed: the channels that go (`Channels.at`).
+        removed: the channels to remove (`Channels.at`).
 
     Raises:
-        Refusal: the layout does not know the tensor, or its shape is not what the widths say.
+        Refusal: the tensor may hold channels to remove and the layout does not know it, or its shape is not what the widths say.
     """
+    axes = {axis for axis, channels in removed.items() if channels}
+    if layout.segments(tensor.rpartition(".")[0]) is None and not _may_hold(axes, widths, shape):
+        return [None] * len(shape)
     dimensions = layout.dimensions(tensor)
-    stated = [sum(widths.size(segment) for segment in segments) for segments in dimensions]
+    stated = [
+        sum(widths.size(segment) for segment in segments) if axes & {axis_of(segment) for segment in segments} else 0
+        for segments in dimensions
+    ]
     if len(stated) != len(shape) or any(size and size != found for size, found in zip(stated, shape, strict=True)):
         raise Refusal(
             f"the tensor {tensor} has the shape {tuple(shape)} where the config's widths give {tuple(stated)}: its channels cannot be "
             "told apart, remove layers instead"
         )
     return [kept_indices(widths, segments, removed) for segments in dimensions]
+
+
+def _may_hold(axes: Collection[Axis], widths: Widths, shape: Sequence[int]) -> bool:
+    """Say whether a tensor that the layout does not know may hold channels of `axes`.
+
+    Intermediate channels lie side by side, so a tensor that holds them has a dimension at least as long as there are channels. Heads can
+    have a tensor each, and any tensor may be as wide as the residual stream: of those axes nothing is ruled out.
+    """
+    return bool(axes) and (axes != {"ffn"} or max(shape, default=0) >= widths.ffn)
 
 
 def kept_indices(widths: Widths, segments: Sequence[str], removed: Mapping[Axis, Sequence[int]]) -> list[int] | None:
@@ -152,7 +176,8 @@ def cut_widths(config: Config, family: Family, channels: Channels) -> dict[str, 
     layout = layout_of(family)
     widths = layout.widths(config)
     hidden, groups = widths.hidden - channels.count("hidden"), widths.groups - channels.count("heads")
-    cut: dict[str, Any] = dict.fromkeys(layout.hidden, hidden)
+    # An embedding narrower than the stream keeps its width when the stream does.
+    cut: dict[str, Any] = dict.fromkeys(layout.hidden, hidden) if channels.hidden else {}
     cut[layout.ffn] = widths.ffn - channels.count("ffn")
     cut[layout.heads] = groups * (widths.heads // widths.groups)
     if layout.groups:

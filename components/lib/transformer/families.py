@@ -75,7 +75,9 @@ class Family:
     unsupported: Mapping[str, str] = field(default_factory=dict)
     """Config fields that are refused when they are set, each with the reason."""
     layout: Layout | None = LLAMA
-    """Where its channels lie; None where only layers can be removed, as of a mixture of experts."""
+    """Where its channels lie; None if only layers can be removed."""
+    layers_only: str = ""
+    """Why channels cannot be removed, such as `is a mixture of experts`; empty if the layout is only not written down yet."""
 
     def layers(self, config: Config) -> int:
         """The number of layers the config states. Raises Refusal where it states none."""
@@ -246,8 +248,9 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "Qwen3-MoE",
                 per_layer={**_WINDOWED, "mlp_only_layers": dense_layers, "decoder_sparse_step": every_layer},
                 layout=None,
+                layers_only="is a mixture of experts",
             ),
-            Family("mixtral", "Mixtral", layout=None),
+            Family("mixtral", "Mixtral", layout=None, layers_only="is a mixture of experts"),
         )
     }
 )

@@ -16,7 +16,7 @@ from components.lib.transformer.gates import skipped
 from components.lib.transformer.layout import Axis
 from components.lib.transformer.selection import AXES, Channels, Selection
 from tests.components.lib.training.tiny import Written, chosen, counting, llama, same, weights
-from tests.components.lib.transformer.zoo import NARROWABLE, Specimen, scale_slices, widths_of
+from tests.components.lib.transformer.zoo import FFN_ONLY, NARROWABLE, Specimen, scale_slices, widths_of
 
 LAYERS = 3
 BY_NAME = {specimen.name: specimen for specimen in NARROWABLE}
@@ -56,6 +56,11 @@ class TestEveryWay:
         selection = choose(model, way, axes=("ffn",))
         assert selection.axis == "ffn"
         assert selection.channels.axes == ("ffn",)
+
+    @pytest.mark.parametrize("specimen", FFN_ONLY, ids=str)
+    def test_chooses_ffn_channels_of_a_model_with_tensors_beside_its_layout(self, specimen: Specimen, way: str) -> None:
+        selection = choose(specimen.model(LAYERS), way, axes=("ffn",))
+        assert [len(set(gone)) for gone in selection.channels.ffn] == [24] * LAYERS
 
     def test_takes_the_target_s_ratio_where_it_has_none(self, model: PreTrainedModel, way: str) -> None:
         assert choose(model, way, axes=("ffn",), ratio=None).channels.count("ffn") == 12

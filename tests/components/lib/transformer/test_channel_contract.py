@@ -17,7 +17,15 @@ from components.lib.transformer.layout import Axis, Widths
 from components.lib.transformer.narrow import narrowed
 from components.lib.transformer.selection import AXES, Channels
 from components.lib.transformer.surgery import cut_checkpoint
-from tests.components.lib.transformer.zoo import NARROWABLE, Specimen, draw_channels, logits, release, widths_of
+from tests.components.lib.transformer.zoo import (
+    FFN_ONLY,
+    NARROWABLE,
+    Specimen,
+    draw_channels,
+    logits,
+    release,
+    widths_of,
+)
 
 LAYERS = 3
 REMOVED = (1,)
@@ -76,6 +84,20 @@ def test_layers_and_channels_go_together_and_the_export_is_verified(
     assert verification.cache_difference < 1e-5
     assert verification.layers == LAYERS - len(REMOVED)
     assert_close(logits(reloaded(tmp_path)), expected)
+
+
+@pytest.mark.parametrize("specimen", FFN_ONLY, ids=str, scope="function")
+def test_what_lies_beside_the_layout_leaves_ffn_to_be_cut(specimen: Specimen, tmp_path: Path) -> None:
+    """An embedding that is projected into the stream, and norms of single heads; with layers, and by `verify_cut` too."""
+    source = release(specimen.model(LAYERS), tmp_path / "source")
+    dense = load_model(source)
+    channels = draw_channels(dense, ("ffn",))
+    with narrowed(dense, channels), skipped(dense, REMOVED):
+        expected = logits(dense)
+    cut_checkpoint(source, tmp_path / "cut", REMOVED, channels)
+    verify_cut(source, tmp_path / "cut", REMOVED, channels)
+    assert_close(logits(reloaded(tmp_path / "cut")), expected)
+    assert_widths(source, tmp_path / "cut", channels)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,15 @@ from components.lib.transformer.checkpoint import PrunableCheckpoint
 from components.lib.transformer.families import FAMILIES
 from components.lib.transformer.layout import LLAMA, Axis, Widths
 from components.lib.transformer.selection import AXES, NO_CHANNELS, Channels
-from tests.components.lib.transformer.zoo import HEAD_NORMED, NARROWABLE, PROJECTED, SPECIMENS, Specimen, release
+from tests.components.lib.transformer.zoo import (
+    FFN_ONLY,
+    HEAD_NORMED,
+    NARROWABLE,
+    PROJECTED,
+    SPECIMENS,
+    Specimen,
+    release,
+)
 
 BY_NAME = {specimen.name: specimen for specimen in (*SPECIMENS, *NARROWABLE)}
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}
@@ -92,7 +101,15 @@ class TestTheNumberThatGoes:
 class TestARefusal:
     def test_of_a_mixture_of_experts_names_the_method_that_can(self) -> None:
         for model_type in ("mixtral", "qwen3_moe"):
+            assert "is a mixture of experts" in refusal(model_type, {}, {"ffn": 0.5})
             assert "use the method trsp" in refusal(model_type, {}, {"ffn": 0.5})
+
+    def test_of_a_family_without_a_layout_does_not_call_it_a_mixture_of_experts(self) -> None:
+        with pytest.raises(
+            Refusal, match=r"the row 'llama' of .* has no layout, so the channels of Llama 2 and 3 are"
+        ) as refused:
+            layout_of(replace(FAMILIES["llama"], layout=None))
+        assert "mixture" not in str(refused.value)
 
     def test_of_two_ratios_for_what_shrinks_together_names_both(self) -> None:
         said = refusal("gpt2", GPT2, {"hidden": 0.25, "heads": 0.5})
@@ -109,7 +126,7 @@ class TestARefusal:
     @pytest.mark.parametrize(
         ("name", "tensor"), [(PROJECTED, "embed_tokens|lm_head|project_"), (HEAD_NORMED, r"layernorm\.norms")]
     )
-    @pytest.mark.parametrize("axes", [("hidden",), ("ffn",)])
+    @pytest.mark.parametrize("axes", [("hidden",), ("heads",), ("ffn", "heads")])
     def test_of_a_checkpoint_names_the_tensor_that_the_layout_does_not_fit(
         self, name: str, tensor: str, axes: tuple[Axis, ...], tmp_path: Path
     ) -> None:
@@ -122,6 +139,12 @@ class TestARefusal:
 def test_a_checkpoint_whose_channels_can_be_cut_passes(specimen: Specimen, tmp_path: Path) -> None:
     checkpoint = PrunableCheckpoint.open(release(specimen.model(1), tmp_path))
     check_channels(checkpoint, dict.fromkeys(AXES, 0.5), None)
+
+
+@pytest.mark.parametrize("specimen", FFN_ONLY, ids=str)
+def test_a_checkpoint_with_tensors_beside_the_layout_can_lose_ffn_channels(specimen: Specimen, tmp_path: Path) -> None:
+    checkpoint = PrunableCheckpoint.open(release(specimen.model(1), tmp_path))
+    check_channels(checkpoint, {"ffn": 0.5}, None)
 
 
 SMALL = Widths(hidden=4, ffn=3, heads=4, groups=2, head=2)
@@ -151,6 +174,21 @@ class TestTheRowsThatStay:
     def test_are_told_for_each_dimension(self) -> None:
         name = "model.layers.0.self_attn.o_proj.weight"
         assert kept_rows(LLAMA, SMALL, name, (4, 8), GONE) == [[0, 2, 3], [4, 5, 6, 7]]
+
+    @pytest.mark.parametrize("shape", [(2,), (2, 2)])
+    def test_of_a_tensor_that_is_not_known_are_all_if_it_is_too_small_for_the_axis(
+        self, shape: tuple[int, ...]
+    ) -> None:
+        assert kept_rows(LLAMA, SMALL, "model.layers.0.other.weight", shape, {"ffn": (0,)}) == [None] * len(shape)
+
+    @pytest.mark.parametrize(("shape", "axis"), [((3,), "ffn"), ((2, 6), "ffn"), ((2,), "hidden"), ((2,), "heads")])
+    def test_of_a_tensor_that_may_hold_the_axis_and_is_not_known_are_refused(
+        self, shape: tuple[int, ...], axis: Axis
+    ) -> None:
+        with pytest.raises(
+            Refusal, match=r"does not say which channels the tensor model\.layers\.0\.other\.weight holds"
+        ):
+            kept_rows(LLAMA, SMALL, "model.layers.0.other.weight", shape, {axis: (0,)})
 
     @pytest.mark.parametrize("shape", [(4, 9), (5, 8), (4,)])
     def test_of_a_tensor_of_another_shape_are_refused(self, shape: tuple[int, ...]) -> None:
@@ -182,6 +220,11 @@ class TestTheConfig:
             "head_dim": 8,
             "rope_theta": 1e4,
         }
+
+    def test_keeps_an_embedding_that_is_narrower_than_the_stream(self) -> None:
+        config = {"hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 48, "num_attention_heads": 16}
+        ffn = Channels(ffn=((0,), (1,)))
+        assert cut_widths(config, FAMILIES["opt"], ffn) == config | {"ffn_dim": 47}
 
     def test_of_opt_states_the_width_of_its_embedding_too(self) -> None:
         cut = self.cut("opt", hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_attention_heads=16)

@@ -140,7 +140,7 @@ SPECIMENS = (
 )
 
 PROJECTED, HEAD_NORMED = "opt-post-norm", "stablelm"
-"""Of families from which channels can be cut, the specimens from which none can."""
+"""Of families from which channels can be cut along every axis, the specimens from which they can be cut along ffn alone."""
 
 NARROWABLE = (
     *(
@@ -156,7 +156,9 @@ NARROWABLE = (
     ),
     Specimen("stablelm-biased", "stablelm", {"use_qkv_bias": True}),
 )
-"""The specimens from which channels can be cut."""
+"""The specimens from which channels can be cut along every axis."""
+
+FFN_ONLY = tuple(specimen for specimen in SPECIMENS if specimen.name in (PROJECTED, HEAD_NORMED))
 
 AXES_CUT: tuple[tuple[Axis, ...], ...] = (*((axis,) for axis in AXES), AXES)
 """Each axis alone, and all of them together."""
