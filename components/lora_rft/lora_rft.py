@@ -16,7 +16,7 @@ from components.lib.transformer.text import load_windows
 def lora_rft(
     model: Path, windows: Path, *, recover: Recover, out: Path, journal: Journal, checkpoints: Checkpoints
 ) -> None:
-    """Leave the fine-tuned model in `out/model`, and `verification.json`.
+    """Leave the fine-tuned model with the pruned model's card in `out/model`, and `verification.json`.
 
     Args:
         model: the folder of the pruned model's artifact.
@@ -33,7 +33,24 @@ def lora_rft(
         load_model(model / "model"), load_windows(windows), recover, checkpoints=checkpoints, journal=journal
     )
     save_model(tuned, model / "model", out / "model")
+    _carry_card(model / "model", out / "model", recover)
     device = best_device()
     expected = answers(tuned.to(device).eval())
     del tuned
     verify_export(expected, out / "model", device=device).save(out)
+
+
+def _carry_card(pruned: Path, tuned: Path, recover: Recover) -> None:
+    """Copy the pruned model's card, with a section about the training; nothing if the model has none."""
+    if (pruned / "README.md").is_file():
+        card = (pruned / "README.md").read_text()
+        (tuned / "README.md").write_text(card.rstrip("\n") + "\n" + FINE_TUNED.format(recover=recover))
+
+
+FINE_TUNED = """
+## Fine-tuning
+
+After the cut, the model was fine-tuned with LoRA adapters of rank {recover.lora.rank} for at most {recover.steps} steps. The adapters
+with the lowest perplexity on held-out windows were merged into the weights. The sections above describe the model before this training.
+"""
+"""The section that the fine-tuning adds to a model card; early stopping may have ended it before its last step."""

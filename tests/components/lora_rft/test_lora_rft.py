@@ -26,6 +26,11 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
     return Given.lay(tmp_path_factory.mktemp("run"))
 
 
+def without_card(given: Given, folder: Path) -> Path:
+    shutil.copytree(given.folder, folder, ignore=shutil.ignore_patterns("README.md"))
+    return folder
+
+
 def work(given: Given, out: Path) -> Written:
     out.mkdir()
     journal = Written()
@@ -52,6 +57,24 @@ def test_what_was_proved_is_told(given: Given, tmp_path: Path) -> None:
     work(given, tmp_path / "out")
     told = json.loads((tmp_path / "out/verification.json").read_text())
     assert (told["removed"], told["layers"], told["max_difference"]) == ([], 4, 0.0)
+
+
+def test_the_pruned_model_s_card_is_carried_and_tells_of_the_training(given: Given, tmp_path: Path) -> None:
+    """Its head too, with the licence."""
+    card = "---\nlicense: mit\n---\n\n# A pruned model\n"
+    pruned = Given(tmp_path / "with-card")
+    shutil.copytree(given.folder, pruned.folder)
+    (pruned.release / "model/README.md").write_text(card)
+    work(pruned, tmp_path / "out")
+    made = (tmp_path / "out/model/README.md").read_text()
+    assert made.startswith(card)
+    assert "fine-tuned with LoRA adapters of rank 16 for at most 6 steps" in made
+    assert "merged into the weights" in made
+
+
+def test_a_model_without_a_card_gets_none(given: Given, tmp_path: Path) -> None:
+    work(Given(without_card(given, tmp_path / "bare")), tmp_path / "out")
+    assert not (tmp_path / "out/model/README.md").exists()
 
 
 def test_an_export_that_is_not_what_was_trained_is_not_published(
