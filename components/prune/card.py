@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from components.lib.report_parts import Lines, Part
 from components.lib.transformer.layout import Widths
-from components.lib.transformer.removal import Removal, in_words, percent, removals
+from components.lib.transformer.removal import NOUNS, Removal, in_words, percent, removals
 from components.lib.transformer.selection import Selection
 
 CARRIED = ("license", "license_name", "license_link", "language")
@@ -37,7 +37,8 @@ def model_card(
         recipe: the recipe's sections that made this checkpoint, as plain data.
         selection: the removed layers and channels.
         widths: of the model before the cut; None if they are not known, and only layers were removed.
-        verification: the content of `verification.json`: the number of remaining `layers`, and the checked values.
+        verification: the content of `verification.json`: the number of remaining `layers`, the `channels` of
+            each axis that was cut, and the checked values.
         release_card: the release's own README.md; its licence and language are repeated.
         parts: what the methods add about their choice; sentences and tables are written, pictures are left out.
     """
@@ -53,7 +54,10 @@ def model_card(
         layers=range(layers) if selection.removed else (),
         kept=[layer for layer in range(layers) if layer not in selection.removed],
         scores={name: values for name, values in selection.scores.items() if len(values) == layers},
-        verification={name: value for name, value in verification.items() if name not in ("removed", "layers")},
+        verification={
+            name: value for name, value in verification.items() if name not in ("removed", "layers", "channels")
+        },
+        narrowed={NOUNS[axis]: counts for axis, counts in verification.get("channels", {}).items()},
         parts=[part for part in parts if not isinstance(part, Lines)],
         recipe=yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).strip(),
     )

@@ -6,7 +6,7 @@ import gc
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from components.lib.errors import Refusal
+from components.lib.transformer.channels import layout_of
 from components.lib.transformer.checkpoint import PrunableCheckpoint, Stored, load_model
 from components.lib.transformer.families import cut_config
 from components.lib.transformer.gates import blocks, skipped
+from components.lib.transformer.layout import Axis
 from components.lib.transformer.narrow import narrowed
 from components.lib.transformer.selection import NO_CHANNELS, Channels
 from components.lib.transformer.surgery import carry, remaining, remaining_config, written_out
@@ -85,11 +87,20 @@ def _save_weights(model: PreTrainedModel, out: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Verification:
-    """What was checked of an export, and held."""
+class Narrowing:
+    """How many channels of one axis a checkpoint had before and after a cut: of hidden in all, of ffn and heads in each layer."""
 
-    removed: tuple[int, ...]
+    before: int
+    after: int
+    removed: int
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The facts of an export that were checked and found right."""
+
     layers: int
+    """Layers of the export."""
     tensors: int
     parameters: int
     bytes: int
@@ -101,6 +112,10 @@ class Verification:
     """Largest difference between the two models' logits."""
     cache_difference: float
     """Largest difference between cached and uncached logits, relative to the largest logit: rounding only."""
+    removed: tuple[int, ...] = ()
+    """The layers of the source that were cut, ascending."""
+    channels: Mapping[Axis, Narrowing] = field(default_factory=dict)
+    """The axes whose channels were cut; the indices are in `selection.json`."""
 
     def save(self, folder: Path) -> None:
         """Write `verification.json`."""
@@ -144,13 +159,22 @@ def verify_cut(
     with skipped(model, layers), narrowed(model, channels):
         expected = answers(model)
     del model
-    return verify_export(expected, out, layers, device, remote_code, exact=not channels)
+    verified = verify_export(expected, out, device, remote_code, exact=not channels)
+    return replace(verified, removed=tuple(sorted(set(layers))), channels=_narrowings(original, cut, channels))
+
+
+def _narrowings(original: PrunableCheckpoint, cut: PrunableCheckpoint, channels: Channels) -> dict[Axis, Narrowing]:
+    """Count the channels of each axis that was cut, in both configs."""
+    if not channels:
+        return {}
+    layout = layout_of(original.family)
+    before, after = layout.widths(original.config), layout.widths(cut.config)
+    return {axis: Narrowing(before.of(axis), after.of(axis), channels.count(axis)) for axis in channels.axes}
 
 
 def verify_export(
     expected: Tensor,
     out: Path,
-    removed: Sequence[int] = (),
     device: str | torch.device | None = None,
     remote_code: bool = False,
     exact: bool = True,
@@ -160,7 +184,6 @@ def verify_export(
     Args:
         expected: the `answers` of the model that was exported, on the same device and in the same dtype.
         out: the export.
-        removed: the layers that were removed, for the record.
         device: where the model runs; the CPU when None.
         remote_code: whether the model's own code may run.
         exact: whether the logits must be equal bit for bit, and not within rounding.
@@ -188,7 +211,6 @@ def verify_export(
             f"of the largest, where rounding explains {_ROUNDING[model.dtype]}"
         )
     return Verification(
-        removed=tuple(sorted(set(removed))),
         layers=checkpoint.layers,
         tensors=len(checkpoint.tensors),
         parameters=checkpoint.parameters,
@@ -278,10 +300,10 @@ def _opened(out: Path, remote_code: bool) -> PrunableCheckpoint:
 
 def _verify_config(source: PrunableCheckpoint, out: PrunableCheckpoint, expected: Mapping[str, Any]) -> None:
     """Hold config.json against the rules: short prompts would not show a sliding window in the wrong layer."""
-    for field in sorted(set(expected) | set(out.config)):
-        if expected.get(field) != out.config.get(field):
+    for name in sorted(set(expected) | set(out.config)):
+        if expected.get(name) != out.config.get(name):
             raise VerificationError(
-                f"{out.folder}/config.json's {field} is {out.config.get(field)!r} and should be {expected.get(field)!r}"
+                f"{out.folder}/config.json's {name} is {out.config.get(name)!r} and should be {expected.get(name)!r}"
             )
 
 

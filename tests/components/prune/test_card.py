@@ -114,6 +114,14 @@ def test_lineage_verification_and_recipe_are_told() -> None:
     assert yaml.safe_load(told.split("```yaml\n")[1].split("```")[0]) == RECIPE
 
 
+def test_the_channels_that_were_verified_are_told_by_axis() -> None:
+    channels = {"ffn": {"before": 1024, "after": 760, "removed": 264}, "heads": {"before": 4, "after": 3, "removed": 1}}
+    told = card(selection=CHANNELS, verification=VERIFICATION | {"channels": channels}).split("## Verification")[1]
+    assert "| ffn channels a layer | 760 of 1,024, 264 removed |" in told
+    assert "| key-value groups a layer | 3 of 4, 1 removed |" in told
+    assert "| channels |" not in told
+
+
 def test_a_hostile_source_stays_in_its_code_span() -> None:
     told = card(release={**RELEASE, "source": "a`b|c\n---\nlicense: mit"})
     assert "`a'b/c --- license: mit`" in told

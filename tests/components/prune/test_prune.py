@@ -73,6 +73,19 @@ def test_what_was_proved_is_told(given: Given, tmp_path: Path) -> None:
     work(given, tmp_path / "out")
     told = json.loads((tmp_path / "out/verification.json").read_text())
     assert (told["removed"], told["layers"], told["max_difference"]) == ([1], 3, 0.0)
+    assert told["channels"] == {}
+
+
+def test_the_channels_that_were_proved_to_be_removed_are_counted_by_axis(narrowing: Given, tmp_path: Path) -> None:
+    work(narrowing, tmp_path / "out")
+    told = json.loads((tmp_path / "out/verification.json").read_text())
+    assert told["channels"] == {
+        "hidden": {"before": 32, "after": 16, "removed": 16},
+        "ffn": {"before": 48, "after": 32, "removed": 16},
+        "heads": {"before": 2, "after": 1, "removed": 1},
+    }
+    card = (tmp_path / "out/model/README.md").read_text()
+    assert "| ffn channels a layer | 32 of 48, 16 removed |" in card
 
 
 def test_the_card_tells_release_licence_and_recipe(given: Given, tmp_path: Path) -> None:
