@@ -8,26 +8,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from components.lib.errors import Refusal, StageFailed
 from components.lib.recipe.schema import Recipe
-from pipeline.cli import watch as watch_verbs
+from pipeline.cli.options import ERROR, FAIL, HOME, PASS, Cluster, Home, Image, Mutable, console
+from pipeline.cli.schedule import schedule_app
+from pipeline.cli.watch import watch
+from pipeline.recipes import RECIPES, find_recipe
 
 if TYPE_CHECKING:
-    from pipeline.runners.runners import Runner
+    from pipeline.runners.runner import Runner
 
-# Frameworks' chatter is no use to a person, and some of it would ask the network whether there is a newer version.
+# Keep the frameworks quiet; some of them would otherwise ask the network for a newer version.
 for _name in ("GIT_PYTHON_REFRESH", "HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_VERBOSITY", "TOKENIZERS_PARALLELISM"):
     os.environ.setdefault(_name, {"GIT_PYTHON_REFRESH": "quiet", "TRANSFORMERS_VERBOSITY": "error"}.get(_name, "1"))
 
 Place = Literal["local", "docker", "kubeflow"]
-
-PASS, ERROR, FAIL = 0, 1, 3
-"""Exit status: the candidate held its rules; something went wrong; the run worked and the candidate did not hold them."""
-
-RECIPES = Path(__file__).parents[1] / "recipes"
 
 app = typer.Typer(
     help="Recompress large language models: regularise, then prune, measured and registered.",
@@ -37,21 +34,8 @@ app = typer.Typer(
 )
 services_app = typer.Typer(help="The embedded S3 server and MLflow.", no_args_is_help=True)
 app.add_typer(services_app, name="services")
-app.add_typer(watch_verbs.schedule_app, name="schedule")
-app.command()(watch_verbs.watch)
-
-Image = Annotated[
-    str | None, typer.Option(help="The stages' image; for a cluster with its digest.", envvar="ESPALIER_IMAGE")
-]
-Cluster = Annotated[
-    str, typer.Option("--profile", help="A cluster profile's file, or a shipped one's name: plain, nvidia, aws-irsa.")
-]
-Mutable = Annotated[bool, typer.Option("--mutable-image", help="Let the image be named by a tag, which may change.")]
-
-Home = Annotated[Path, typer.Option(help="Where all state lies.", envvar="ESPALIER_HOME")]
-HOME = Path(".espalier")
-
-console = Console()
+app.add_typer(schedule_app, name="schedule")
+app.command()(watch)
 
 
 @app.command()
@@ -103,8 +87,8 @@ def compile_(
 @app.command()
 def demo(home: Home = HOME) -> None:
     """Make a small release of text that this machine has, and recompress it."""
-    from pipeline.cli.follow import bar
     from pipeline.demo.release import OVERRIDES, make_release
+    from pipeline.runners.progress import bar
 
     with bar("making a release", console) as journal:
         release = make_release(home / "demo", journal=journal)
@@ -168,20 +152,19 @@ def services_status(home: Home = HOME) -> None:
     console.print(table)
 
 
-def find_recipe(name: str) -> Path:
-    """The recipe's file: one that is there, or the shipped recipe of that name."""
-    shipped = RECIPES / f"{Path(name).name.removesuffix('.yaml')}.yaml"
-    return shipped if not Path(name).exists() and shipped.exists() else Path(name)
-
-
 def _runner(on: Place, image: str | None = None, profile: str = "plain", mutable: bool = False) -> Runner:
-    from pipeline.runners.runners import IMAGE, Docker, Kubeflow, Local
-
     if on == "kubeflow":
         from pipeline.kubeflow.profile import Profile
+        from pipeline.runners.kubeflow import KubeflowRunner
 
-        return Kubeflow(Profile.load(profile, image), mutable)
-    return Docker(image or IMAGE) if on == "docker" else Local()
+        return KubeflowRunner(Profile.load(profile, image), mutable)
+    if on == "docker":
+        from pipeline.runners.docker import IMAGE, DockerRunner
+
+        return DockerRunner(image or IMAGE)
+    from pipeline.runners.local import LocalRunner
+
+    return LocalRunner()
 
 
 def _run(recipe: Recipe, model: str, name: str, home: Path, runner: Runner) -> None:

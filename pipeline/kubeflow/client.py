@@ -1,9 +1,9 @@
 """Kubeflow Pipelines as this machine sees it: upload a pipeline once, start a run of it, follow the run to its end.
 
-server = Kubeflow(profile.kubeflow)
+server = KubeflowClient(profile.kubeflow)
 version = server.upload("recompress", text)
 run = server.start(version, "a label", arguments, profile)
-server.follow(run, tell)
+server.follow(run, on_event)
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PATIENCE = 600.0
 
 _UNREACHABLE = (urllib3.exceptions.HTTPError, TimeoutError, OSError)
 
-Tell = Callable[[str, str, float | None], None]
+TaskSink = Callable[[str, str, float | None], None]
 """Takes a task's name, what became of it (opened, done or skipped) and how many seconds it took."""
 
 
@@ -60,7 +60,7 @@ class Run:
     """Where a person looks at it."""
 
 
-class _Client(kfp.Client):
+class _KfpClient(kfp.Client):
     """kfp's client, which says at once what is wrong: the original asks for half a minute, and logs each traceback."""
 
     def get_kfp_healthz(self, sleep_duration: int = 5) -> V2beta1GetHealthzResponse:
@@ -68,7 +68,7 @@ class _Client(kfp.Client):
         return self._healthz_api.healthz_service_get_healthz()
 
 
-class Kubeflow:
+class KubeflowClient:
     """A Kubeflow Pipelines server."""
 
     def __init__(self, server: Server) -> None:
@@ -83,7 +83,7 @@ class Kubeflow:
         self.host = server.host or os.environ.get("KF_PIPELINES_ENDPOINT") or ""
         with self.asked(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            self.client = _Client(host=self.host or None, existing_token=os.environ.get("KF_PIPELINES_TOKEN"))
+            self.client = _KfpClient(host=self.host or None, existing_token=os.environ.get("KF_PIPELINES_TOKEN"))
             self.client.get_kfp_healthz()
 
     def upload(self, name: str, text: str) -> Version:
@@ -136,12 +136,12 @@ class Kubeflow:
         )
         return f"{ui.rstrip('/')}/#/runs/details/{run_id}"
 
-    def follow(self, run: Run, tell: Tell, pause: float = 5.0) -> V2beta1Run:
+    def follow(self, run: Run, on_event: TaskSink, pause: float = 5.0) -> V2beta1Run:
         """Wait for the run's end, telling of each task that begins or ends, and return the run as it ended.
 
         Args:
             run: what `start` returned.
-            tell: called once with each thing that a task comes to.
+            on_event: called once with each thing that a task comes to.
             pause: seconds between two looks.
 
         Raises:
@@ -161,7 +161,7 @@ class Kubeflow:
                 for name, event, seconds in _events(seen):
                     if (name, event) not in told:
                         told.add((name, event))
-                        tell(name, event, seconds)
+                        on_event(name, event, seconds)
                 if seen.state in ENDED:
                     return seen
             time.sleep(pause)

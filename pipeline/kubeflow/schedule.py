@@ -20,7 +20,7 @@ from kfp.dsl import PipelineTask
 from kfp_server_api import V2beta1RecurringRun as RecurringRun
 
 from components.lib.errors import Refusal
-from pipeline.kubeflow.client import Kubeflow, Version
+from pipeline.kubeflow.client import KubeflowClient, Version
 from pipeline.kubeflow.compile import dressed, for_cluster
 from pipeline.kubeflow.profile import Profile
 from pipeline.recompress import recompress
@@ -115,7 +115,7 @@ def compile_watch(profile: Profile, at_most: int, mutable: bool = False) -> str:
         return path.read_text()
 
 
-def create(kubeflow: Kubeflow, plan: Plan, package: str) -> tuple[RecurringRun, bool]:
+def create(kubeflow: KubeflowClient, plan: Plan, package: str) -> tuple[RecurringRun, bool]:
     """Make the recurring run that the plan says, unless it is there. Returns it, and whether it was made.
 
     One run at a time, and none to make up for missed ones: a watcher that looks once sees all that is new.
@@ -144,7 +144,7 @@ def create(kubeflow: Kubeflow, plan: Plan, package: str) -> tuple[RecurringRun, 
     return made, not same
 
 
-def _make(kubeflow: Kubeflow, plan: Plan, within: str, version: Version, description: str) -> RecurringRun:
+def _make(kubeflow: KubeflowClient, plan: Plan, within: str, version: Version, description: str) -> RecurringRun:
     # No enable_caching: Kubeflow ignores it beside a pipeline's version, so the pipeline itself says what is not cached.
     return kubeflow.client.create_recurring_run(
         experiment_id=within,
@@ -161,7 +161,7 @@ def _make(kubeflow: Kubeflow, plan: Plan, within: str, version: Version, descrip
     )
 
 
-def find(kubeflow: Kubeflow, name: str) -> list[RecurringRun]:
+def find(kubeflow: KubeflowClient, name: str) -> list[RecurringRun]:
     """Every recurring run of that name, newest first: more than one where a replacement was broken off.
 
     Raises:
@@ -183,27 +183,27 @@ def find(kubeflow: Kubeflow, name: str) -> list[RecurringRun]:
     return found
 
 
-def pause(kubeflow: Kubeflow, name: str) -> None:
+def pause(kubeflow: KubeflowClient, name: str) -> None:
     """Start no more runs; one that is running goes on. Raises Refusal where there is no schedule of that name."""
     for run in find(kubeflow, name):
         with kubeflow.asked():
             kubeflow.client.disable_recurring_run(run.recurring_run_id)
 
 
-def resume(kubeflow: Kubeflow, name: str) -> None:
+def resume(kubeflow: KubeflowClient, name: str) -> None:
     """Start runs again, from the next time on. Raises Refusal where there is no schedule of that name."""
     with kubeflow.asked():
         kubeflow.client.enable_recurring_run(find(kubeflow, name)[0].recurring_run_id)
 
 
-def delete(kubeflow: Kubeflow, name: str) -> None:
+def delete(kubeflow: KubeflowClient, name: str) -> None:
     """Delete every recurring run of that name. Raises Refusal where there is none."""
     for run in find(kubeflow, name):
         with kubeflow.asked():
             kubeflow.client.delete_recurring_run(run.recurring_run_id)
 
 
-def _named(kubeflow: Kubeflow, name: str, within: str) -> list[RecurringRun]:
+def _named(kubeflow: KubeflowClient, name: str, within: str) -> list[RecurringRun]:
     """Every recurring run of that name in the experiment with this id, newest first."""
     wanted = json.dumps({"predicates": [{"key": "display_name", "operation": "EQUALS", "string_value": name}]})
     found = _all(

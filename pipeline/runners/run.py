@@ -20,7 +20,8 @@ from components.lib.tracking import client
 from components.lib.transformer.checkpoint import Checkpoint
 from components.pin.pin import check_checkpoint, check_text, pin_folder, pin_text
 from components.register.report import Report
-from pipeline.runners.runners import Local, Runner
+from pipeline.runners.local import LocalRunner
+from pipeline.runners.runner import Runner
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def run(
     home: Path,
     console: Console,
     label: str = "",
-    on: Runner = Local(),  # noqa: B008  # it is immutable
+    on: Runner = LocalRunner(),  # noqa: B008  # it is immutable
 ) -> Result:
     """Recompress `release` as the recipe says and register it under `name`.
 

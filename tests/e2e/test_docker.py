@@ -13,7 +13,7 @@ import os
 import pytest
 
 from components.lib.stage.run import code_version
-from pipeline.runners.runners import IMAGE
+from pipeline.runners.docker import IMAGE
 from tests.e2e.conftest import Bench, Outcome
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]

@@ -19,6 +19,7 @@ import pytest
 from components.lib.errors import StageFailed
 from components.lib.recipe.schema import Recipe, methods
 from pipeline.cli import main as cli
+from pipeline.recipes import RECIPES, find_recipe
 from pipeline.runners.run import Result
 from tests.components.lib.transformer import zoo
 
@@ -252,7 +253,7 @@ class TestARun:
 
     def test_takes_a_shipped_recipe_by_its_name(self, calls: list[Any], espalier: Espalier) -> None:
         espalier("run", "sleb", "--model", "owner/model", "--name", "small")
-        assert calls[-1][0] == Recipe.load(cli.RECIPES / "sleb.yaml")
+        assert calls[-1][0] == Recipe.load(RECIPES / "sleb.yaml")
 
     def test_whose_stage_broke_says_so_and_that_the_rest_is_kept(
         self, calls: list[Any], espalier: Espalier, recipe: Path
@@ -279,16 +280,16 @@ class TestARecipesName:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.chdir(tmp_path)
-        assert cli.find_recipe("trsp") == cli.find_recipe("trsp.yaml") == cli.RECIPES / "trsp.yaml"
+        assert find_recipe("trsp") == find_recipe("trsp.yaml") == RECIPES / "trsp.yaml"
         Path("trsp.yaml").touch()
-        assert cli.find_recipe("trsp.yaml") == Path("trsp.yaml")
-        assert cli.find_recipe("other") == Path("other")
+        assert find_recipe("trsp.yaml") == Path("trsp.yaml")
+        assert find_recipe("other") == Path("other")
 
     def test_is_listed_with_what_it_does(self, espalier: Espalier) -> None:
         ended = espalier("recipes")
         assert ended.status == 0
         for method in methods():
-            assert str(cli.RECIPES / f"{method}.yaml") in ended.printed
+            assert str(RECIPES / f"{method}.yaml") in ended.printed
 
 
 def test_a_name_that_no_model_has_is_not_promoted(espalier: Espalier) -> None:

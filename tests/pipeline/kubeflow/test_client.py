@@ -8,7 +8,7 @@ import pytest
 
 from components.lib.errors import Unavailable
 from pipeline.kubeflow import client as kubeflow
-from pipeline.kubeflow.client import Kubeflow
+from pipeline.kubeflow.client import KubeflowClient
 from pipeline.kubeflow.compile import compile_pipeline, digest
 from pipeline.kubeflow.profile import Profile, Server
 from pipeline.recompress import recompress
@@ -37,8 +37,8 @@ def package(profile: Profile) -> str:
     return compile_pipeline(recompress, profile)
 
 
-def connect(server: KubeflowServer, **more: str) -> Kubeflow:
-    return Kubeflow(Server(host=server.address, **more))
+def connect(server: KubeflowServer, **more: str) -> KubeflowClient:
+    return KubeflowClient(Server(host=server.address, **more))
 
 
 def test_a_version_is_uploaded_once_and_named_by_its_digest(server: KubeflowServer, package: str) -> None:
@@ -137,7 +137,7 @@ def test_a_server_that_stays_away_is_given_up_with_the_runs_address(
 
 def test_no_server_is_told_with_its_address_and_the_cure() -> None:
     with pytest.raises(Unavailable, match=r"at http://127\.0\.0\.1:9 does not answer .*KF_PIPELINES_ENDPOINT"):
-        Kubeflow(Server(host="http://127.0.0.1:9"))
+        KubeflowClient(Server(host="http://127.0.0.1:9"))
 
 
 def test_the_token_goes_along_and_a_wrong_one_is_told(server: KubeflowServer, monkeypatch: pytest.MonkeyPatch) -> None:

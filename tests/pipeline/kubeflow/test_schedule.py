@@ -16,7 +16,7 @@ from components.lib.errors import Refusal
 from components.lib.recipe.schema import Recipe
 from pipeline.cli.main import app
 from pipeline.kubeflow import schedule
-from pipeline.kubeflow.client import Kubeflow
+from pipeline.kubeflow.client import KubeflowClient
 from pipeline.kubeflow.profile import Profile, Server
 from pipeline.kubeflow.schedule import Plan, check_cron, compile_watch
 from tests.pipeline.kubeflow.server import KubeflowServer, _model, _named
@@ -82,8 +82,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScheduleServer]:
 
 
 @pytest.fixture
-def kubeflow(server: ScheduleServer) -> Kubeflow:
-    return Kubeflow(Server(host=server.address))
+def kubeflow(server: ScheduleServer) -> KubeflowClient:
+    return KubeflowClient(Server(host=server.address))
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_one_that_the_scheduler_does_not_read_is_refused(cron: str, cure: str) -
 
 
 def test_a_schedule_catches_nothing_up_and_runs_one_at_a_time(
-    kubeflow: Kubeflow, server: ScheduleServer, plan: Plan, package: str
+    kubeflow: KubeflowClient, server: ScheduleServer, plan: Plan, package: str
 ) -> None:
     made, new = schedule.create(kubeflow, plan, package)
     (kept,) = server.recurring
@@ -139,7 +139,9 @@ def test_a_schedule_catches_nothing_up_and_runs_one_at_a_time(
     assert kept.pipeline_spec is None, "it refers to the version that was uploaded"
 
 
-def test_the_same_again_changes_nothing(kubeflow: Kubeflow, server: ScheduleServer, plan: Plan, package: str) -> None:
+def test_the_same_again_changes_nothing(
+    kubeflow: KubeflowClient, server: ScheduleServer, plan: Plan, package: str
+) -> None:
     first, _ = schedule.create(kubeflow, plan, package)
     schedule.pause(kubeflow, plan.name)
     again, new = schedule.create(kubeflow, plan, package)
@@ -154,7 +156,7 @@ def test_the_same_again_changes_nothing(kubeflow: Kubeflow, server: ScheduleServ
     "change", [{"cron": "0 0 4 * * *"}, {"parameters": PARAMETERS | {"lease_hours": 1.0}}, {"service_account": None}]
 )
 def test_another_plan_takes_the_place_of_the_old(
-    kubeflow: Kubeflow, server: ScheduleServer, plan: Plan, package: str, change: dict[str, Any]
+    kubeflow: KubeflowClient, server: ScheduleServer, plan: Plan, package: str, change: dict[str, Any]
 ) -> None:
     schedule.create(kubeflow, plan, package)
     other, new = schedule.create(kubeflow, Plan(**{**vars(plan), **change}), package)
@@ -163,7 +165,7 @@ def test_another_plan_takes_the_place_of_the_old(
 
 
 def test_another_image_takes_the_place_of_the_old(
-    kubeflow: Kubeflow, server: ScheduleServer, plan: Plan, package: str
+    kubeflow: KubeflowClient, server: ScheduleServer, plan: Plan, package: str
 ) -> None:
     schedule.create(kubeflow, plan, package)
     other, new = schedule.create(kubeflow, plan, package.replace("a" * 64, "b" * 64))
@@ -172,7 +174,7 @@ def test_another_image_takes_the_place_of_the_old(
 
 
 def test_one_too_many_is_tidied_up_though_the_server_hands_out_pages(
-    kubeflow: Kubeflow, server: ScheduleServer, plan: Plan, package: str
+    kubeflow: KubeflowClient, server: ScheduleServer, plan: Plan, package: str
 ) -> None:
     made, _ = schedule.create(kubeflow, plan, package)
     left_over = copy.copy(server.recurring[0])
@@ -183,7 +185,7 @@ def test_one_too_many_is_tidied_up_though_the_server_hands_out_pages(
 
 
 def test_schedules_of_other_names_are_left_alone(
-    kubeflow: Kubeflow, server: ScheduleServer, plan: Plan, package: str
+    kubeflow: KubeflowClient, server: ScheduleServer, plan: Plan, package: str
 ) -> None:
     schedule.create(kubeflow, plan, package)
     schedule.create(kubeflow, Plan("weekly", "0 0 3 * * 0", PARAMETERS), package)
@@ -191,7 +193,7 @@ def test_schedules_of_other_names_are_left_alone(
     assert [one.display_name for one in server.recurring] == ["weekly"]
 
 
-def test_pause_and_resume(kubeflow: Kubeflow, server: ScheduleServer, plan: Plan, package: str) -> None:
+def test_pause_and_resume(kubeflow: KubeflowClient, server: ScheduleServer, plan: Plan, package: str) -> None:
     schedule.create(kubeflow, plan, package)
     schedule.pause(kubeflow, "nightly")
     assert server.recurring[0].mode == "DISABLE"
@@ -200,7 +202,7 @@ def test_pause_and_resume(kubeflow: Kubeflow, server: ScheduleServer, plan: Plan
 
 
 @pytest.mark.parametrize("verb", [schedule.pause, schedule.resume, schedule.delete, schedule.find])
-def test_a_schedule_that_is_not_there_is_refused(kubeflow: Kubeflow, verb: Any) -> None:
+def test_a_schedule_that_is_not_there_is_refused(kubeflow: KubeflowClient, verb: Any) -> None:
     with pytest.raises(Refusal, match="no schedule 'nightly' in the experiment 'espalier'"):
         verb(kubeflow, "nightly")
 

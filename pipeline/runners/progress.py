@@ -1,6 +1,6 @@
-"""What a person sees of a run: which stage of how many, a bar with time left inside the long ones, and nothing else.
+"""Show a run's progress on the console: a row for each stage, with a bar and the time left for the long ones.
 
-The stages print lines that begin with `EVENT`; whatever else they and their frameworks print goes to the log file.
+The stages print lines that begin with `EVENT`; everything else that they and their frameworks print is written to the log file.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from components.lib.training.journal import Journal
 FINISHED = {"reused": "made before", "skipped": "not asked for", "done": "done"}
 
 
-class Follower(io.TextIOBase):
-    """Stands in for standard output while a pipeline runs: shows the stages' events, and writes all else to the log."""
+class ProgressDisplay(io.TextIOBase):
+    """Replaces standard output while a pipeline runs: shows the stages' events, and writes everything to the log."""
 
     def __init__(self, log: Path, stages: int, console: Console) -> None:
         self.refused: str | None = None
@@ -41,7 +41,7 @@ class Follower(io.TextIOBase):
         self.bars = _bars(console)
 
     def write(self, text: str) -> int:
-        """Take what is printed, and act on it line by line."""
+        """Handle printed text, line by line."""
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
             if event := _event(line):
@@ -50,7 +50,7 @@ class Follower(io.TextIOBase):
         return len(text)
 
     def close_log(self) -> None:
-        """Write out what is left and close the log file."""
+        """Write the last, unfinished line and close the log file."""
         self._log.write(self._rest)
         self._log.close()
 
@@ -79,26 +79,26 @@ class Follower(io.TextIOBase):
 
 
 @contextlib.contextmanager
-def following(log: Path, stages: int, console: Console) -> Iterator[Follower]:
-    """Show a pipeline's progress on the console while the block runs; everything printed meanwhile goes to `log`."""
+def displayed(log: Path, stages: int, console: Console) -> Iterator[ProgressDisplay]:
+    """Show a pipeline's progress on the console while the block runs; everything printed meanwhile is written to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    follower = Follower(log, stages, _held(console))
-    with follower.bars, contextlib.redirect_stdout(follower), contextlib.redirect_stderr(follower):
+    display = ProgressDisplay(log, stages, _held(console))
+    with display.bars, contextlib.redirect_stdout(display), contextlib.redirect_stderr(display):
         try:
-            yield follower
+            yield display
         finally:
             sys.stdout.flush()
-            follower.close_log()
+            display.close_log()
 
 
 class Bar:
-    """The journal of one piece of work in this process: it moves a bar."""
+    """A journal for work in this process, shown as a bar."""
 
     def __init__(self, bars: Progress, row: TaskID) -> None:
         self._bars, self._row = bars, row
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Drop the numbers: what is worth a look comes with the progress."""
+        """Ignore the metrics: the progress event carries those to show."""
 
     def progress(self, done: int, total: int, **shown: float) -> None:
         """Move the bar, with a few numbers beside it."""
@@ -107,7 +107,7 @@ class Bar:
 
 @contextlib.contextmanager
 def bar(title: str, console: Console) -> Iterator[Journal]:
-    """Show one bar while the block works; where the console is no terminal, one line when it is done."""
+    """Show one bar while the block works; if the console is no terminal, one line when it is done."""
     began = time.perf_counter()
     with _bars(console) as bars:
         row = bars.add_task(escape(title), total=None, shown="")
@@ -128,7 +128,7 @@ def _bars(console: Console) -> Progress:
 
 
 def _finish(bars: Progress, row: TaskID, shown: str, console: Console) -> None:
-    """Fill the bar; a console that draws none gets a line instead."""
+    """Fill the bar; print a line instead if the console is no terminal."""
     bars.update(row, completed=1, total=1, shown=shown)
     if not console.is_terminal:
         title = next(task.description for task in bars.tasks if task.id == row)
@@ -140,7 +140,7 @@ def _numbers(shown: Mapping[str, float]) -> str:
 
 
 def _event(line: str) -> dict[str, Any] | None:
-    """The event that the line tells, or None. A framework's bar without an end of line, or kfp's indent, may come before it."""
+    """The event in the line, or None. kfp's indent or a framework's unfinished bar may precede it."""
     _, marked, told = line.partition(EVENT)
     try:
         return json.JSONDecoder().raw_decode(told)[0] if marked else None
@@ -149,7 +149,7 @@ def _event(line: str) -> dict[str, Any] | None:
 
 
 def _held(console: Console) -> Console:
-    """The same console, on the stream it writes to now: by itself it would follow `sys.stdout`, which is about to be taken over."""
+    """A copy of the console, bound to its present stream: the original looks up `sys.stdout`, which is about to be replaced."""
     held = copy.copy(console)
     held.file = console.file
     return held

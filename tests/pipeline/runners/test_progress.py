@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from components.lib.stage.events import EVENT, reported
-from pipeline.cli.follow import Follower, bar, following
+from pipeline.runners.progress import ProgressDisplay, bar, displayed
 
 
 def event(stage: str, kind: str, **details: Any) -> str:
@@ -37,20 +37,20 @@ def shown(console: Console) -> str:
 
 
 @pytest.fixture
-def follow(tmp_path: Path) -> Callable[..., Follower]:
+def follow(tmp_path: Path) -> Callable[..., ProgressDisplay]:
     """Follow a pipeline of three stages that prints these lines."""
 
-    def follow(console: Console, *lines: str) -> Follower:
-        with following(tmp_path / "runs/one/log.txt", 3, console) as follower:
+    def follow(console: Console, *lines: str) -> ProgressDisplay:
+        with displayed(tmp_path / "runs/one/log.txt", 3, console) as display:
             for line in lines:
                 print(line)
-        return follower
+        return display
 
     return follow
 
 
 class TestAStagesEnd:
-    def test_is_one_line_where_there_is_no_terminal(self, follow: Callable[..., Follower]) -> None:
+    def test_is_one_line_where_there_is_no_terminal(self, follow: Callable[..., ProgressDisplay]) -> None:
         console = plain()
         follow(
             console,
@@ -69,12 +69,12 @@ class TestAStagesEnd:
             "[ 3/3] lora rft: not asked for",
         ]
 
-    def test_is_told_once(self, follow: Callable[..., Follower]) -> None:
+    def test_is_told_once(self, follow: Callable[..., ProgressDisplay]) -> None:
         console = plain()
         follow(console, event("control dense-trained", "reused"), event("control dense-trained", "skipped"))
         assert shown(console) == "[ 1/3] control dense-trained: made before\n"
 
-    def test_is_a_full_bar_on_a_terminal(self, follow: Callable[..., Follower]) -> None:
+    def test_is_a_full_bar_on_a_terminal(self, follow: Callable[..., ProgressDisplay]) -> None:
         console = terminal()
         follow(console, event("prune", "opened"), event("prune", "done", seconds=2))
         assert "✓ [ 1/3] prune" in shown(console)
@@ -83,16 +83,16 @@ class TestAStagesEnd:
 
 def test_a_long_stage_shows_its_bar_and_its_numbers_while_it_runs(tmp_path: Path) -> None:
     console = terminal()
-    with following(tmp_path / "log.txt", 3, console) as follower:
+    with displayed(tmp_path / "log.txt", 3, console) as display:
         print(event("regularize", "progress", done=25, total=100, shown={"loss": 3.14159, "rate": 1e-4}))
-        follower.bars.refresh()
+        display.bars.refresh()
         assert "loss 3.142  rate 0.0001" in shown(console)
-        task = follower.bars.tasks[0]
+        task = display.bars.tasks[0]
         assert (task.completed, task.total) == (25, 100)
 
 
 class TestTheLog:
-    def test_takes_everything_that_is_printed(self, follow: Callable[..., Follower], tmp_path: Path) -> None:
+    def test_takes_everything_that_is_printed(self, follow: Callable[..., ProgressDisplay], tmp_path: Path) -> None:
         console = plain()
         follow(console, "Loading weights: 100%", event("prune", "opened"), "a warning")
         assert (tmp_path / "runs/one/log.txt").read_text().splitlines() == [
@@ -103,18 +103,18 @@ class TestTheLog:
         assert shown(console) == ""
 
     def test_takes_standard_error_too_and_a_last_line_without_an_end(self, tmp_path: Path) -> None:
-        with following(tmp_path / "log.txt", 1, plain()):
+        with displayed(tmp_path / "log.txt", 1, plain()):
             print("chatter", file=sys.stderr)
             print("and no end", end="")
         assert (tmp_path / "log.txt").read_text() == "chatter\nand no end"
 
-    def test_of_an_earlier_attempt_is_kept(self, follow: Callable[..., Follower], tmp_path: Path) -> None:
+    def test_of_an_earlier_attempt_is_kept(self, follow: Callable[..., ProgressDisplay], tmp_path: Path) -> None:
         follow(plain(), "first")
         follow(plain(), "second")
         assert (tmp_path / "runs/one/log.txt").read_text() == "first\nsecond\n"
 
     def test_is_whole_where_the_run_breaks(self, tmp_path: Path) -> None:
-        with suppress(ZeroDivisionError), following(tmp_path / "log.txt", 1, plain()):
+        with suppress(ZeroDivisionError), displayed(tmp_path / "log.txt", 1, plain()):
             print("before", end="")
             raise ZeroDivisionError
         assert (tmp_path / "log.txt").read_text() == "before"
@@ -127,9 +127,9 @@ def test_a_console_that_follows_standard_output_shows_on_it_and_not_in_the_log(
     own = io.StringIO()
     monkeypatch.setattr(sys, "stdout", own)
     console = Console(force_terminal=terminal, color_system=None, width=100)
-    with following(tmp_path / "log.txt", 3, console) as follower:
+    with displayed(tmp_path / "log.txt", 3, console) as display:
         print(event("prune", "done", seconds=2.0))
-        follower.bars.refresh()
+        display.bars.refresh()
         assert "prune" in own.getvalue()
     assert (tmp_path / "log.txt").read_text() == event("prune", "done", seconds=2.0) + "\n"
     console.print("afterwards")
@@ -140,44 +140,44 @@ def test_a_console_that_follows_standard_output_shows_on_it_and_not_in_the_log(
 class TestAnEvent:
     @pytest.mark.parametrize("before", ["    ", "Loading weights:  50%|███   | 3/6\r", "[KFP] "])
     def test_is_found_behind_what_kfp_and_frameworks_put_before_it(
-        self, before: str, follow: Callable[..., Follower]
+        self, before: str, follow: Callable[..., ProgressDisplay]
     ) -> None:
         assert follow(plain(), before + event("pin", "refused", message="no such file")).refused == "no such file"
 
-    def test_is_found_before_what_comes_after_it(self, follow: Callable[..., Follower]) -> None:
+    def test_is_found_before_what_comes_after_it(self, follow: Callable[..., ProgressDisplay]) -> None:
         assert follow(plain(), event("pin", "refused", message="no such file") + " 50%").refused == "no such file"
 
     def test_that_arrives_in_pieces_is_one(self, tmp_path: Path) -> None:
-        with following(tmp_path / "log.txt", 1, plain()) as follower:
+        with displayed(tmp_path / "log.txt", 1, plain()) as display:
             whole = event("pin", "refused", message="no such file") + "\n"
             for piece in (whole[:5], whole[5:30], whole[30:]):
                 sys.stdout.write(piece)
-        assert follower.refused == "no such file"
+        assert display.refused == "no such file"
 
-    def test_that_is_none_is_chatter(self, follow: Callable[..., Follower]) -> None:
+    def test_that_is_none_is_chatter(self, follow: Callable[..., ProgressDisplay]) -> None:
         console = plain()
         follow(console, f"{EVENT}is what begins a line", f"{EVENT}{{broken")
         assert shown(console) == ""
 
 
 class TestAStageThatEndsBadly:
-    def test_leaves_the_refusal_in_its_own_words(self, follow: Callable[..., Follower]) -> None:
-        follower = follow(plain(), event("pin", "opened"), event("pin", "refused", message="the model [x] is gone"))
-        assert (follower.refused, follower.failed) == ("the model [x] is gone", None)
+    def test_leaves_the_refusal_in_its_own_words(self, follow: Callable[..., ProgressDisplay]) -> None:
+        display = follow(plain(), event("pin", "opened"), event("pin", "refused", message="the model [x] is gone"))
+        assert (display.refused, display.failed) == ("the model [x] is gone", None)
 
-    def test_leaves_the_first_failure_with_its_stage(self, follow: Callable[..., Follower]) -> None:
-        follower = follow(
+    def test_leaves_the_first_failure_with_its_stage(self, follow: Callable[..., ProgressDisplay]) -> None:
+        display = follow(
             plain(),
             event("prune", "failed", message="VerificationError: other logits"),
             event("finish", "failed", message="MlflowException: gone"),
         )
-        assert follower.failed == "prune: VerificationError: other logits"
-        assert follower.refused is None
+        assert display.failed == "prune: VerificationError: other logits"
+        assert display.refused is None
 
     def test_tells_all_this_by_what_the_stages_themselves_print(self, tmp_path: Path) -> None:
-        with following(tmp_path / "log.txt", 1, plain()) as follower, pytest.raises(KeyError), reported("evaluate"):
+        with displayed(tmp_path / "log.txt", 1, plain()) as display, pytest.raises(KeyError), reported("evaluate"):
             raise KeyError("perplexity")
-        assert follower.failed == "evaluate: KeyError: 'perplexity'"
+        assert display.failed == "evaluate: KeyError: 'perplexity'"
 
 
 class TestBar:

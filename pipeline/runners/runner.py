@@ -1,0 +1,41 @@
+"""A place where the pipeline runs: processes of this machine, containers of this machine, or a Kubeflow cluster.
+
+The pipeline is the same in each of them. An output is complete if its manifest is in the store, and a run is complete if its
+report is: success requires the report, and a runner's exit code is not trusted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+
+
+class Runner(Protocol):
+    """A place where the pipeline runs."""
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the pipeline can reach the embedded services."""
+
+    def services(self, home: Path) -> AbstractContextManager[Mapping[str, str]]:
+        """Start or find the store and MLflow for the block, and return the environment that names them."""
+
+    def run(self, arguments: Mapping[str, str], log: Path, console: Console) -> None:
+        """Run the pipeline to its end, showing its progress.
+
+        Raises:
+            Refusal: a stage found something that the user can correct.
+            StageFailed: a stage broke.
+        """
+
+
+def task_names(pipeline: Any) -> set[str]:
+    """The names of the pipeline's tasks, including those inside its exit handler."""
+    spec = pipeline.pipeline_spec
+    dags = {name: component.dag for name, component in spec.components.items() if component.HasField("dag")}
+    tasks = (task for dag in (spec.root.dag, *dags.values()) for task in dag.tasks.items())
+    return {name for name, task in tasks if task.component_ref.name not in dags}

@@ -1,0 +1,18 @@
+"""A run in processes of this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from kfp import local
+from rich.console import Console
+
+from components.lib.errors import Refusal
+from pipeline.runners.local import run_here
+from tests.pipeline.toys import refusing
+
+
+def test_what_a_stage_said_counts_more_than_its_exit_code(tmp_path: Path, shown: Console) -> None:
+    with pytest.raises(Refusal, match="the release is not to be had"):
+        run_here(refusing, local.SubprocessRunner(use_venv=False), {}, tmp_path / "log.txt", shown)
