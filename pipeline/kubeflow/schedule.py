@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from croniter import croniter
 from kfp import compiler
 from kfp.dsl import PipelineTask
 from kfp_server_api import V2beta1RecurringRun as RecurringRun
@@ -28,16 +29,18 @@ from pipeline.watch import watch_pipeline
 
 PIPELINE = "espalier-watch"
 
-_MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
-_DAYS = ["sun", "mon", "tue", "wed", "thu", "fri", "sat"]
-_FIELDS: tuple[tuple[str, int, int, list[str]], ...] = (
-    ("second", 0, 59, []),
-    ("minute", 0, 59, []),
-    ("hour", 0, 23, []),
-    ("day of month", 1, 31, []),
-    ("month", 1, 12, _MONTHS),
-    ("day of week", 0, 6, _DAYS),
+_FIELDS = (
+    ("second", 0, 59),
+    ("minute", 0, 59),
+    ("hour", 0, 23),
+    ("day of month", 1, 31),
+    ("month", 1, 12),
+    ("day of week", 0, 6),
 )
+"""The fields of a cron expression in Kubeflow's order, each with its lowest and highest number."""
+
+_PART = re.compile(r"[*?]|(\d+|[a-z]{3})(-(\d+|[a-z]{3}))?", re.IGNORECASE)
+"""`*`, `?`, `n` or `n-m`, without its step."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,9 @@ def check_cron(text: str) -> str:
         raise Refusal(
             f"the cron expression {text!r} has {len(fields)} fields, and Kubeflow's has 6, seconds first: {hint}"
         )
-    for field, (name, low, high, words) in zip(fields, _FIELDS, strict=True):
-        for part in field.split(","):
-            if not _is_part(part, low, high, words):
+    for position, (name, low, high) in enumerate(_FIELDS):
+        for part in fields[position].split(","):
+            if not _is_read(part, position):
                 raise Refusal(
                     f"the cron expression {text!r} has {part!r} as its {name}: "
                     f"write a number of {low} to {high}, *, a range such as {low}-{high}, or a step such as */{max(2, low)}"
@@ -73,25 +76,30 @@ def check_cron(text: str) -> str:
     return " ".join(fields)
 
 
-def _is_part(part: str, low: int, high: int, words: list[str]) -> bool:
-    """Whether it is `*`, `?`, `n`, `n-m`, each but `?` with an optional `/step`, in the field's bounds."""
-    match = re.fullmatch(r"(\*|\?|\w+)(?:-(\w+))?(?:/(\d+))?", part)
-    if not match:
+def _is_read(part: str, position: int) -> bool:
+    """Whether both croniter and Kubeflow's scheduler, robfig/cron, read this part of the field at `position`.
+
+    croniter also reads L, W, #, ranges that wrap around and 7 as Sunday, which robfig/cron refuses.
+    """
+    span = part.partition("/")[0]
+    if not _PART.fullmatch(span):
         return False
-    first, last, step = match.groups()
-    if step is not None and (int(step) == 0 or first == "?"):
+    try:
+        _values(part, position)
+        bounds = [(bound, _values(bound, position)[0]) for bound in span.split("-") if bound not in "*?"]
+    except ValueError:
         return False
-    if first in {"*", "?"}:
-        return last is None
-    bounds = [_number(word, low, words) for word in (first, last) if word is not None]
-    return all(low <= bound <= high for bound in bounds) and bounds == sorted(bounds)
+    values = [value for _, value in bounds]
+    return values == sorted(values) and all(int(bound) == value for bound, value in bounds if bound.isdecimal())
 
 
-def _number(word: str, low: int, words: list[str]) -> int:
-    """The number a field's word stands for; -1 for none."""
-    if word.isdecimal():
-        return int(word)
-    return words.index(word.lower()) + low if word.lower() in words else -1
+def _values(part: str, position: int) -> list[Any]:
+    """The numbers that the part stands for in the field at `position`. Raises ValueError if croniter does not read it."""
+    fields = ["*"] * len(_FIELDS)
+    fields[position] = part
+    expanded = croniter.expand(" ".join(fields), second_at_beginning=True)[0]
+    # croniter moves the seconds to the end.
+    return expanded[position - 1]
 
 
 def compile_watch(profile: Profile, at_most: int, mutable: bool = False) -> str:

@@ -118,6 +118,11 @@ def test_a_cron_expression_has_six_fields(cron: str) -> None:
         ("0 0 5-3 * * *", "'5-3' as its hour"),
         ("0 */0 3 * * *", "'\\*/0' as its minute"),
         ("0 0, 3 * * *", "'' as its minute"),
+        ("0 0 3 L * *", "'L' as its day of month"),
+        ("0 0 3 1W * *", "'1W' as its day of month"),
+        ("0 0 3 * * 5#2", "'5#2' as its day of week"),
+        ("0 0 3 * * fri-mon", "'fri-mon' as its day of week"),
+        ("r 0 3 * * *", "'r' as its second"),
     ],
 )
 def test_one_that_the_scheduler_does_not_read_is_refused(cron: str, cure: str) -> None:
