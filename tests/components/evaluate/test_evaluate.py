@@ -19,12 +19,13 @@ from components.evaluate.run import evaluate_run
 from components.lib.errors import Refusal
 from components.lib.recipe.schema import Evaluate
 from components.lib.training.journal import Silent
-from components.lib.transformer.checkpoint import load_model
+from components.lib.transformer.checkpoint import Checkpoint, load_model
 from components.lib.transformer.perplexity import perplexity
 from components.lib.transformer.selection import Channels
 from components.lib.transformer.surgery import cut_checkpoint
 from components.lib.transformer.text import consecutive_windows, read_documents, token_stream
 from tests.components.lib.transformer import zoo
+from tests.components.lib.transformer.packed import FORMATS, quantise
 
 LLAMA = zoo.SPECIMENS[0]
 LENGTH = 16
@@ -134,6 +135,18 @@ def test_a_champion_of_a_family_that_cannot_be_pruned_is_measured_too(
         )
     assert found["speed"]["decode"]["1"]["tokens_per_second"] > 0
     assert found["prefill_flops"] > 0
+
+
+def test_a_quantised_champion_is_measured_too(models: dict, texts: dict, tmp_path: Path) -> None:
+    """FP8 is the format that transformers reads by itself."""
+    folder = zoo.release(LLAMA.model(2, dtype=torch.bfloat16), tmp_path / "fp8/model")
+    full = Checkpoint.open(folder)
+    quantise(folder, *FORMATS["fp8"])
+    found = measure(models | {"champion": tmp_path / "fp8"}, texts, tmp_path, **QUICK)["models"]["champion"]
+    assert (found["layers"], found["parameters"]) == (2, full.parameters)
+    assert found["bytes"] < full.bytes
+    assert all(1 < value < math.inf for value in found["perplexity"].values())
+    assert found["notes"] == []
 
 
 def test_a_champion_whose_parameters_cannot_be_counted_is_refused_before_anything_is_measured(
