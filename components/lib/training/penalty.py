@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from components.lib.transformer.channels import kept_rows, layout_of
 from components.lib.transformer.families import family_named
-from components.lib.transformer.gates import blocks, bypassed, gated, plain
+from components.lib.transformer.gates import blocks, bypassed, gated, unwrapped
 from components.lib.transformer.layout import Part
 from components.lib.transformer.selection import Channels
 
@@ -89,7 +89,7 @@ class Slices:
     def __init__(self, model: nn.Module, channels: Channels, norm: Norm) -> None:
         self._size = torch.square if norm == "l2" else torch.abs
         self._parts: dict[Part, list[tuple[Tensor, Pieces]]] = {}
-        for part, weight, pieces in _sliced(plain(model), channels):
+        for part, weight, pieces in _sliced(unwrapped(model), channels):
             self._parts.setdefault(part, []).append((weight, pieces))
         with torch.no_grad():
             self._start = {part: self._sum(part).item() for part in self._parts}

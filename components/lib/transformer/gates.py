@@ -24,7 +24,7 @@ Placement = Literal["branch", "output"]
 Output: TypeAlias = Tensor | tuple[Any, ...]
 
 
-def plain(model: nn.Module) -> PreTrainedModel:
+def unwrapped(model: nn.Module) -> PreTrainedModel:
     """Return the transformers model under peft's wrapper, or the model itself."""
     wrapped: Any = model
     return cast("PreTrainedModel", wrapped.get_base_model() if hasattr(model, "get_base_model") else model)
@@ -32,7 +32,7 @@ def plain(model: nn.Module) -> PreTrainedModel:
 
 def blocks(model: nn.Module) -> nn.ModuleList:
     """Return the model's blocks, first to last. Raises Refusal for an unknown model type."""
-    causal = plain(model)
+    causal = unwrapped(model)
     return cast(nn.ModuleList, causal.get_submodule(family_named(causal.config.model_type).blocks))
 
 
@@ -46,7 +46,7 @@ def gated(model: nn.Module, gates: Tensor, placement: Placement = "branch") -> I
     Args:
         model: a causal language model.
         gates: (layers,), fp32.
-        placement: what is gated.
+        placement: whether the branch or the whole output is gated.
     """
     layers = blocks(model)
     if gates.shape != (len(layers),):
@@ -65,7 +65,7 @@ def gated(model: nn.Module, gates: Tensor, placement: Placement = "branch") -> I
 
 @contextmanager
 def skipped(model: nn.Module, layers: Sequence[int]) -> Iterator[None]:
-    """Let the named blocks hand on what they were given, exactly as if they were removed.
+    """Let the named blocks return their input, exactly as if they were removed.
 
     The blocks are still computed, so that they fill their part of the key-value cache: cached generation works, and nothing is faster.
     """
@@ -82,7 +82,7 @@ def bypassed(model: nn.Module, layers: Sequence[int]) -> Iterator[None]:
     """
     found = [blocks(model)[layer] for layer in layers]
     for block in found:
-        block.forward = _identity  # an attribute of this block, which goes before its class's method
+        block.forward = _identity  # an attribute of the instance takes precedence over its class's method
     try:
         yield
     finally:
@@ -98,7 +98,7 @@ def _identity(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
 def watched(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
     """Yield a dict that holds, after each forward pass, layer → (x, f(x)), both (batch, length, hidden) and in the graph.
 
-    Opened inside `gated` or `skipped`, f(x) is what the block hands on after them.
+    Opened inside `gated` or `skipped`, f(x) is the output after gating or skipping.
     """
     found = blocks(model)
     seen: dict[int, tuple[Tensor, Tensor]] = {}
@@ -118,7 +118,7 @@ def watched(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, tuple
 
 @dataclass
 class FinalState:
-    """What the head read in the last forward pass."""
+    """The head's input in the last forward pass."""
 
     value: Tensor | None = None
     """(batch, length, hidden), in the graph; None before the first forward pass."""
@@ -132,7 +132,7 @@ def final_state(model: nn.Module) -> Iterator[FinalState]:
     def keep(head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         state.value = inputs[0]
 
-    handle = plain(model).get_output_embeddings().register_forward_pre_hook(keep)
+    handle = unwrapped(model).get_output_embeddings().register_forward_pre_hook(keep)
     try:
         yield state
     finally:
@@ -141,7 +141,7 @@ def final_state(model: nn.Module) -> Iterator[FinalState]:
 
 
 class _Blend(torch.autograd.Function):
-    """x + g·(f − x) in fp32, handed on in f's dtype, for a scalar g.
+    """x + g·(f − x) in fp32, returned in f's dtype, for a scalar g.
 
     torch.lerp takes its end points exactly, which the formula does not. Saving x and f as they are (they live on in the
     graph anyway) and not their fp32 copies keeps a gate free of memory.
@@ -170,7 +170,7 @@ def _blend(x: Tensor, f: Tensor, g: Tensor) -> Tensor:
 
 @contextmanager
 def _hooked(hooks: Iterator[tuple[nn.Module, Callable[[Tensor, Tensor], Tensor | None]]] | Any) -> Iterator[None]:
-    """Hook each block with a function of (x, f(x)) that returns what is handed on, or None to leave it."""
+    """Hook each block with a function of (x, f(x)) that returns the new output, or None to keep f(x)."""
     with ExitStack() as stack:
         for block, function in hooks:
             handle = block.register_forward_hook(_hook(function), with_kwargs=True)
@@ -184,9 +184,9 @@ def _hook(function: Callable[[Tensor, Tensor], Tensor | None]) -> Callable[..., 
     def hook(block: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Output) -> Output | None:
         x = inputs[0] if inputs else named["hidden_states"]
         f = output if isinstance(output, Tensor) else output[0]
-        handed_on = function(x, f)
-        if handed_on is None or isinstance(output, Tensor):
-            return handed_on
-        return (handed_on, *output[1:])
+        changed = function(x, f)
+        if changed is None or isinstance(output, Tensor):
+            return changed
+        return (changed, *output[1:])
 
     return hook

@@ -4,7 +4,7 @@ A channel is gated where it is read. Intermediate channels and heads are read by
 input is exactly their removal. The residual stream is read through norms, and these do more than read: RMSNorm and LayerNorm
 count the channels that they average over, and Gemma scales its embedding by the root of the width. So with a gate of 0
 
-    the model computes what the cut model does: every norm averages over the channels that stay, and hands on 0 in all others,
+    the model computes the same as the cut model: every norm averages over the channels that stay, and outputs 0 in all others,
 
 and between 1 and 0 a norm's output is g · norm(x) + (1 − g) · norm(the channels of x that stay).
 """
@@ -22,20 +22,20 @@ from torch.utils.hooks import RemovableHandle
 
 from components.lib.transformer.channels import kept_indices, layout_of
 from components.lib.transformer.families import family_named
-from components.lib.transformer.gates import plain
+from components.lib.transformer.gates import unwrapped
 from components.lib.transformer.selection import Channels
 
 
 @contextmanager
 def narrowed(model: nn.Module, channels: Channels, gate: float = 0.0) -> Iterator[None]:
-    """Gate channels wherever they are read; 1 leaves the model as it is, 0 makes it compute what the cut model computes.
+    """Gate channels wherever they are read; 1 leaves the model as it is, 0 gives the output of the cut model.
 
     Nothing is faster: the channels are still computed. Nests with the contexts of `gates.py`, leaves the model as it found it,
     and may be opened on a model that has peft adapters.
 
     Args:
         model: a causal language model of a family with a layout.
-        channels: what is gated.
+        channels: the channels to gate.
         gate: between 0 and 1.
     """
     with ExitStack() as stack:
@@ -46,18 +46,17 @@ def narrowed(model: nn.Module, channels: Channels, gate: float = 0.0) -> Iterato
 
 
 def readers(model: nn.Module, channels: Channels) -> Iterator[tuple[nn.Module, Tensor, float]]:
-    """Yield every module that reads channels to be removed, the indices it keeps of what it reads, and what its output is scaled by.
+    """Yield every module that reads channels to be removed, the indices of its input that it keeps, and the factor of its output.
 
-    Those are the norms over an axis, the projections from ffn and heads, and the embeddings, which read nothing: they are
-    where the stream begins.
+    Those are the norms over an axis, the projections from ffn and heads, and the embeddings, which begin the residual stream.
     """
-    causal = plain(model)
+    causal = unwrapped(model)
     family = family_named(causal.config.model_type)
     layout = layout_of(family)
     widths = layout.widths(causal.config.to_dict())
     for name, module in causal.named_modules():
         segments = layout.segments(name)
-        # What reads the stream by a projection reads it through a norm, or (OLMo 2) from embeddings and norms.
+        # A projection from the stream reads the output of a norm, or (OLMo 2) of embeddings and norms: those are gated already.
         if segments is None or (
             len(segments) == 2 and segments[1] == ["hidden"] and not isinstance(module, nn.Embedding)
         ):
@@ -93,7 +92,7 @@ def _gated(module: nn.Module, kept: Tensor, gate: float, scale: float) -> Remova
 
 
 def _mask(like: Tensor, kept: Tensor, gate: float) -> Tensor:
-    """Return a vector over the last dimension: 1 where a channel is kept, the gate elsewhere."""
+    """Return a vector over the last dimension: 1 for a channel that is kept, the gate for any other."""
     return torch.full(like.shape[-1:], gate, dtype=like.dtype, device=like.device).index_fill(
         0, kept.to(like.device), 1.0
     )
@@ -112,6 +111,6 @@ class _Narrow:
         """Return the norm of the kept channels of x (…, width), as wide as they are."""
         kept = self.kept.to(x.device)
         parameters = {name: value if value is None else value[kept] for name, value in self.norm._parameters.items()}
-        # Slices are no parameters, so that they are put where the module looks for them, and not registered.
+        # Slices are not parameters and cannot be registered, so they replace the dict that the module reads.
         self.narrow.__dict__["_parameters"] = parameters
         return type(self.norm).forward(self.narrow, x[..., kept])
