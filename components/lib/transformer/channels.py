@@ -1,4 +1,4 @@
-"""Removing channels: how many an axis loses, which rows of which tensor that is, and what the config then says."""
+"""Remove channels: how many an axis loses, which rows of each tensor those are, and the config of the cut model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from components.lib.transformer.checkpoint import PrunableCheckpoint
 
 ALIGNED = 8
-"""The kept width is a multiple of this where the recipe names none: what the matrix units of GPUs are fed in."""
+"""The kept width is a multiple of this if the recipe names none: the matrix units of GPUs work on such blocks."""
 
 
 def layout_of(family: Family) -> Layout:
@@ -37,15 +37,15 @@ def channels_to_remove(
 ) -> dict[Axis, int]:
     """Return how many channels each axis loses: the nearest number to its ratio that leaves a width the model can have.
 
-    - hidden and ffn keep a multiple of `multiple`; heads go in whole key-value groups.
-    - Where the transformers class takes hidden / heads for a head's width, the two axes shrink together: whichever is asked for,
-      whole heads go, and the hidden width by as many times their width.
-    - Where the config class wants the hidden width to be a multiple of the heads, it stays one.
+    - hidden and ffn keep a multiple of `multiple`; heads are removed in whole key-value groups.
+    - If the transformers class computes a head's width as hidden / heads, the two axes shrink together: whichever is asked for,
+      whole heads are removed, and as many times their width of the hidden channels.
+    - If the config class requires a hidden width that is a multiple of the heads, it stays one.
 
     Args:
         family: the model's row.
         config: its config.json.
-        ratios: the part of each axis that goes.
+        ratios: the part of each axis to remove.
         multiple: None for `ALIGNED`.
 
     Raises:
@@ -95,7 +95,7 @@ def check_channels(checkpoint: PrunableCheckpoint, ratios: Mapping[Axis, float],
 
 
 FAR = 0.1
-"""How far from the ratio that was asked for a width may be; what is farther is another experiment."""
+"""The largest distance of a width from the requested ratio: a larger one would be another experiment."""
 
 
 def _nearest(axis: Axis, ratio: float, width: int, allowed: Sequence[int]) -> int:
@@ -114,7 +114,7 @@ def kept_rows(
 ) -> list[list[int] | None]:
     """Return, for each dimension of a tensor, the indices that stay, or None if all stay.
 
-    Only what the removed axes touch must be known: a model with other tensors beside them (StableLM's norms of single heads), or with
+    Only dimensions along the removed axes must be known: a model with other tensors beside them (StableLM's norms of single heads), or with
     an embedding of another width (OPT-350m), can still lose ffn channels.
 
     Args:
@@ -125,7 +125,7 @@ def kept_rows(
         removed: the channels to remove (`Channels.at`).
 
     Raises:
-        Refusal: the tensor may hold channels to remove and the layout does not know it, or its shape is not what the widths say.
+        Refusal: the tensor may hold channels to remove and the layout does not know it, or its shape contradicts the widths.
     """
     axes = {axis for axis, channels in removed.items() if channels}
     if layout.segments(tensor.rpartition(".")[0]) is None and not _may_hold(axes, widths, shape):
@@ -137,7 +137,7 @@ def kept_rows(
     ]
     if len(stated) != len(shape) or any(size and size != found for size, found in zip(stated, shape, strict=True)):
         raise Refusal(
-            f"the tensor {tensor} has the shape {tuple(shape)} where the config's widths give {tuple(stated)}: its channels cannot be "
+            f"the tensor {tensor} has the shape {tuple(shape)}, but the config's widths give {tuple(stated)}: its channels cannot be "
             "told apart, remove layers instead"
         )
     return [kept_indices(widths, segments, removed) for segments in dimensions]
@@ -153,7 +153,7 @@ def _may_hold(axes: Collection[Axis], widths: Widths, shape: Sequence[int]) -> b
 
 
 def kept_indices(widths: Widths, segments: Sequence[str], removed: Mapping[Axis, Sequence[int]]) -> list[int] | None:
-    """Return the indices that stay of a dimension made of `segments`, or None where all do."""
+    """Return the indices that stay of a dimension made of `segments`, or None if all stay."""
     axes = [axis_of(segment) for segment in segments]
     if not any(axis and removed.get(axis) for axis in axes):
         return None

@@ -1,8 +1,8 @@
-"""A Hugging Face checkpoint in a folder: opened quickly for what its headers say, and loaded whole.
+"""A Hugging Face checkpoint in a folder: read quickly from its headers, or loaded whole.
 
 `Checkpoint.open` reads config.json and the safetensors headers of any model: enough to count, measure and serve it.
-`PrunableCheckpoint.open` also refuses, before anything slow is imported, what cannot be cut: what is cut, trained or pinned as a
-release is opened with it. `load_model` imports transformers, and refuses a load that left a tensor out.
+`PrunableCheckpoint.open` also refuses, before anything slow is imported, a checkpoint that cannot be cut: it opens every checkpoint
+that is cut, trained or pinned as a release. `load_model` imports transformers, and refuses a load that left a tensor out.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-# Constants that old releases stored beside the parameters (causal masks, rotary frequencies); transformers ignores them.
+# Constants that old releases stored beside the parameters (causal masks, rotary frequencies). transformers ignores them.
 _CONSTANTS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a safetensors file: what its header says of it."""
+    """A tensor in a safetensors file, as the header describes it."""
 
     file: Path
     dtype: str
@@ -44,7 +44,7 @@ class Stored:
     """Bytes."""
 
     def pieces(self, length: int = 1 << 24) -> Iterator[bytes]:
-        """Yield the tensor's bytes, a piece at a time, so that none is ever held whole."""
+        """Yield the tensor's bytes piece by piece, so that it is never held whole."""
         with self.file.open("rb") as file:
             file.seek(self.start)
             for done in range(0, self.size, length):
@@ -131,7 +131,7 @@ class PrunableCheckpoint(Checkpoint):
 
     @classmethod
     def open(cls, folder: Path, remote_code: bool = False) -> PrunableCheckpoint:
-        """Read config.json and the safetensors headers, and refuse what cannot be pruned.
+        """Read config.json and the safetensors headers, and refuse a checkpoint that cannot be pruned.
 
         Args:
             folder: a checkpoint.
@@ -215,10 +215,10 @@ def load_model(
             device_map={"": device} if device else None,
             trust_remote_code=remote_code,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # only so that they are told of, and refused below
+            ignore_mismatched_sizes=True,  # so that they are reported, and refused below
             output_loading_info=True,
         )
-    except ImportError as error:  # what a quantisation's own library raises that is not installed
+    except ImportError as error:  # raised if the library of a quantisation is not installed
         raise Refusal(
             f"{folder} needs a library that is not installed ({' '.join(str(error).split())[:200]}): install it, or leave the model out"
         ) from None
@@ -233,7 +233,7 @@ def load_model(
 
 
 def load_tokenizer(folder: Path, remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load a checkpoint's tokenizer. Raises Refusal where the folder has none."""
+    """Load a checkpoint's tokenizer. Raises Refusal if the folder has none."""
     from transformers import AutoTokenizer
 
     try:
@@ -274,14 +274,18 @@ def _stored(folder: Path) -> dict[str, Stored]:
         return _header(folder / WEIGHTS)
     if not (folder / INDEX).is_file():
         raise _no_weights(folder)
-    where = _read_json(folder / INDEX).get("weight_map", {})
-    missing = sorted({file for file in where.values() if not (folder / file).is_file()})
+    weight_map = _read_json(folder / INDEX).get("weight_map", {})
+    missing = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
     if missing:
         raise Refusal(f"{folder / INDEX} names {', '.join(missing)}, which the folder lacks: get the release again")
-    tensors = {name: tensor for file in sorted(set(where.values())) for name, tensor in _header(folder / file).items()}
-    absent = sorted(set(where) - set(tensors))
+    tensors = {
+        name: tensor for file in sorted(set(weight_map.values())) for name, tensor in _header(folder / file).items()
+    }
+    absent = sorted(set(weight_map) - set(tensors))
     if absent:
-        raise Refusal(f"{folder / INDEX} promises {absent[0]}, which {where[absent[0]]} lacks: get the release again")
+        raise Refusal(
+            f"{folder / INDEX} promises {absent[0]}, which {weight_map[absent[0]]} lacks: get the release again"
+        )
     return tensors
 
 
@@ -290,7 +294,7 @@ def _no_weights(folder: Path) -> Refusal:
     if pickled:
         return Refusal(
             f"{folder} holds pickled weights only ({pickled[0]}), which can run code when they are read: convert them to safetensors "
-            "with save_pretrained where you trust them"
+            "with save_pretrained if you trust them"
         )
     return Refusal(f"{folder} holds neither {WEIGHTS} nor {INDEX}: name a folder with safetensors weights")
 
@@ -324,7 +328,7 @@ def _check_dtypes(folder: Path, tensors: Mapping[str, Stored]) -> None:
 
 
 def _check_blocks(folder: Path, config: Config, family: Family, tensors: Mapping[str, Stored]) -> None:
-    """Refuse a folder whose tensors are of other layers than its config counts, as a careless cut leaves it."""
+    """Refuse a folder whose tensors are of other layers than its config counts, as after a careless cut."""
     stored = {found[0] for found in map(family.block_of, tensors) if found}
     stated = set(range(family.layers(config)))
     if stored - stated:

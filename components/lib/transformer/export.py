@@ -1,4 +1,4 @@
-"""Plain Hugging Face checkpoints out, and the proof that they are what they should be."""
+"""Write plain Hugging Face checkpoints, and prove that they compute the same as the models they come from."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ def save_model(
 ) -> None:
     """Write a model as a plain Hugging Face checkpoint: safetensors of at most 5 GB, in the dtype of its source.
 
-    The config, tokenizer, chat template and generation config are the source's own files, so that what reads the release
-    reads this. A model of another dtype (fp32 masters of a bf16 release) is cast in place, parameter by parameter, so
-    that no second copy is held: afterwards it computes what the checkpoint computes.
+    The config, tokenizer, chat template and generation config are the source's own files, so any program that reads the release
+    reads the export. A model of another dtype (fp32 masters of a bf16 release) is cast in place, parameter by parameter,
+    without a second copy: afterwards it computes the same as the checkpoint.
 
     Args:
         model: a causal language model, peft adapters merged.
         source: the checkpoint it comes from.
         out: the folder to fill.
         removed: the layers of the source that the model no longer has.
-        remote_code: whether the source's own code travels.
+        remote_code: whether the source's own code is copied.
 
     Raises:
-        ValueError: the model still has adapters, or other layers than the source without `removed`.
+        ValueError: the model still has adapters, or its layers are not those of the source without `removed`.
     """
     checkpoint = PrunableCheckpoint.open(source, remote_code)
     if any(".base_layer." in name for name, _ in model.named_parameters()):
@@ -74,7 +74,7 @@ def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def _save_weights(model: PreTrainedModel, out: Path) -> None:
-    """Save through transformers, which knows tied weights and how experts are laid out on disk."""
+    """Save with transformers, which knows tied weights and the layout of experts on disk."""
     from transformers import GenerationConfig
 
     # Releases carry generation configs that transformers reads but refuses to write; the source's file is carried instead.
@@ -132,8 +132,8 @@ def verify_cut(
 ) -> Verification:
     """Prove that `out` is `source` without `layers` and `channels`.
 
-    1. config.json is the source's with every per-layer field and every width in step, and every tensor on disk is, byte for byte,
-       what stays of the source's tensor that it stands for; none is missing or left over.
+    1. config.json is the source's with every per-layer field and every width in step, and every tensor on disk equals, byte
+       for byte, the remaining part of the source's tensor; none is missing or left over.
     2. The reloaded model's logits equal those of the source with the layers skipped and the channels gated to 0 by hooks. Layers
        alone: bit for bit, since the same operations run on the same numbers on the same device. With channels: within rounding,
        since sums over fewer numbers are taken in another order. Left-padded batches are among the prompts.
@@ -146,7 +146,7 @@ def verify_cut(
         out: the cut one.
         layers: the layers that were removed.
         channels: the channels that were removed.
-        device: where the models run; the CPU when None. Their dtype is the release's.
+        device: the device the models run on; the CPU if None. Their dtype is the release's.
         remote_code: whether the model's own code may run.
 
     Raises:
@@ -179,12 +179,12 @@ def verify_export(
     remote_code: bool = False,
     exact: bool = True,
 ) -> Verification:
-    """Prove that the checkpoint `out` answers as the model did whose `answers` are given, and the same with its cache as without.
+    """Prove that a checkpoint gives the logits of the model it was exported from, with its key-value cache and without.
 
     Args:
         expected: the `answers` of the model that was exported, on the same device and in the same dtype.
         out: the export.
-        device: where the model runs; the CPU when None.
+        device: the device the model runs on; the CPU if None.
         remote_code: whether the model's own code may run.
         exact: whether the logits must be equal bit for bit, and not within rounding.
 
@@ -208,7 +208,7 @@ def verify_export(
     if not cache_difference <= _ROUNDING[model.dtype]:  # so that NaN fails
         raise VerificationError(
             f"{out} generates other text with its key-value cache than without: the logits differ by {cache_difference:.3g} "
-            f"of the largest, where rounding explains {_ROUNDING[model.dtype]}"
+            f"of the largest, and rounding explains {_ROUNDING[model.dtype]}"
         )
     return Verification(
         layers=checkpoint.layers,
@@ -223,7 +223,7 @@ def verify_export(
     )
 
 
-# What another order of summation may change in a logit, relative to the largest: some tens of units in the last place.
+# The largest change of a logit by another order of summation, relative to the largest logit: some tens of units in the last place.
 _ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -247,14 +247,14 @@ def _prompts(model: PreTrainedModel, length: int = 24) -> tuple[Tensor, Tensor]:
 def _cache_difference(model: PreTrainedModel, out: Path) -> float:
     """Return the largest difference between the logits of cached and uncached greedy generation, relative to the largest logit.
 
-    A row is compared as long as both have chosen the same tokens; where they part, the difference of that step has been counted.
+    A row is compared up to and including the first step at which the two choose different tokens.
     """
     uncached, uncached_logits = _generate(model, use_cache=False)
     try:
         cached, cached_logits = _generate(model, use_cache=True)
     except torch.OutOfMemoryError:
         raise
-    except (IndexError, RuntimeError) as error:  # what layers that share a part of the cache, or look beyond it, raise
+    except (IndexError, RuntimeError) as error:  # raised by layers that share a part of the cache, or read beyond it
         raise VerificationError(f"{out} cannot generate with its key-value cache: {error}") from error
     # (batch, steps): whether everything before a step is equal.
     same = torch.cumprod((cached == uncached).long(), dim=1).roll(1, dims=1)
@@ -268,7 +268,7 @@ def _generate(model: PreTrainedModel, use_cache: bool, steps: int = 8) -> tuple[
     tokens, mask = _prompts(model)
     generate: Any = model.generate
     with _greedy(model):
-        said = generate(
+        generated = generate(
             tokens,
             attention_mask=mask,
             max_new_tokens=steps,
@@ -276,12 +276,12 @@ def _generate(model: PreTrainedModel, use_cache: bool, steps: int = 8) -> tuple[
             output_logits=True,
             return_dict_in_generate=True,
         )
-    return said.sequences[:, -steps:], torch.stack(said.logits, dim=1).float()
+    return generated.sequences[:, -steps:], torch.stack(generated.logits, dim=1).float()
 
 
 @contextmanager
 def _greedy(model: PreTrainedModel) -> Iterator[None]:
-    """Set the release's own generation settings aside: no sampling, and no end of text."""
+    """Replace the release's own generation settings for a while: no sampling, and no end of text."""
     from transformers import GenerationConfig
 
     own, model.generation_config = model.generation_config, GenerationConfig(do_sample=False, pad_token_id=0)
@@ -299,7 +299,7 @@ def _opened(out: Path, remote_code: bool) -> PrunableCheckpoint:
 
 
 def _verify_config(source: PrunableCheckpoint, out: PrunableCheckpoint, expected: Mapping[str, Any]) -> None:
-    """Hold config.json against the rules: short prompts would not show a sliding window in the wrong layer."""
+    """Compare config.json with the expected one: short prompts would not reveal a sliding window in the wrong layer."""
     for name in sorted(set(expected) | set(out.config)):
         if expected.get(name) != out.config.get(name):
             raise VerificationError(
@@ -308,7 +308,7 @@ def _verify_config(source: PrunableCheckpoint, out: PrunableCheckpoint, expected
 
 
 def _verify_tensors(source: PrunableCheckpoint, out: PrunableCheckpoint, remaining: Mapping[str, Stored]) -> None:
-    """Hold every tensor of `out` against what remains of the source's, byte for byte and one at a time."""
+    """Compare every tensor of `out` with the remaining part of the source's, byte for byte and one at a time."""
     base = f"{source.family.blocks.split('.')[0]}."
     expected = {name.removeprefix(base): tensor for name, tensor in remaining.items()}
     found = {name.removeprefix(base): tensor for name, tensor in out.tensors.items()}
@@ -323,7 +323,7 @@ def _verify_tensors(source: PrunableCheckpoint, out: PrunableCheckpoint, remaini
 
 
 def _same_bytes(a: Stored, b: Stored) -> bool:
-    """Whether two stored tensors have the same dtype, shape and bytes."""
+    """Say whether two stored tensors have the same dtype, shape and bytes."""
     if (a.dtype, a.shape, a.size) != (b.dtype, b.shape, b.size):
         return False
     with b.file.open("rb") as other:

@@ -43,7 +43,7 @@ _UNPACKING = re.compile(
 
 
 def quantisation(config: Config) -> Mapping[str, Any] | None:
-    """Return what a config.json says of its quantisation, or None if it states none."""
+    """Return the quantisation that a config.json states, or None."""
     text = config.get("text_config")
     for part in (config, text if isinstance(text, Mapping) else {}):
         for name in ("quantization_config", "compression_config"):

@@ -1,7 +1,7 @@
 """Removing layers from a model in memory, and layers and channels from a checkpoint on disk without loading it.
 
-Both renumber what is left and bring every per-layer config field in step (`families.cut_config`); what goes unrenumbered
-elsewhere loads without a word and generates wrong text.
+Both renumber what is left and bring every per-layer config field in step (`families.cut_config`). Without that
+a cut model loads without an error and generates wrong text.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SHARD_BYTES = 5_000_000_000
 """The largest weights file that is written; a single larger tensor gets a file of its own."""
 
-# What travels with the weights, byte for byte: tokenizer, chat template, generation config, licence.
+# The files that are copied with the weights: tokenizer, chat template, generation config, licence.
 _COMPANIONS = (
     "tokenizer*",
     "*.model",
@@ -74,15 +74,15 @@ def cut_checkpoint(
 ) -> None:
     """Write the checkpoint of `source` without `layers` and `channels` to the folder `out`.
 
-    The tensors' bytes are copied as they are, so that every dtype and layout travels. No more than one tensor is ever held in
-    memory, and that only where channels of it go.
+    The tensors' bytes are copied as they are, so every dtype and layout is kept. At most one tensor is held in memory, and only
+    if channels of it are removed.
 
     Args:
         source: the checkpoint to cut.
         out: the folder to fill.
-        layers: indices of the layers that go.
-        channels: the channels that go.
-        remote_code: whether the source's own code travels.
+        layers: indices of the layers to remove.
+        channels: the channels to remove.
+        remote_code: whether the source's own code is copied.
 
     Raises:
         Refusal: `source` cannot be pruned, a layer is not of the model, or none would stay.
@@ -108,13 +108,13 @@ def written_out(config: Config, family: Family) -> dict[str, Any]:
 
 
 def remaining_config(checkpoint: PrunableCheckpoint, layers: Sequence[int], channels: Channels) -> dict[str, Any]:
-    """Return the config of what stays when `layers` and `channels` go."""
+    """Return the config of the checkpoint without `layers` and `channels`."""
     family = checkpoint.family
     return cut_widths(cut_config(written_out(checkpoint.config, family), family, layers), family, channels)
 
 
 def remaining(checkpoint: PrunableCheckpoint, layers: Sequence[int], channels: Channels) -> dict[str, Stored]:
-    """Return the tensors that stay when `layers` and `channels` go, by their names in the cut checkpoint.
+    """Return the tensors of the checkpoint without `layers` and `channels`, by their names in the cut checkpoint.
 
     Raises:
         Refusal: the family's layout does not know a tensor that may hold channels.
@@ -145,18 +145,18 @@ def _sliced(checkpoint: PrunableCheckpoint, name: str, tensor: Stored, channels:
 
 @dataclass(frozen=True)
 class Sliced(Stored):
-    """What stays of a stored tensor."""
+    """The remaining rows and columns of a stored tensor."""
 
     whole: tuple[int, ...]
     """The shape as it is stored."""
     kept: tuple[list[int] | None, ...]
-    """For each dimension the indices that stay, or None where all do."""
+    """For each dimension the indices that stay, or None if all stay."""
 
     def pieces(self, length: int = 1 << 24) -> Iterator[bytes]:
-        """Yield the bytes that stay, in one piece."""
+        """Yield the remaining bytes, in one piece."""
         import numpy
 
-        # Only moved, never computed with: any type of the same width will do.
+        # The numbers are moved and not computed with, so any type of the same width serves.
         found: Any = numpy.memmap(self.file, f"u{_width(self)}", mode="r", offset=self.start, shape=self.whole)
         for dimension, rows in enumerate(self.kept):
             if rows is not None:
@@ -165,7 +165,7 @@ class Sliced(Stored):
 
 
 def carry(source: Path, out: Path, remote_code: bool = False) -> None:
-    """Copy what travels with the weights: tokenizer, chat template, generation config, licence; its code with `remote_code`."""
+    """Copy the files beside the weights: tokenizer, chat template, generation config, licence; the model's code with `remote_code`."""
     for pattern in (*_COMPANIONS, *(["*.py"] if remote_code else [])):
         for path in source.glob(pattern):
             if path.is_dir():
@@ -180,18 +180,18 @@ def _write_weights(out: Path, tensors: Mapping[str, Stored]) -> None:
     if len(shards) == 1:
         _write_shard(out / WEIGHTS, shards[0])
         return
-    where: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         _write_shard(out / name, shard)
-        where |= dict.fromkeys(shard, name)
+        weight_map |= dict.fromkeys(shard, name)
     size = sum(tensor.size for tensor in tensors.values())
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _shards(tensors: Mapping[str, Stored]) -> Iterator[dict[str, Stored]]:
-    """Part the tensors, in their order, into runs of at most SHARD_BYTES."""
+    """Divide the tensors, in their order, into shards of at most SHARD_BYTES."""
     shard: dict[str, Stored] = {}
     size = 0
     for name, tensor in tensors.items():
@@ -206,9 +206,9 @@ def _shards(tensors: Mapping[str, Stored]) -> Iterator[dict[str, Stored]]:
 def _write_shard(path: Path, tensors: Mapping[str, Stored]) -> None:
     """Write a safetensors file (8 bytes of header length, JSON header, bytes) by copying each tensor's bytes from its own file.
 
-    The safetensors library writes tensors it is given in memory; here nothing but a copy buffer is held.
+    The safetensors library writes tensors from memory only; this holds no more than a copy buffer.
     """
-    # The library lays the widest dtypes first, so that every tensor is aligned to its own width.
+    # As the library does, the widest dtypes first: every tensor is aligned to its own width.
     ordered = dict(sorted(tensors.items(), key=lambda item: -_width(item[1])))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0

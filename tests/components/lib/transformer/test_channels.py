@@ -192,7 +192,7 @@ class TestTheRowsThatStay:
 
     @pytest.mark.parametrize("shape", [(4, 9), (5, 8), (4,)])
     def test_of_a_tensor_of_another_shape_are_refused(self, shape: tuple[int, ...]) -> None:
-        with pytest.raises(Refusal, match=r"o_proj\.weight has the shape .* where the config's widths give \(4, 8\)"):
+        with pytest.raises(Refusal, match=r"o_proj\.weight has the shape .*, but the config's widths give \(4, 8\)"):
             kept_rows(LLAMA, SMALL, "model.layers.0.self_attn.o_proj.weight", shape, GONE)
 
 
