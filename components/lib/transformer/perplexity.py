@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LOGITS = 2**28
-"""Logits held at once, at most (0.5 GiB in bf16): the batch shrinks where vocabulary × tokens would pass it."""
+"""Logits held at once, at most (0.5 GiB in bf16): the batch shrinks if vocabulary × tokens would be more."""
 RAISED = {"cpu": 2**18, "cuda": 2**26}
 """Logits raised to fp32 at once: on the CPU as many as its cache holds (1 MiB, 3.5 times faster than all), on a GPU 256 MiB."""
 
@@ -29,7 +29,7 @@ def perplexity(
     """Return exp of the mean negative log-likelihood of the windows' tokens: `exp(−1/n Σ log p(x_t | x_<t))`.
 
     Each window is read alone, and n counts every token but the first of each. This is the number the GPTQ, SparseGPT and
-    SliceGPT code reports on `consecutive_windows`. A NaN stays NaN, and what is too large for a float is inf.
+    SliceGPT code reports on `consecutive_windows`. A NaN stays NaN, and a value too large for a float is inf.
 
     Args:
         model: a causal language model, used as it stands: its mode, type and device are left alone.

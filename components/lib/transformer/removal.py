@@ -1,4 +1,4 @@
-"""What a selection takes from a model along each axis: in numbers and in words, never index by index."""
+"""How much a selection removes along each axis, in numbers and in words, without the indices."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from components.lib.transformer.layout import Axis, Widths
 from components.lib.transformer.selection import AXES, Selection
 
 Along = Axis | Literal["layers"]
-"""What a model can be made smaller along."""
+"""An axis along which a model can be cut."""
 
 ALONG: tuple[Along, ...] = ("layers", *AXES)
 
@@ -20,40 +20,40 @@ NOUNS: Mapping[Along, str] = {
     "ffn": "ffn channels a layer",
     "heads": "key-value groups a layer",
 }
-"""What is counted along an axis."""
+"""The unit of each axis."""
 
 
 @dataclass(frozen=True)
 class Removal:
-    """What goes along one axis."""
+    """How much is removed along one axis."""
 
     axis: Along
     before: int
-    """What the release has: layers, channels of the residual stream, or (ffn, heads) channels and groups of one layer."""
+    """The release's number of layers, of channels of the residual stream, or (ffn, heads) of channels or groups of one layer."""
     removed: int
 
     @property
     def after(self) -> int:
-        """What stays."""
+        """How many stay."""
         return self.before - self.removed
 
     @property
     def part(self) -> float:
-        """The part that goes."""
+        """The removed part, between 0 and 1."""
         return self.removed / self.before
 
     def __str__(self) -> str:
-        """Return it as a person says it: 256 of 1,024 ffn channels a layer."""
+        """Return it in words: 256 of 1,024 ffn channels a layer."""
         return f"{self.removed:,} of {self.before:,} {NOUNS[self.axis]}"
 
 
 def removals(selection: Selection, layers: int, widths: Widths | None) -> list[Removal]:
-    """Return what goes along each axis along which anything goes, layers first.
+    """Return the removal along each axis that is cut, layers first.
 
     Args:
-        selection: what was selected.
-        layers: of the release.
-        widths: of the release; None where they are not known, and only layers can go.
+        selection: the layers and channels to remove.
+        layers: the release's number of layers.
+        widths: the release's; None if they are not known, and only layers can be removed.
     """
     found = [Removal("layers", layers, len(selection.removed))]
     if widths is not None:
@@ -72,7 +72,7 @@ def in_words(found: Sequence[Removal]) -> str:
 
 
 def percent(part: float) -> str:
-    """Return a part as a person reads it.
+    """Return a part in per cent, with one decimal if it needs one.
 
     >>> percent(0.25), percent(0.2515)
     ('25 %', '25.1 %')

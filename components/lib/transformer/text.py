@@ -133,7 +133,7 @@ def _require_text(path: Path, number: int, field: str, value: Any) -> str:
 def token_stream(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Join the documents with a blank line and tokenise the whole once.
 
-    A beginning-of-text token stands once, at the very start, where the tokenizer puts one before a text (as GPTQ's
+    A beginning-of-text token stands once, at the very start, if the tokenizer puts one before a text (as GPTQ's
     reference code leaves it); nothing is put between documents or at the end. Special tokens spelt out in the text are
     read as the tokenizer reads them.
 
@@ -148,19 +148,19 @@ def token_stream(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -
 
 
 def _opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The beginning-of-text token where the tokenizer adds one before a text, else nothing."""
+    """Return the beginning-of-text token if the tokenizer adds one before a text, else nothing."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
 class _Piece(NamedTuple):
-    """A stretch of the text, tokenised: the tokens' ids, and the character of the whole text where each one starts."""
+    """A stretch of the text, tokenised: the tokens' ids, and for each the index of its first character in the whole text."""
 
     ids: list[int]
     starts: list[int]
 
     def between(self, low: int, high: int) -> _Piece:
-        """The tokens that start at a character in [low, high)."""
+        """Return the tokens that start at a character in [low, high)."""
         some = slice(bisect_left(self.starts, low), bisect_left(self.starts, high))
         return _Piece(self.ids[some], self.starts[some])
 
@@ -168,9 +168,9 @@ class _Piece(NamedTuple):
 def _encode_in_pieces(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
     """Yield the text's tokens, part by part.
 
-    Near a piece's ends its tokens may differ from those of the whole text, as the tokenizer cannot see what is beyond. In
-    the middle of the stretch that two pieces share both see thousands of characters to either side; they are joined there,
-    once they are seen to agree. Where they do not agree (a text without any break), the whole is tokenised in one go.
+    Near a piece's ends its tokens may differ from those of the whole text, as the tokenizer does not see the text beyond. In
+    the middle of their overlap, two pieces both see thousands of characters to either side: they are joined there if they agree.
+    If they do not (a text without any break), the whole text is tokenised at once.
     """
     if len(text) <= PIECE or not tokenizer.is_fast:
         yield _encode(text, tokenizer)
@@ -179,7 +179,7 @@ def _encode_in_pieces(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator
 
 
 def _joined(text: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]] | None:
-    """The tokens of each piece up to its seam with the next, or None where two pieces do not agree at their seam."""
+    """Return the tokens of each piece up to its seam with the next, or None if two pieces differ at their seam."""
     parts, seam = [], 0
     current = _tokenise_piece(text, 0, tokenizer)
     for begin in range(PIECE - OVERLAP, len(text) - OVERLAP, PIECE - OVERLAP):
@@ -207,8 +207,8 @@ def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def draw_windows(stream: Tensor, samples: int, length: int, seed: int) -> Tensor:
     """Draw windows at random places, none overlapping another, every such placement equally likely.
 
-    The places are drawn by stars and bars: `samples` distinct numbers out of (tokens left over + samples), sorted, tell
-    after how many left-over tokens each window comes. The windows are then shuffled, so that the first few of them are
+    The places are drawn by stars and bars: `samples` distinct numbers out of (tokens left over + samples), sorted, give
+    the number of left-over tokens before each window. The windows are then shuffled, so that the first few of them are
     a fair sample of the text too.
 
     Args:
@@ -259,7 +259,7 @@ def consecutive_windows(stream: Tensor, length: int) -> Tensor:
 
 
 def windows_possible(stream: Tensor, length: int) -> int:
-    """How many windows of `length` tokens the stream gives without overlap."""
+    """Return how many windows of `length` tokens the stream gives without overlap."""
     return len(stream) // length
 
 
