@@ -23,7 +23,7 @@ from components.evaluate.tasks import ZeroShot
 from components.lib.errors import Refusal
 from components.lib.recipe.schema import Evaluate
 from components.lib.training.journal import Journal
-from components.lib.transformer.checkpoint import Checkpoint, load_model, load_tokenizer
+from components.lib.transformer.checkpoint import Checkpoint, load_model, load_tokenizer, require_loadable
 from components.lib.transformer.device import best_device
 from components.lib.transformer.perplexity import perplexity
 from components.lib.transformer.text import (
@@ -105,6 +105,7 @@ class Subject:
     def open(cls, name: str, folder: Path) -> Subject:
         """Open a checkpoint's headers and its tokenizer. Raises Refusal if it cannot be read, or its parameters not be counted."""
         checkpoint = Checkpoint.open(folder)
+        require_loadable(folder)
         size = {
             "parameters": checkpoint.parameters,
             "bytes": checkpoint.bytes,

@@ -219,9 +219,7 @@ def load_model(
             output_loading_info=True,
         )
     except ImportError as error:  # raised if the library of a quantisation is not installed
-        raise Refusal(
-            f"{folder} needs a library that is not installed ({' '.join(str(error).split())[:200]}): install it, or leave the model out"
-        ) from None
+        raise _not_loadable(folder, error) from None
     model, loading = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if loading[kind]:
@@ -230,6 +228,32 @@ def load_model(
                 f"{folder} does not hold the model its config.json describes: {len(loading[kind])} {kind.replace('_', ' ')}, such as {names}: get the release again"
             )
     return model.eval()
+
+
+def require_loadable(folder: Path) -> None:
+    """Check, without reading a weight, that the installed libraries can load a checkpoint.
+
+    Raises:
+        Refusal: transformers does not know the model's type or its quantisation, a library of the quantisation is not installed, or
+            the model needs code of its own.
+    """
+    from transformers import AutoConfig
+    from transformers.quantizers import AutoHfQuantizer
+
+    try:
+        stated = getattr(AutoConfig.from_pretrained(folder), "quantization_config", None)
+        if stated:
+            quantizer = AutoHfQuantizer.from_config(stated, pre_quantized=True)
+            quantizer.validate_environment(device_map=None, weights_only=True)
+    except (ImportError, ValueError) as error:
+        raise _not_loadable(folder, error) from None
+
+
+def _not_loadable(folder: Path, error: Exception) -> Refusal:
+    reason = " ".join(str(error).split())[:200]
+    return Refusal(
+        f"{folder} cannot be loaded with the libraries installed here ({reason}): install those, or leave the model out"
+    )
 
 
 def load_tokenizer(folder: Path, remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -18,6 +18,7 @@ from components.lib.transformer.checkpoint import (
     layers_to_remove,
     load_model,
     load_tokenizer,
+    require_loadable,
 )
 from components.lib.transformer.families import FAMILIES
 from tests.components.lib.transformer.zoo import SPECIMENS, VOCABULARY, release
@@ -84,6 +85,21 @@ def test_the_text_model_of_a_multimodal_one_is_read_and_not_pruned(folder: Path)
     assert (checkpoint.family, checkpoint.layers, checkpoint.longest_context) == (None, 3, 64)
     with pytest.raises(Refusal, match="wraps a text model"):
         PrunableCheckpoint.open(folder)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model_type": "not-yet-known"},
+        {"model_type": "not-yet-known", "auto_map": {"AutoConfig": "code.Config"}},
+        {"quantization_config": {"quant_method": "not-yet-known"}},
+    ],
+)
+def test_a_model_that_the_libraries_do_not_know_is_refused_before_it_is_loaded(folder: Path, fields: dict) -> None:
+    require_loadable(folder)
+    edit(folder, **fields)
+    with pytest.raises(Refusal, match="cannot be loaded with the libraries installed here"):
+        require_loadable(folder)
 
 
 @pytest.mark.parametrize("name", ["max_position_embeddings", "n_positions", "max_seq_len", "seq_length"])

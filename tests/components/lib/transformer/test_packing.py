@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from components.lib.errors import Refusal
-from components.lib.transformer.checkpoint import Checkpoint, PrunableCheckpoint, load_model
+from components.lib.transformer.checkpoint import Checkpoint, PrunableCheckpoint, load_model, require_loadable
 from tests.components.lib.transformer.packed import FORMATS, gptq, quantise, zeros
 from tests.components.lib.transformer.zoo import SPECIMENS, release
 
@@ -57,7 +58,10 @@ def test_a_float_tensor_named_scales_counts_where_nothing_is_quantised(tmp_path:
     assert Checkpoint.open(folder).parameters == before + 3
 
 
-def test_a_quantisation_whose_library_is_not_installed_is_refused_when_loaded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("load", [load_model, require_loadable])
+def test_a_quantisation_whose_library_is_not_installed_is_refused(
+    load: Callable[[Path], object], tmp_path: Path
+) -> None:
     quantise(release(LLAMA.model(2), tmp_path), *FORMATS["gptq-4"])
-    with pytest.raises(Refusal, match="needs a library that is not installed"):
-        load_model(tmp_path)
+    with pytest.raises(Refusal, match="cannot be loaded with the libraries installed here"):
+        load(tmp_path)
