@@ -44,7 +44,7 @@ gates or skips them must hold until then."""
 Settings = TypeVar("Settings", bound=Optimisation)
 
 
-class Follower(Protocol):
+class Callback(Protocol):
     """Looks on after every step, and may end the training. What it knows is kept in the checkpoints."""
 
     def after(self, step: int) -> bool:
@@ -66,7 +66,7 @@ def train(
     section: str,
     checkpoints: Checkpoints,
     journal: Journal,
-    follower: Follower | None = None,
+    callback: Callback | None = None,
 ) -> None:
     """Train the parameters of `model` that require a gradient, in place, and leave the model in evaluation mode.
 
@@ -80,7 +80,7 @@ def train(
         section: the recipe's section that the settings come from, named in a refusal.
         checkpoints: where the loop keeps its place, and finds it again.
         journal: takes the loss and its parts, the learning rate and the gradients' norm of every step.
-        follower: looks on after every step.
+        callback: looks on after every step.
 
     Raises:
         Refusal: the loss or its gradient is not finite, the optimizer is not to be had here, or the batch cannot be
@@ -89,7 +89,7 @@ def train(
     types = [(weight, weight.dtype) for weight in model.parameters()]
     # Layers that are skipped get no gradient, which DDP takes for a fault unless it is told.
     accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
-    loop = _Loop(accelerator, model, settings, section, follower)
+    loop = _Loop(accelerator, model, settings, section, callback)
     first = loop.resume(checkpoints)
     order = Order(len(windows), settings.batch_size, settings.seed)
     model.train()
@@ -103,7 +103,7 @@ def train(
             if accelerator.is_main_process:
                 journal.metrics(parts, step + 1)
                 journal.progress(step + 1, settings.steps, loss=parts["loss"])
-            if follower and follower.after(step + 1):
+            if callback and callback.after(step + 1):
                 break
             if (step + 1) % settings.checkpoint_every == 0 and step + 1 < settings.steps:
                 loop.save(checkpoints, step + 1)
@@ -175,9 +175,9 @@ class _Loop:
         model: nn.Module,
         settings: Optimisation,
         section: str,
-        follower: Follower | None,
+        callback: Callback | None,
     ) -> None:
-        self.accelerator, self.settings, self.section, self.follower = accelerator, settings, section, follower
+        self.accelerator, self.settings, self.section, self.callback = accelerator, settings, section, callback
         self.share = self._share()
         self.autocast = self._set_precision(model)
         if settings.gradient_checkpointing:
@@ -245,12 +245,12 @@ class _Loop:
                 )
 
     def save(self, checkpoints: Checkpoints, step: int) -> None:
-        """Keep the trained weights, the optimizer's state and the follower's as the checkpoint of `step`."""
+        """Keep the trained weights, the optimizer's state and the callback's as the checkpoint of `step`."""
         weights, state = get_state_dict(self.model, self.optimizer.optimizer, options=_options())
         if self.accelerator.is_main_process:
             tensors = dict(_under("model", weights)) | dict(_under("optimizer", _flat(state["state"])))
-            if self.follower:
-                tensors |= dict(_under("follower", self.follower.state()))
+            if self.callback:
+                tensors |= dict(_under("callback", self.callback.state()))
             with tempfile.TemporaryDirectory() as folder:
                 save_file(dict(_unshared(tensors)), Path(folder) / "state.safetensors")
                 (Path(folder) / "state.json").write_text(json.dumps({"groups": state["param_groups"]}))
@@ -272,8 +272,8 @@ class _Loop:
             optim_state_dict={"state": _nested(_of("optimizer", tensors)), "param_groups": groups},
             options=_options(),
         )
-        if self.follower:
-            self.follower.restore(_of("follower", tensors))
+        if self.callback:
+            self.callback.restore(_of("callback", tensors))
         return step
 
 

@@ -53,7 +53,7 @@ def recover(
         section="recover",
         checkpoints=checkpoints or NoCheckpoints(),
         journal=journal,
-        follower=stopping,
+        callback=stopping,
     )
     stopping.put_back_best()
     return lora.merged(trained)

@@ -32,7 +32,7 @@ def settings(**fields: Any) -> Optimisation:
 def fit(model: nn.Module, loss: Any = lm, section: str = "regularize", **fields: Any) -> Written:
     journal = Written()
     how = {"checkpoints": NoCheckpoints(), "journal": journal, "section": section} | {
-        name: fields.pop(name) for name in ("checkpoints", "journal", "follower") if name in fields
+        name: fields.pop(name) for name in ("checkpoints", "journal", "callback") if name in fields
     }
     train(model, counting(), loss, settings(**fields), **how)
     return journal
@@ -182,7 +182,7 @@ class TestStopping:
         with pytest.raises(Refusal, match="gradient's norm is nan"):
             fit(llama(), loss)
 
-    def test_a_follower_ends_it(self) -> None:
+    def test_a_callback_ends_it(self) -> None:
         class Enough:
             def after(self, step: int) -> bool:
                 return step == 3
@@ -193,7 +193,7 @@ class TestStopping:
             def restore(self, state: dict[str, Tensor]) -> None:
                 pass
 
-        assert fit(llama(), follower=Enough()).done[-1] == (3, 6)
+        assert fit(llama(), callback=Enough()).done[-1] == (3, 6)
 
     def test_an_optimizer_that_is_not_installed_is_refused_with_the_cure(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import sys
