@@ -6,7 +6,6 @@ import json
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -65,11 +64,16 @@ class TestNumbers:
         assert max(gaps) == journals.LONGEST_PAUSE + 1
 
     def test_beside_the_bar_are_told_a_few_times_a_second_and_at_the_end(
-        self, mlflow: MlflowClient, tmp_path: Path
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        emitted: list[Any] = []
-        with a_run("one", tmp_path, emitted=emitted) as journal:
-            for done in range(1, 101):
-                journal.progress(done, 100, loss=1.0)
-        assert len(emitted) < 20
-        assert emitted[-1] == ("progress", {"done": 100, "total": 100, "shown": {"loss": 1.0}})
+        emitted: list[int] = []
+        now = [0.0]
+        monkeypatch.setattr(journals, "time", SimpleNamespace(monotonic=lambda: now[0]))
+        journal = journals.StageJournal("run", tmp_path, lambda event, **details: emitted.append(details["done"]))
+        for done in range(1, 101):
+            now[0] = done / 10
+            journal.progress(done, 100, loss=1.0)
+        assert emitted[-1] == 100
+        gaps = [later - earlier for earlier, later in pairwise(emitted[:-1])]
+        assert gaps
+        assert min(gaps) >= 10 * journals.PROGRESS_SECONDS - 1e-6
