@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import tempfile
 import time
 import warnings
@@ -25,6 +24,7 @@ import urllib3
 from kfp_server_api import ApiException, V2beta1GetHealthzResponse, V2beta1PipelineTaskDetail, V2beta1Run
 
 from components.lib.errors import Unavailable
+from components.lib.settings import KubeflowSettings
 from pipeline.kubeflow.compile import digest
 from pipeline.kubeflow.profile import Profile, Server
 
@@ -80,10 +80,11 @@ class KubeflowClient:
             Unavailable: it does not answer, or not to this person.
         """
         self.server = server
-        self.host = server.host or os.environ.get("KF_PIPELINES_ENDPOINT") or ""
+        settings = KubeflowSettings()
+        self.host = server.host or settings.endpoint or ""
         with self.asked(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            self.client = _KfpClient(host=self.host or None, existing_token=os.environ.get("KF_PIPELINES_TOKEN"))
+            self.client = _KfpClient(host=self.host or None, existing_token=settings.token)
             self.client.get_kfp_healthz()
 
     def upload(self, name: str, text: str) -> Version:
@@ -128,12 +129,7 @@ class KubeflowClient:
 
     def address(self, run_id: str) -> str:
         """Where a person looks at the run."""
-        ui = (
-            self.server.ui
-            or os.environ.get("KF_PIPELINES_UI_ENDPOINT")
-            or self.host
-            or self.client._existing_config.host
-        )
+        ui = self.server.ui or KubeflowSettings().ui_endpoint or self.host or self.client._existing_config.host
         return f"{ui.rstrip('/')}/#/runs/details/{run_id}"
 
     def follow(self, run: Run, on_event: TaskSink, pause: float = 5.0) -> V2beta1Run:

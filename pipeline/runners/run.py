@@ -15,6 +15,7 @@ from rich.console import Console
 
 from components.lib.errors import Refusal, StageFailed
 from components.lib.recipe.schema import Recipe, Text
+from components.lib.settings import MlflowSettings, StoreSettings
 from components.lib.store.store import Store, need_space
 from components.lib.tracking import client
 from components.lib.transformer.checkpoint import Checkpoint
@@ -98,7 +99,7 @@ def check_room(recipe: Recipe, release: str, home: Path) -> None:
 
     What the home holds already is counted as a part of it, so that a run that is started again is not asked to make room twice.
     """
-    if os.environ.get("ESPALIER_BUCKET") or not is_local(release):
+    if StoreSettings().bucket or not is_local(release):
         return
     checkpoints = (
         2  # the release and the pruned one
@@ -124,9 +125,9 @@ def check_services() -> None:
 
     A cluster's stages may reach an MLflow that this machine knows nothing of.
     """
-    if os.environ.get("ESPALIER_BUCKET"):
+    if StoreSettings().bucket:
         Store.from_environment().check()
-    if os.environ.get("MLFLOW_TRACKING_URI"):
+    if MlflowSettings().tracking_uri:
         client.check()
 
 

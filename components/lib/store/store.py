@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime
@@ -23,6 +22,7 @@ from botocore.exceptions import ClientError
 from pydantic import ValidationError
 
 from components.lib.errors import Refusal, Unavailable
+from components.lib.settings import StoreSettings
 from components.lib.store.artifacts import (
     MANIFEST,
     File,
@@ -50,7 +50,7 @@ class Store:
     @classmethod
     def from_environment(cls) -> Store:
         """Open the store that ESPALIER_BUCKET (`bucket` or `bucket/prefix`) names. Raises Refusal where it is not set."""
-        place = os.environ.get("ESPALIER_BUCKET", "").removeprefix("s3://").strip("/")
+        place = (StoreSettings().bucket or "").removeprefix("s3://").strip("/")
         if not place:
             raise Refusal("ESPALIER_BUCKET is not set: set it to a bucket, or to bucket/prefix")
         bucket, _, prefix = place.partition("/")

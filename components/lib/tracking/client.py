@@ -14,6 +14,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from components.lib.errors import Unavailable
+from components.lib.settings import MlflowSettings
 
 # MLflow's default retries a failing server for some minutes at every call.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
@@ -25,7 +26,7 @@ def client() -> MlflowClient:
     Raises:
         Refusal: the variable is not set; MLflow would quietly write to a local file.
     """
-    address = os.environ.get("MLFLOW_TRACKING_URI")
+    address = MlflowSettings().tracking_uri
     if not address:
         raise Unavailable(
             "MLFLOW_TRACKING_URI is not set: start the embedded services (espalier services up) or name your server"
@@ -63,9 +64,10 @@ def experiment_id() -> str:
 
     The Kubeflow server's MLflow plugin names its own in MLFLOW_EXPERIMENT_ID: the runs that it makes lie there.
     """
-    if os.environ.get("MLFLOW_EXPERIMENT_ID"):
-        return os.environ["MLFLOW_EXPERIMENT_ID"]
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "espalier")
+    settings = MlflowSettings()
+    if settings.experiment_id:
+        return settings.experiment_id
+    name = settings.experiment_name
     found = client().get_experiment_by_name(name)
     if found:
         return found.experiment_id

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any
 
 from mlflow.entities import Metric, Param, Run, RunTag
 
+from components.lib.settings import MlflowSettings
 from components.lib.stage.events import EventSink
 from components.lib.tracking.client import client, experiment_id
 from components.lib.tracking.journal import StageJournal
@@ -80,7 +80,7 @@ def stage_run(
         out: the stage's output folder, in which the journal writes `metrics.jsonl`.
         sink: receives the stage's progress events.
     """
-    run_id = os.environ.get("MLFLOW_RUN_ID") or _nested(label, f"{name} {variant}".strip())
+    run_id = MlflowSettings().run_id or _nested(label, f"{name} {variant}".strip())
     own = {STAGE_OF: label, "espalier.stage": name, "espalier.variant": variant}
     _log(run_id, {**tags, **own}, settings)
     try:
@@ -144,7 +144,7 @@ def _nested(label: str, name: str) -> str:
 
 def _plugin_parent(label: str) -> str | None:
     """The parent of the run that the Kubeflow server's plugin made for this task, where it is free to be `label`'s."""
-    own = os.environ.get("MLFLOW_RUN_ID")
+    own = MlflowSettings().run_id
     if not own:
         return None
     parent = client().get_run(own).data.tags.get("mlflow.parentRunId", own)

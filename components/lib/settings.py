@@ -1,0 +1,42 @@
+"""The environment variables that name the services: ESPALIER_*, MLFLOW_* and KF_PIPELINES_*.
+
+Build an object each time a variable is needed, because the embedded services set them while the process runs. An empty variable
+counts as one that is not set. boto3 reads the AWS_* variables itself.
+"""
+
+from __future__ import annotations
+
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class StoreSettings(BaseSettings):
+    """The store (ESPALIER_*)."""
+
+    model_config = SettingsConfigDict(env_prefix="ESPALIER_", env_ignore_empty=True, extra="ignore")
+
+    bucket: str | None = None
+    """The bucket, or bucket/prefix, that the stages share; `s3://` in front is allowed."""
+    scratch: str | None = None
+    """The folder for a stage's temporary files; the system's own if not set."""
+
+
+class MlflowSettings(BaseSettings):
+    """MLflow (MLFLOW_*). The Kubeflow server's MLflow plugin sets `experiment_id` and `run_id` in each task."""
+
+    model_config = SettingsConfigDict(env_prefix="MLFLOW_", env_ignore_empty=True, extra="ignore")
+
+    tracking_uri: str | None = None
+    experiment_name: str = "espalier"
+    experiment_id: str | None = None
+    run_id: str | None = None
+
+
+class KubeflowSettings(BaseSettings):
+    """Kubeflow Pipelines (KF_PIPELINES_*); a cluster profile's own fields take precedence."""
+
+    model_config = SettingsConfigDict(env_prefix="KF_PIPELINES_", env_ignore_empty=True, extra="ignore")
+
+    endpoint: str | None = None
+    ui_endpoint: str | None = None
+    """The address for a browser, if it differs from the endpoint."""
+    token: str | None = None
