@@ -145,7 +145,7 @@ def create(kubeflow: KubeflowClient, plan: Plan, package: str) -> tuple[Recurrin
         description = f"plan {_digest(plan, version)}"
         same = [one for one in known if one.description == description]
         made = same[0] if same else _make(kubeflow, plan, within, version, description)
-        # The old goes when the new is there: what fails in between leaves a schedule too many rather than none.
+        # Create before deleting: a crash leaves two schedules, not none.
         for other in known:
             if other.recurring_run_id != made.recurring_run_id:
                 kubeflow.client.delete_recurring_run(other.recurring_run_id)

@@ -1,7 +1,7 @@
-"""What a run leaves in the store beside its report, at `runs/<run>/`, for whoever asks later what became of it.
+"""The state of a run in the store, at `runs/<run>/`: its watched item, its last failure and its end.
 
-A watcher does not wait for the runs that it starts on a cluster, and may be another process than the one that started them:
-it reads here which item a run was for, whether it ended, and why.
+A watcher does not wait for the runs that it starts on a cluster, and another process may look at them later: it reads here for
+which item a run was made, whether it ended, and why.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ class Ending(BaseModel):
 
     succeeded: bool
     stage: str = ""
-    """The stage it ended in, where it did not succeed and the stage could say so."""
+    """The stage that failed, if it is known."""
     reason: str = ""
     lasting: bool = False
-    """Whether the same release, recipe and code would end so again."""
+    """Whether the same release, recipe and code would fail again."""
 
 
 def leave_item(run: str, key: str, store: Store) -> None:
-    """Note which item, by its key, the run is made for."""
+    """Record the key of the item for which the run is made."""
     store.write_text(f"runs/{run}/item", key)
 
 
 def item_of(run: str, store: Store) -> str | None:
-    """The key of the item that the run is made for; None where no watcher started it."""
+    """The key of the item for which the run is made; None if no watcher started the run."""
     return store.read_text(f"runs/{run}/item")
 
 
 def leave_failure(run: str, stage: str, error: BaseException) -> None:
-    """Keep why the stage failed, as well as can be: what is told of an error must not hide the error."""
+    """Record why the stage failed. Best effort: it never raises, so that it cannot hide the error."""
     if not run:
         return
     refused = isinstance(error, Refusal)
@@ -51,12 +51,12 @@ def leave_failure(run: str, stage: str, error: BaseException) -> None:
 
 
 def leave_end(run: str, succeeded: bool) -> None:
-    """Note that the run is over. A failure that was left before counts only from now: a stage that fails may be tried again."""
+    """Record that the run is over. Only now does a recorded failure count, because Kubeflow may retry a stage that failed."""
     Store.from_environment().write_text(f"runs/{run}/ended.json", json.dumps({"succeeded": succeeded}))
 
 
 def ending(run: str, store: Store) -> Ending | None:
-    """How the run ended, or None where it is not known to be over."""
+    """How the run ended, or None if it is not known to be over."""
     ended = store.read_text(f"runs/{run}/ended.json")
     if ended is None:
         return None
@@ -66,6 +66,6 @@ def ending(run: str, store: Store) -> Ending | None:
 
 
 def failure(run: str, store: Store) -> Ending | None:
-    """The last failure that a stage of the run left, whether or not the run is over."""
+    """The last failure that a stage of the run recorded, whether or not the run is over."""
     left = store.read_text(f"runs/{run}/failure.json")
     return Ending.model_validate_json(left) if left else None

@@ -24,7 +24,7 @@ def client() -> MlflowClient:
     """The client of the server that MLFLOW_TRACKING_URI names.
 
     Raises:
-        Refusal: the variable is not set; MLflow would quietly write to a local file.
+        Unavailable: the variable is not set; MLflow itself would write to a local file without a warning.
     """
     address = MlflowSettings().tracking_uri
     if not address:
@@ -38,10 +38,10 @@ _client = cache(MlflowClient)
 
 
 def check() -> None:
-    """Make sure, within seconds, that the tracking server answers.
+    """Check within seconds that the tracking server answers.
 
     Raises:
-        Refusal: it does not.
+        Unavailable: it does not answer, or it refuses this client.
     """
     address = client().tracking_uri
     if not address.startswith("http"):
@@ -60,9 +60,9 @@ def check() -> None:
 
 
 def experiment_id() -> str:
-    """The experiment MLFLOW_EXPERIMENT_NAME names (default `espalier`), made where it is missing.
+    """The id of the experiment MLFLOW_EXPERIMENT_NAME (default `espalier`), which is created if it is missing.
 
-    The Kubeflow server's MLflow plugin names its own in MLFLOW_EXPERIMENT_ID: the runs that it makes lie there.
+    MLFLOW_EXPERIMENT_ID takes precedence: the Kubeflow server's MLflow plugin sets it to the experiment of its runs.
     """
     settings = MlflowSettings()
     if settings.experiment_id:
@@ -74,7 +74,7 @@ def experiment_id() -> str:
     try:
         return client().create_experiment(name)
     except MlflowException:
-        # Another stage made it in between.
+        # Another stage created it in the meantime.
         made = client().get_experiment_by_name(name)
         if made is None:
             raise

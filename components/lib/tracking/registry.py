@@ -16,7 +16,7 @@ from components.lib.tracking.client import client, experiment_id
 log = logging.getLogger(__name__)
 
 ITEM = "espalier.item"
-"""With an item's key it is the tag of the version made for that item: one version may be the answer to several."""
+"""Prefix of the tag that names, with an item's key, a watched item for which the version was made; it may be made for several."""
 
 _ABSENT = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}
 """The registry's error codes for an unknown model, version or alias."""
@@ -44,7 +44,7 @@ class Version:
 
 
 def aliased(name: str, alias: str) -> Version | None:
-    """The version that the alias names, or None where there is none: a server that does not answer is another matter."""
+    """The version that the alias names, or None if the alias or the model does not exist. Raises if the server does not answer."""
     try:
         found = client().get_model_version_by_alias(name, alias)
     except MlflowException as error:
@@ -58,7 +58,7 @@ def version_of(name: str, version: str) -> Version:
     """The version with its aliases.
 
     Raises:
-        Refusal: there is none.
+        Refusal: there is no such version.
     """
     try:
         found = client().get_model_version(name, version)
@@ -70,9 +70,9 @@ def version_of(name: str, version: str) -> Version:
 
 
 def register_version(name: str, reference: Reference, run_id: str, tags: Mapping[str, str]) -> Version:
-    """Register the checkpoint under `name`, or find the version that holds it already; its evidence is brought up to date.
+    """Register the checkpoint under `name`, or update the tags of the version that holds it already.
 
-    A version is identified by its checkpoint's digest: the same files are the same version, however often they are registered.
+    A version is identified by its checkpoint's digest: the same files registered again are the same version.
     """
     source = f"{reference.uri}/model"
     try:
@@ -83,7 +83,7 @@ def register_version(name: str, reference: Reference, run_id: str, tags: Mapping
     made = None
     if not _holding(name, reference.digest):
         made = client().create_model_version(name, source, run_id=run_id, tags=evidence)
-    # Two runs may have looked before either had made its version: both find the older one now, and the younger goes.
+    # Two runs at once may both have created a version: keep the older one and delete the newer one.
     oldest = _holding(name, reference.digest)[0]
     if made is not None and str(made.version) != oldest.version:
         client().delete_model_version(name, str(made.version))
@@ -110,14 +110,14 @@ def tag_version(version: Version, tags: Mapping[str, str]) -> None:
 
 
 def set_alias(name: str, alias: str, version: str) -> None:
-    """Point the alias at the version. A version that has it already is left alone, since webhooks would fire again."""
+    """Point the alias at the version. Do nothing if it has the alias already, because webhooks would fire again."""
     present = aliased(name, alias)
     if present is None or present.version != version:
         client().set_registered_model_alias(name, alias, version)
 
 
 def drop_alias(name: str, alias: str, version: str) -> None:
-    """Take the alias away where it names this version."""
+    """Delete the alias if it names this version."""
     present = aliased(name, alias)
     if present and present.version == version:
         client().delete_registered_model_alias(name, alias)
@@ -126,7 +126,7 @@ def drop_alias(name: str, alias: str, version: str) -> None:
 def log_model_evidence(
     name: str, run_id: str, tags: Mapping[str, str], measured: Mapping[str, tuple[float, str, str]]
 ) -> str:
-    """Make a LoggedModel that ties each number to the data set it was measured on, and return its id.
+    """Create a LoggedModel that links each metric to the data set it was measured on, and return its id.
 
     Args:
         name: the registered model's name.

@@ -32,10 +32,10 @@ def find_parent(label: str) -> Run | None:
 
 
 def open_parent(label: str, tags: Mapping[str, str], recipe: Mapping[str, Any]) -> str:
-    """Return the parent run's id, making the run where it is missing, with its tags and the recipe as params.
+    """Return the parent run's id, creating the run if it is missing, with its tags and the recipe as params.
 
-    The Kubeflow server's MLflow plugin makes a parent run of its own and names the task's run in MLFLOW_RUN_ID: then that
-    parent is the one, unless it is another recompression's already: a watcher's run has several.
+    The Kubeflow server's MLflow plugin creates a parent run itself and names the task's run in MLFLOW_RUN_ID. That parent is then
+    used, unless it belongs to another recompression already: one run of a watcher has several.
     """
     found = find_parent(label)
     run_id = found.info.run_id if found else _plugin_parent(label)
@@ -47,7 +47,7 @@ def open_parent(label: str, tags: Mapping[str, str], recipe: Mapping[str, Any]) 
 
 
 def close_parent(label: str, succeeded: bool) -> None:
-    """End the parent run, and any stage's run under it that was killed before it could end itself."""
+    """End the parent run, and every stage's run that still counts as running because its process was killed."""
     parent = find_parent(label)
     if parent is None:
         return
@@ -92,7 +92,7 @@ def stage_run(
 
 
 def record_reused(label: str, manifests: Mapping[str, Mapping[str, Any]]) -> None:
-    """Make a nested run for each stage whose output was found made, pointing at the run that made it.
+    """Create a nested run for each stage whose output was reused, with the id of the run that made the output.
 
     Args:
         label: the run's label.
@@ -118,7 +118,7 @@ def record_reused(label: str, manifests: Mapping[str, Mapping[str, Any]]) -> Non
 
 
 def leave_report(label: str, files: Mapping[str, str], metrics: Mapping[str, float]) -> None:
-    """Keep the report's files and summary numbers in the parent run."""
+    """Log the report's files and summary metrics to the parent run."""
     parent = find_parent(label)
     if parent is None:
         return
@@ -143,7 +143,7 @@ def _nested(label: str, name: str) -> str:
 
 
 def _plugin_parent(label: str) -> str | None:
-    """The parent of the run that the Kubeflow server's plugin made for this task, where it is free to be `label`'s."""
+    """The parent of this task's run, created by the Kubeflow server's plugin; None if it belongs to another recompression."""
     own = MlflowSettings().run_id
     if not own:
         return None
@@ -153,12 +153,12 @@ def _plugin_parent(label: str) -> str | None:
 
 
 def _stage_runs(label: str) -> list[Run]:
-    """The runs of the recompression's stages, whoever made them."""
+    """The runs of the recompression's stages."""
     return list(client().search_runs([experiment_id()], filter_string=f"tags.`{STAGE_OF}` = '{label}'"))
 
 
 def _log(run_id: str, tags: Mapping[str, str], settings: Mapping[str, Any]) -> None:
-    """Log tags and params, at most the hundred params a call that MLflow takes."""
+    """Log tags and params; MLflow accepts at most 100 params in a call."""
     params = _params(settings)
     client().log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()], params=params[:100])
     for start in range(100, len(params), 100):

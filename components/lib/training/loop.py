@@ -45,16 +45,16 @@ Settings = TypeVar("Settings", bound=Optimisation)
 
 
 class Callback(Protocol):
-    """Looks on after every step, and may end the training. What it knows is kept in the checkpoints."""
+    """Is called after every step, and may stop the training. Its state is saved in the checkpoints."""
 
     def after(self, step: int) -> bool:
-        """Say whether to stop, now that `step` steps are done."""
+        """Return whether to stop after `step` steps."""
 
     def state(self) -> dict[str, Tensor]:
-        """Return what it has to remember."""
+        """Return the state to save."""
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take up what `state` returned."""
+        """Restore the state that `state` returned."""
 
 
 def train(
@@ -80,7 +80,7 @@ def train(
         section: the recipe's section that the settings come from, named in a refusal.
         checkpoints: where the loop keeps its place, and finds it again.
         journal: takes the loss and its parts, the learning rate and the gradients' norm of every step.
-        callback: looks on after every step.
+        callback: is called after every step.
 
     Raises:
         Refusal: the loss or its gradient is not finite, the optimizer is not to be had here, or the batch cannot be
@@ -245,7 +245,11 @@ class _Loop:
                 )
 
     def save(self, checkpoints: Checkpoints, step: int) -> None:
-        """Keep the trained weights, the optimizer's state and the callback's as the checkpoint of `step`."""
+        """Keep the trained weights, the optimizer's state and the callback's as the checkpoint of `step`.
+
+        The main process gathers the whole state and writes one safetensors file. The default writer of
+        torch.distributed.checkpoint would save shards, but it stores their metadata as a pickle, which is never loaded here.
+        """
         weights, state = get_state_dict(self.model, self.optimizer.optimizer, options=_options())
         if self.accelerator.is_main_process:
             tensors = dict(_under("model", weights)) | dict(_under("optimizer", _flat(state["state"])))
