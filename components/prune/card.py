@@ -55,8 +55,11 @@ def model_card(
         kept=[layer for layer in range(layers) if layer not in selection.removed],
         scores={name: values for name, values in selection.scores.items() if len(values) == layers},
         verification={
-            name: value for name, value in verification.items() if name not in ("removed", "layers", "channels")
+            name: value
+            for name, value in verification.items()
+            if name not in ("removed", "layers", "channels", "dropped")
         },
+        dropped=verification.get("dropped", ()),
         narrowed={NOUNS[axis]: counts for axis, counts in verification.get("channels", {}).items()},
         parts=[part for part in parts if not isinstance(part, Lines)],
         recipe=yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).strip(),

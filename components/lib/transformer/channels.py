@@ -91,6 +91,8 @@ def check_channels(checkpoint: PrunableCheckpoint, ratios: Mapping[Axis, float],
     in_blocks = {axis: tuple(range(count)) for axis, count in removed.items()}
     outside: dict[Axis, tuple[int, ...]] = {"hidden": in_blocks.get("hidden", ())}
     for name, tensor in checkpoint.tensors.items():
+        if name in checkpoint.ignored:
+            continue
         kept_rows(layout, widths, name, tensor.shape, in_blocks if checkpoint.family.block_of(name) else outside)
 
 
@@ -127,6 +129,8 @@ def kept_rows(
     Raises:
         Refusal: the tensor may hold channels to remove and the layout does not know it, or its shape contradicts the widths.
     """
+    if max(shape, default=1) == 1:  # a single number, such as a scale
+        return [None] * len(shape)
     axes = {axis for axis, channels in removed.items() if channels}
     if layout.segments(tensor.rpartition(".")[0]) is None and not _may_hold(axes, widths, shape):
         return [None] * len(shape)

@@ -153,6 +153,11 @@ class PrunableCheckpoint(Checkpoint):
         """The number of layers."""
         return self.family.layers(self.config)
 
+    @cached_property
+    def ignored(self) -> tuple[str, ...]:
+        """The names of the stored tensors that transformers ignores: heads for multi-token prediction. No export has them."""
+        return tuple(name for name in self.tensors if self.family.ignores(name, self.config))
+
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _CONTEXTS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
@@ -221,12 +226,7 @@ def load_model(
     except ImportError as error:  # raised if the library of a quantisation is not installed
         raise _not_loadable(folder, error) from None
     model, loading = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if loading[kind]:
-            names = ", ".join(sorted(str(name) for name in loading[kind])[:3])
-            raise Refusal(
-                f"{folder} does not hold the model its config.json describes: {len(loading[kind])} {kind.replace('_', ' ')}, such as {names}: get the release again"
-            )
+    _check_loading(folder, loading)
     return model.eval()
 
 
@@ -254,6 +254,21 @@ def _not_loadable(folder: Path, error: Exception) -> Refusal:
     return Refusal(
         f"{folder} cannot be loaded with the libraries installed here ({reason}): install those, or leave the model out"
     )
+
+
+def _check_loading(folder: Path, loading: Mapping[str, Any]) -> None:
+    """Refuse a load that left a tensor out, but for heads for multi-token prediction, of which transformers has no class."""
+    checkpoint = Checkpoint.open(folder)
+    family = checkpoint.family
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(str(name) for name in loading[kind])
+        if kind == "unexpected_keys" and family:
+            names = [name for name in names if not family.ignores(name, checkpoint.config)]
+        if names:
+            raise Refusal(
+                f"{folder} does not hold the model its config.json describes: {len(names)} {kind.replace('_', ' ')}, such as "
+                f"{', '.join(names[:3])}: get the release again"
+            )
 
 
 def load_tokenizer(folder: Path, remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -353,7 +368,8 @@ def _check_dtypes(folder: Path, tensors: Mapping[str, Stored]) -> None:
 
 def _check_blocks(folder: Path, config: Config, family: Family, tensors: Mapping[str, Stored]) -> None:
     """Refuse a folder whose tensors are of other layers than its config counts, as after a careless cut."""
-    stored = {found[0] for found in map(family.block_of, tensors) if found}
+    read = (name for name in tensors if not family.ignores(name, config))
+    stored = {found[0] for found in map(family.block_of, read) if found}
     stated = set(range(family.layers(config)))
     if stored - stated:
         raise Refusal(

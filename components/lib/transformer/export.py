@@ -21,7 +21,7 @@ from components.lib.transformer.gates import blocks, skipped
 from components.lib.transformer.layout import Axis
 from components.lib.transformer.narrow import narrowed
 from components.lib.transformer.selection import NO_CHANNELS, Channels
-from components.lib.transformer.surgery import carry, remaining, remaining_config, written_out
+from components.lib.transformer.surgery import carry, remaining, remaining_config, warn_of_dropped, written_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,8 +60,9 @@ def save_model(
     out.mkdir(parents=True, exist_ok=True)
     _cast(model, getattr(torch, checkpoint.dtype))
     _save_weights(model, out)
+    warn_of_dropped(checkpoint)
     config = checkpoint.config
-    if removed:
+    if removed or checkpoint.ignored:
         config = cut_config(written_out(config, checkpoint.family), checkpoint.family, removed)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     carry(source, out, remote_code)
@@ -116,6 +117,8 @@ class Verification:
     """The layers of the source that were cut, ascending."""
     channels: Mapping[Axis, Narrowing] = field(default_factory=dict)
     """The axes whose channels were cut; the indices are in `selection.json`."""
+    dropped: tuple[str, ...] = ()
+    """The tensors of the source that transformers ignores: heads for multi-token prediction."""
 
     def save(self, folder: Path) -> None:
         """Write `verification.json`."""
@@ -160,7 +163,12 @@ def verify_cut(
         expected = answers(model)
     del model
     verified = verify_export(expected, out, device, remote_code, exact=not channels)
-    return replace(verified, removed=tuple(sorted(set(layers))), channels=_narrowings(original, cut, channels))
+    return replace(
+        verified,
+        removed=tuple(sorted(set(layers))),
+        channels=_narrowings(original, cut, channels),
+        dropped=original.ignored,
+    )
 
 
 def _narrowings(original: PrunableCheckpoint, cut: PrunableCheckpoint, channels: Channels) -> dict[Axis, Narrowing]:

@@ -1,8 +1,8 @@
-"""What is known of each model family: a row of a table, and refusals for the rest.
+"""The table of model families, and refusals for all other models.
 
-A family is found by the exact `model_type` of its config.json. Its row says where the blocks are and which config fields
-speak of single layers, each with the rule that keeps it true when layers go. A model the table does not know, or a field
-that speaks of layers and is in no row, is refused by name: a cut that forgets one loads without a word and is wrong.
+A family is found by the exact `model_type` of its config.json. Its row (`family.Family`) states the path of the blocks and the config
+fields that speak of single layers, each with the rule that keeps it true after a cut. A model type without a row, or a field that
+speaks of layers and is in no row, is refused by name: a cut that does not change such a field loads without a warning and is wrong.
 
 How to add a family: docs/families.md. Nothing here imports torch or transformers, so a refusal is immediate.
 """
@@ -10,96 +10,82 @@ How to add a family: docs/families.md. Nothing here imports torch or transformer
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 from components.lib.errors import Refusal
-from components.lib.transformer.layout import ATTENTION, ENDS, HEAD_NORMS, LLAMA, NORMS, SANDWICH, Layout
-
-Config = Mapping[str, Any]
-"""The mapping of a config.json."""
-
-GONE = object()
-"""What a rule returns for a field that the cut config no longer has."""
-
-Rule = Callable[[Config, str, Sequence[int]], Any]
-"""(config, field, indices of the layers that stay, ascending) → the field's value in the cut config, or GONE."""
-
-
-def one_each(config: Config, field: str, kept: Sequence[int]) -> list[Any]:
-    """A list with one entry a layer, such as `layer_types`."""
-    return [config[field][layer] for layer in kept]
-
-
-def indices(config: Config, field: str, kept: Sequence[int]) -> list[int]:
-    """A list of layer indices."""
-    return [new for new, old in enumerate(kept) if old in config[field]]
-
-
-def leading(config: Config, field: str, kept: Sequence[int]) -> int:
-    """A number of layers counted from the first, such as `max_window_layers`."""
-    return sum(layer < config[field] for layer in kept)
-
-
-def spelled_out(config: Config, field: str, kept: Sequence[int]) -> Any:
-    """A period from which a list is made where there is none: after a cut only the list is true."""
-    return GONE
-
-
-def dense_layers(config: Config, field: str, kept: Sequence[int]) -> list[int]:
-    """Qwen-MoE's `mlp_only_layers`: layer i is dense if it is listed, or if i + 1 is no multiple of the sparse step."""
-    step = config.get("decoder_sparse_step") or 1
-    return [new for new, old in enumerate(kept) if old in config[field] or (old + 1) % step]
-
-
-def every_layer(config: Config, field: str, kept: Sequence[int]) -> int:
-    """Qwen-MoE's `decoder_sparse_step`: 1, since `mlp_only_layers` names every dense layer of the cut model."""
-    return 1
-
-
-@dataclass(frozen=True)
-class Family:
-    """One row: the model families that share a `model_type`."""
-
-    model_type: str
-    title: str
-    """The names people know it by."""
-    blocks: str = "model.layers"
-    """Dotted path of the blocks' `ModuleList` in the causal language model."""
-    count: str = "num_hidden_layers"
-    """The config field that counts the layers."""
-    per_layer: Mapping[str, Rule] = field(default_factory=dict)
-    """The config fields that speak of single layers, each with its rule."""
-    unsupported: Mapping[str, str] = field(default_factory=dict)
-    """Config fields that are refused when they are set, each with the reason."""
-    layout: Layout | None = LLAMA
-    """Where its channels lie; None if only layers can be removed."""
-    layers_only: str = ""
-    """Why channels cannot be removed, such as `is a mixture of experts`; empty if the layout is only not written down yet."""
-
-    def layers(self, config: Config) -> int:
-        """The number of layers the config states. Raises Refusal where it states none."""
-        count = config.get(self.count)
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise Refusal(
-                f"config.json's {self.count} is {count!r}, but {self.title} counts its layers there: set it to the number of layers"
-            )
-        return count
-
-    def block_of(self, tensor: str) -> tuple[int, int, int] | None:
-        """Return the block index in a tensor's name and where its digits start and end, or None for a tensor outside the blocks.
-
-        Checkpoints of the bare base model leave the first part of the path out (`h.0.…` for `transformer.h.0.…`).
-        """
-        first, rest = self.blocks.split(".", 1)
-        found = re.match(rf"(?:{re.escape(first)}\.)?{re.escape(rest)}\.(\d+)\.", tensor)
-        return (int(found[1]), *found.span(1)) if found else None
-
+from components.lib.transformer.family import (
+    GONE,
+    HEADS,
+    Config,
+    Family,
+    dense_layers,
+    ends_in_full_attention,
+    every_layer,
+    first_sparse,
+    indices,
+    keyed,
+    last_sparse,
+    leading,
+    letters,
+    no_heads,
+    one_each,
+    one_each_if_listed,
+    repeated,
+    spelled_out,
+    unchanged,
+)
+from components.lib.transformer.layout import (
+    ATTENTION,
+    ENDS,
+    FUSED,
+    GATED,
+    HEAD_NORMS,
+    LLAMA,
+    NORMS,
+    POST_NORMS,
+    SANDWICH,
+    UNGATED,
+    Layout,
+)
+from components.lib.transformer.unsupported import UNSUPPORTED
 
 _TYPED = MappingProxyType({"layer_types": one_each})
 _WINDOWED = MappingProxyType({"layer_types": one_each, "max_window_layers": leading})
+_PATTERN = MappingProxyType({"sliding_window_pattern": spelled_out, "_sliding_window_pattern": spelled_out})
+_SWA = MappingProxyType({"layer_types": one_each, "layer_rope_theta": one_each})
+_SPARSE = MappingProxyType({"mlp_layer_types": one_each})
+_DENSE_FIRST = MappingProxyType({"first_k_dense_replace": leading, "moe_layer_freq": unchanged, HEADS: no_heads})
+_EVERY_LAYER = MappingProxyType(
+    {"moe_layer_freq": (1, "makes every n-th layer sparse, and a cut leaves no such period")}
+)
+_QWEN_MOE = MappingProxyType({**_WINDOWED, "mlp_only_layers": dense_layers, "decoder_sparse_step": every_layer})
+_LINEAR = MappingProxyType(
+    {"layer_types": one_each, "full_attention_interval": spelled_out, "mtp_num_hidden_layers": no_heads}
+)
+_LFM2 = MappingProxyType({"layer_types": one_each, "full_attn_idxs": indices})
+_GEMMA4 = MappingProxyType(
+    {
+        "layer_types": ends_in_full_attention,
+        "per_layer_config": keyed,
+        "vocab_size_per_layer_input": unchanged,
+        "hidden_size_per_layer_input": unchanged,
+        "num_kv_shared_layers": unchanged,
+    }
+)
+_GEMMA4_SHARES = MappingProxyType(
+    {
+        "hidden_size_per_layer_input": "packs an embedding of every layer into one table",
+        "num_kv_shared_layers": "lets the last layers read the keys and values of earlier ones",
+    }
+)
+
+_of_experts = partial(Family, layout=None, layers_only="is a mixture of experts")
+_of_tuples = partial(Family, tuples=True)
+_hybrid = partial(Family, layout=None, layers_only="has state-space layers, linear attention or convolutions")
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
@@ -243,14 +229,249 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 layout=Layout({**ATTENTION, "c_fc": "ffn hidden", "c_proj": "hidden ffn", **NORMS, **ENDS}),
             ),
             Family("stablelm", "StableLM", layout=replace(LLAMA, head=None)),
+            _of_experts("qwen3_moe", "Qwen3-MoE", per_layer=_QWEN_MOE),
+            _of_experts("mixtral", "Mixtral"),
             Family(
-                "qwen3_moe",
-                "Qwen3-MoE",
-                per_layer={**_WINDOWED, "mlp_only_layers": dense_layers, "decoder_sparse_step": every_layer},
-                layout=None,
-                layers_only="is a mixture of experts",
+                "apertus",
+                "Apertus",
+                layout=Layout(
+                    {
+                        **ATTENTION,
+                        **UNGATED,
+                        **HEAD_NORMS,
+                        "act_fn": "any",
+                        "attention_layernorm": "hidden",
+                        "feedforward_layernorm": "hidden",
+                        "norm": "hidden",
+                        **ENDS,
+                    }
+                ),
             ),
-            Family("mixtral", "Mixtral", layout=None, layers_only="is a mixture of experts"),
+            Family("arcee", "Arcee AFM", layout=Layout({**ATTENTION, **UNGATED, **NORMS, **ENDS}, divides=True)),
+            Family("cohere", "Command R"),
+            Family(
+                "cohere2",
+                "Command R7B and Command A (Cohere 2)",
+                per_layer={
+                    **_TYPED,
+                    **_PATTERN,
+                    "layer_switch": spelled_out,
+                    "order_of_interleaved_layers": spelled_out,
+                },
+                layout=replace(LLAMA, head=None),
+            ),
+            Family("cwm", "Code World Model", per_layer=_TYPED, layout=replace(LLAMA, divides=True)),
+            Family("ernie4_5", "ERNIE 4.5"),
+            Family(
+                "exaone4",
+                "EXAONE 4",
+                per_layer={**_TYPED, **_PATTERN},
+                layout=Layout({**ATTENTION, **GATED, **HEAD_NORMS, **POST_NORMS, **ENDS}),
+            ),
+            Family("gemma", "Gemma", layout=replace(LLAMA, scaled_embedding=True)),
+            Family("glm", "GLM-4 (2024)", layout=Layout({**ATTENTION, **FUSED, **NORMS, **ENDS})),
+            Family(
+                "glm4",
+                "GLM-4 (0414)",
+                layout=Layout(
+                    {
+                        **ATTENTION,
+                        **FUSED,
+                        **NORMS,
+                        "post_self_attn_layernorm": "hidden",
+                        "post_mlp_layernorm": "hidden",
+                        **ENDS,
+                    }
+                ),
+            ),
+            Family("helium", "Helium"),
+            Family(
+                "hunyuan_v1_dense",
+                "Hunyuan (dense)",
+                layout=Layout({**LLAMA.modules, "query_layernorm": "any", "key_layernorm": "any"}),
+            ),
+            Family(
+                "hyperclovax",
+                "HyperCLOVA X",
+                layout=Layout({**LLAMA.modules, "post_norm1": "hidden", "post_norm2": "hidden"}, divides=True),
+            ),
+            Family("internlm3", "InternLM 3"),
+            Family("iquestcoder", "IQuest Coder"),
+            Family("jais2", "Jais 2", layout=Layout({**ATTENTION, **UNGATED, **NORMS, **ENDS}, divides=True)),
+            Family("ministral", "Ministral", per_layer=_TYPED),
+            Family("ministral3", "Ministral 3"),
+            Family("nanochat", "nanochat", layout=None),
+            Family("nemotron", "Nemotron", layout=Layout({**ATTENTION, **UNGATED, **NORMS, **ENDS})),
+            Family("olmo", "OLMo", layout=None),
+            Family(
+                "olmo3",
+                "OLMo 3",
+                per_layer=_TYPED,
+                layout=Layout({**LLAMA.modules, **SANDWICH, "q_norm": "query", "k_norm": "key"}),
+            ),
+            Family("seed_oss", "Seed-OSS"),
+            Family(
+                "vaultgemma",
+                "VaultGemma",
+                per_layer=_TYPED,
+                layout=Layout(
+                    {**LLAMA.modules, "pre_feedforward_layernorm": "hidden"}, divides=True, scaled_embedding=True
+                ),
+            ),
+            Family("granite_swa", "Granite with sliding windows", per_layer=_SWA, layout=None),
+            Family("bitnet", "BitNet (bf16 weights)", layout=None),
+            Family("doge", "Doge", layout=None),
+            Family("youtu", "Youtu-LLM", layout=None),
+            Family("gemma4_text", "Gemma 4 (text)", per_layer=_GEMMA4, unsupported=_GEMMA4_SHARES, layout=None),
+            Family(
+                "gemma4_unified_text",
+                "Gemma 4 unified (text)",
+                per_layer=_GEMMA4,
+                unsupported=_GEMMA4_SHARES,
+                layout=None,
+            ),
+            _of_tuples("bloom", "BLOOM", blocks="transformer.h", count="n_layer", layout=None),
+            _of_tuples("falcon", "Falcon", blocks="transformer.h", layout=None),
+            _of_tuples("mpt", "MPT", blocks="transformer.blocks", count="n_layers", layout=None),
+            _of_tuples("gptj", "GPT-J", blocks="transformer.h", count="n_layer", layout=None),
+            _of_tuples("codegen", "CodeGen", blocks="transformer.h", count="n_layer", layout=None),
+            Family("gpt_bigcode", "StarCoder (GPT BigCode)", blocks="transformer.h", count="n_layer", layout=None),
+            _of_tuples("gpt_neox_japanese", "GPT-NeoX Japanese", blocks="gpt_neox_japanese.layers", layout=None),
+            Family("persimmon", "Persimmon", layout=None),
+            Family("biogpt", "BioGPT", blocks="biogpt.layers", layout=None),
+            Family("xglm", "XGLM", count="num_layers", layout=None),
+            # Mixtures of experts
+            _of_experts(
+                "afmoe",
+                "Arcee Trinity (AFMoE)",
+                per_layer={**_TYPED, "num_dense_layers": leading, "global_attn_every_n_layers": spelled_out},
+            ),
+            _of_experts("aria_text", "Aria (text)"),
+            _of_experts(
+                "cohere2_moe",
+                "Cohere 2 (experts)",
+                per_layer={
+                    **_SPARSE,
+                    **_TYPED,
+                    **_PATTERN,
+                    "first_k_dense_replace": spelled_out,
+                    # Read as it stands, beside the lists: whether dense layers attend without a window.
+                    "prefix_dense_sliding_window_pattern": unchanged,
+                },
+            ),
+            _of_experts("axk1", "A.X K1", per_layer={**_SPARSE, "first_k_dense_replace": spelled_out, HEADS: no_heads}),
+            _of_experts("deepseek_v2", "DeepSeek V2", per_layer=_DENSE_FIRST, required=_EVERY_LAYER),
+            _of_experts("deepseek_v3", "DeepSeek V3 and R1", per_layer=_DENSE_FIRST, required=_EVERY_LAYER),
+            _of_experts("dots1", "dots.llm1", per_layer={**_DENSE_FIRST, **_WINDOWED}, required=_EVERY_LAYER),
+            _of_experts(
+                "ernie4_5_moe",
+                "ERNIE 4.5 (experts)",
+                per_layer={
+                    "moe_layer_start_index": first_sparse,
+                    "moe_layer_end_index": last_sparse,
+                    "moe_layer_interval": unchanged,
+                    HEADS: no_heads,
+                },
+                required={"moe_layer_interval": (1, "makes every n-th layer sparse, and a cut leaves no such period")},
+                ignored=("mtp", "model.mtp"),
+            ),
+            _of_experts(
+                "exaone_moe",
+                "K-EXAONE",
+                per_layer={**_SPARSE, **_TYPED, **_PATTERN, "first_k_dense_replace": spelled_out, HEADS: no_heads},
+                ignored=("mtp",),
+            ),
+            _of_experts("flex_olmo", "FlexOlmo"),
+            _of_experts("flint", "Flint", per_layer=_QWEN_MOE),
+            _of_experts("glm4_moe", "GLM-4.5 to 4.7", per_layer=_DENSE_FIRST, required=_EVERY_LAYER),
+            _of_experts(
+                "glm4_moe_lite",
+                "GLM-4.7 Flash",
+                per_layer={**_SPARSE, "first_k_dense_replace": spelled_out, HEADS: no_heads},
+            ),
+            _of_experts("gpt_oss", "gpt-oss", per_layer=_TYPED),
+            _of_experts("granitemoe", "Granite (experts)"),
+            _of_experts("granitemoeshared", "Granite (experts, one shared)"),
+            _of_experts("granitemoe_swa", "Granite with sliding windows (experts)", per_layer=_SWA),
+            _of_experts(
+                "hunyuan_v1_moe",
+                "Hunyuan (experts)",
+                per_layer={
+                    "num_experts": one_each_if_listed,
+                    "moe_topk": one_each_if_listed,
+                    "num_shared_expert": one_each_if_listed,
+                    "moe_intermediate_size": one_each_if_listed,
+                },
+                unsupported={"use_cla": "lets layers read the keys and values of other layers"},
+            ),
+            _of_experts(
+                "hy_v3", "Hunyuan 3", per_layer={**_SPARSE, "first_k_dense_replace": spelled_out, HEADS: no_heads}
+            ),
+            _of_experts("jetmoe", "JetMoE"),
+            _of_experts("kolibri1", "Kolibri", per_layer=_TYPED),
+            _of_experts("laguna", "Laguna", per_layer={**_SPARSE, **_TYPED, "num_attention_heads_per_layer": one_each}),
+            _of_experts(
+                "llama4_text",
+                "Llama 4 (text)",
+                per_layer={
+                    **_TYPED,
+                    "no_rope_layers": one_each,
+                    "no_rope_layer_interval": spelled_out,
+                    "moe_layers": indices,
+                    "interleave_moe_layer_step": spelled_out,
+                },
+            ),
+            _of_experts(
+                "mellum", "Mellum", per_layer={**_SPARSE, **_TYPED, "num_mtp_layers": no_heads}, ignored=("mtp.",)
+            ),
+            _of_experts("mimo_v2_flash", "MiMo V2 Flash", per_layer={**_SPARSE, **_TYPED}, ignored=("model.mtp.",)),
+            _of_experts(
+                "minimax_m2", "MiniMax M2", per_layer={"attn_type_list": one_each, "mtp_transformer_layers": unchanged}
+            ),
+            _of_experts("olmoe", "OLMoE"),
+            _of_experts("phimoe", "Phi-3.5-MoE"),
+            _of_experts("qwen2_moe", "Qwen1.5-MoE and Qwen2-MoE", per_layer=_QWEN_MOE),
+            _of_experts("solar_open", "Solar Open", per_layer=_DENSE_FIRST, required=_EVERY_LAYER),
+            # Hybrids of attention with state-space layers, linear attention or convolutions
+            _hybrid(
+                "bailing_hybrid",
+                "Ling 2.5 (Bailing hybrid)",
+                per_layer={
+                    **_SPARSE,
+                    **_TYPED,
+                    "first_k_dense_replace": spelled_out,
+                    "layer_group_size": spelled_out,
+                    HEADS: no_heads,
+                },
+            ),
+            _hybrid("bamba", "Bamba", tuples=True, per_layer={"attn_layer_indices": indices}),
+            _hybrid("falcon_h1", "Falcon-H1", tuples=True),
+            _hybrid("granitemoehybrid", "Granite 4", per_layer={**_TYPED, "layers_block_type": one_each}),
+            _hybrid("lfm2", "LFM2", per_layer=_LFM2),
+            _hybrid("lfm2_moe", "LFM2 (experts)", per_layer={**_LFM2, "num_dense_layers": leading}),
+            _hybrid("lfm3", "LFM3", per_layer=_LFM2),
+            _hybrid(
+                "nemotron_h",
+                "Nemotron-H and Nemotron 3",
+                stored="backbone.layers",
+                counted_by="layers_block_type",
+                per_layer={
+                    "layers_block_type": one_each,
+                    "hybrid_override_pattern": letters,
+                    "mtp_layers_block_type": unchanged,
+                    "mtp_hybrid_override_pattern": unchanged,
+                    HEADS: no_heads,
+                },
+                ignored=("mtp",),
+            ),
+            _hybrid("olmo_hybrid", "OLMo Hybrid", per_layer=_TYPED, ignored=("mtp",)),
+            _hybrid("qwen3_5_text", "Qwen3.5 (text)", per_layer=_LINEAR, ignored=("mtp",)),
+            _hybrid("qwen3_5_moe_text", "Qwen3.5-MoE (text)", per_layer=_LINEAR, ignored=("mtp",)),
+            _hybrid("qwen3_next", "Qwen3-Next", per_layer={**_LINEAR, **_QWEN_MOE}, ignored=("mtp",)),
+            _hybrid("recurrent_gemma", "RecurrentGemma", per_layer={"block_types": repeated}),
+            _hybrid("mamba", "Mamba", blocks="backbone.layers", per_layer={"n_layer": leading}),
+            _hybrid("mamba2", "Mamba 2", blocks="backbone.layers", per_layer={"n_layer": leading}),
+            _hybrid("falcon_mamba", "Falcon Mamba", blocks="backbone.layers", per_layer={"n_layer": leading}),
         )
     }
 )
@@ -270,6 +491,11 @@ def family_of(config: Config, remote_code: bool = False) -> Family:
     for name, reason in family.unsupported.items():
         if config.get(name):
             raise Refusal(f"config.json's {name} is {config[name]!r}, which {reason}: choose a model without it")
+    for name, (value, reason) in family.required.items():
+        if config.get(name, value) != value:
+            raise Refusal(
+                f"config.json's {name} is {config[name]!r}, which {reason}: choose a model in which it is {value!r}"
+            )
     for name, value, why in _speaking_of_layers(config, layers):
         if name not in family.per_layer and name != family.count:
             raise Refusal(
@@ -281,9 +507,14 @@ def family_of(config: Config, remote_code: bool = False) -> Family:
 
 
 def family_named(model_type: object) -> Family:
-    """Return the row of a `model_type`. Raises Refusal where there is none."""
+    """Return the row of a `model_type`. Raises Refusal if there is none."""
     if model_type in FAMILIES:
         return FAMILIES[str(model_type)]
+    if model_type in UNSUPPORTED:
+        raise Refusal(
+            f"the model type {model_type!r} is not supported, since it {UNSUPPORTED[str(model_type)]}: choose a model of a type that "
+            "docs/families.md lists"
+        )
     raise Refusal(
         f"the model type {model_type!r} is not supported: supported are {', '.join(FAMILIES)}; docs/families.md shows how to add a family"
     )
@@ -310,7 +541,8 @@ def cut_config(config: Config, family: Family, layers: Sequence[int]) -> dict[st
             del cut[name]
         else:
             cut[name] = value
-    cut[family.count] = len(kept)
+    if family.count in cut or family.counted_by is None:
+        cut[family.count] = len(kept)
     return cut
 
 
@@ -334,16 +566,32 @@ def _refuse_kinds(config: Config, remote_code: bool) -> None:
         )
     if config.get("is_encoder_decoder"):
         raise Refusal(f"the model type {kind!r} is an encoder-decoder, and only decoders are pruned: name a decoder")
-    quantised = next((name for name in ("quantization_config", "compression_config") if config.get(name)), None)
-    if quantised:
-        raise Refusal(
-            f"config.json's {quantised} says the weights are quantised: prune the full-precision release, and quantise the result"
-        )
+    for name in ("quantization_config", "compression_config"):
+        if config.get(name):
+            raise Refusal(
+                f"config.json's {name} says the weights are quantised{_method(config[name])}: prune the full-precision release"
+                f"{_full_precision(config)}, and quantise the result"
+            )
     if config.get("auto_map") and not remote_code:
         raise Refusal(
             "config.json's auto_map names code that comes with the model, which is not run: delete auto_map from a copy of the "
             f"release to use transformers' own {kind!r}, or pass remote_code=True in Python if you trust it"
         )
+
+
+def _method(quantisation: object) -> str:
+    """Say how the weights are quantised, if the config says it."""
+    method = quantisation.get("quant_method") if isinstance(quantisation, Mapping) else None
+    return f" ({method})" if method else ""
+
+
+def _full_precision(config: Config) -> str:
+    """Name the release that a quantised one was made from, if its config does: by a field for it, or by the Hub id it was loaded from."""
+    names = (config.get(field) for field in ("base_model", "base_model_name_or_path", "_name_or_path"))
+    found = next(
+        (name for name in names if isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)), None
+    )
+    return f" (its config names {found})" if found else ""
 
 
 # Fields of any config that name layers in words only, or that are lists of something else.
@@ -392,7 +640,7 @@ def _speaking_of_layers(config: Config, layers: int, prefix: str = "") -> Iterat
 
 
 def _speaks_of_layers(key: str, value: Any, layers: int) -> str | None:
-    """Say why a field may speak of single layers, or None. It is judged by what it holds, so that next year's field is caught."""
+    """Say why a field may speak of single layers, or None. The value is judged, and not only the name, so that new fields are found too."""
     if isinstance(value, list) and len(value) == layers:
         return f"has as many entries as there are layers ({layers})"
     if isinstance(value, list) and all(type(entry) is int and 0 <= entry < layers for entry in value):

@@ -81,8 +81,10 @@ def bypassed(model: nn.Module, layers: Sequence[int]) -> Iterator[None]:
     They leave their part of the key-value cache empty: for training and perplexity, not for generation.
     """
     found = [blocks(model)[layer] for layer in layers]
+    tuples = family_named(unwrapped(model).config.model_type).tuples
     for block in found:
-        block.forward = _identity  # an attribute of the instance takes precedence over its class's method
+        # An attribute of the instance takes precedence over its class's method.
+        block.forward = _identity_of_tuples if tuples else _identity
     try:
         yield
     finally:
@@ -92,6 +94,10 @@ def bypassed(model: nn.Module, layers: Sequence[int]) -> Iterator[None]:
 
 def _identity(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
     return hidden_states
+
+
+def _identity_of_tuples(hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    return hidden_states, None
 
 
 @contextmanager

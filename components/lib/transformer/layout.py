@@ -1,6 +1,6 @@
-"""Where a family's channels lie: which dimension of which tensor belongs to which axis.
+"""The channels of a family: which dimension of which tensor belongs to which axis.
 
-Channels go along three axes. *hidden* is the width of the residual stream; *ffn* the intermediate width; *heads* whole
+Channels are removed along three axes: *hidden*, the width of the residual stream; *ffn*, the intermediate width; *heads*, whole
 key-value groups, each a key and a value head with the query heads that read them. A layout names, for every module that has
 parameters, the segments of each dimension:
 
@@ -9,7 +9,7 @@ parameters, the segments of each dimension:
     query     the query heads, a group after the other
     key       the key (or value) heads
     qkv       query, key and value interleaved group by group, as GPT-NeoX stores them
-    any       what no axis touches: the vocabulary, positions, the width of one head
+    any       rows that belong to no axis: the vocabulary, positions, the width of one head
 
 Nothing here imports torch.
 """
@@ -68,9 +68,9 @@ class Layout:
     ffn: str = "intermediate_size"
     heads: str = "num_attention_heads"
     groups: str | None = "num_key_value_heads"
-    """None where every query head has a key head of its own."""
+    """None if every query head has a key head of its own."""
     head: str | None = "head_dim"
-    """None where the transformers class takes hidden / heads for a head's width: hidden and heads then shrink together."""
+    """None if the transformers class takes hidden / heads for a head's width: hidden and heads then shrink together."""
     transposed: bool = False
     """Whether the blocks' weights are stored input first (GPT-2's Conv1D)."""
     divides: bool = False
@@ -108,7 +108,7 @@ class Layout:
         return self.transposed and len(segments) == 2 and segments[0] != ["any"]
 
     def segments(self, module: str) -> list[list[str]] | None:
-        """Return the segments of a module's output and, where its weight has two dimensions, of its input; None for an unknown path."""
+        """Return the segments of a module's output and, if its weight has two dimensions, of its input; None for an unknown path."""
         found = [known for known in self.modules if module == known or module.endswith(f".{known}")]
         return [part.split("+") for part in self.modules[max(found, key=len)].split()] if found else None
 
@@ -127,8 +127,11 @@ def axis_of(segment: str) -> Axis | None:
 
 ATTENTION = {"q_proj": "query hidden", "k_proj": "key hidden", "v_proj": "key hidden", "o_proj": "hidden query"}
 GATED = {"gate_proj": "ffn hidden", "up_proj": "ffn hidden", "down_proj": "hidden ffn"}
+UNGATED = {"up_proj": "ffn hidden", "down_proj": "hidden ffn"}
+FUSED = {"gate_up_proj": "ffn+ffn hidden", "down_proj": "hidden ffn"}
 NORMS = {"input_layernorm": "hidden", "post_attention_layernorm": "hidden", "norm": "hidden"}
 ENDS = {"embed_tokens": "any hidden", "lm_head": "any hidden"}
+POST_NORMS = {"post_attention_layernorm": "hidden", "post_feedforward_layernorm": "hidden", "norm": "hidden"}
 HEAD_NORMS = {"q_norm": "any", "k_norm": "any"}
 SANDWICH = {"pre_feedforward_layernorm": "hidden", "post_feedforward_layernorm": "hidden"}
 LLAMA = Layout({**ATTENTION, **GATED, **NORMS, **ENDS})

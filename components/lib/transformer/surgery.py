@@ -7,6 +7,7 @@ a cut model loads without an error and generates wrong text.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -88,11 +89,23 @@ def cut_checkpoint(
         Refusal: `source` cannot be pruned, a layer is not of the model, or none would stay.
     """
     checkpoint = PrunableCheckpoint.open(source, remote_code)
+    warn_of_dropped(checkpoint)
     tensors, config = remaining(checkpoint, layers, channels), remaining_config(checkpoint, layers, channels)
     out.mkdir(parents=True, exist_ok=True)
     _write_weights(out, tensors)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     carry(source, out, remote_code)
+
+
+def warn_of_dropped(checkpoint: PrunableCheckpoint) -> None:
+    """Log which tensors of a release an export does not have, since transformers ignores them."""
+    if checkpoint.ignored:
+        logging.getLogger(__name__).warning(
+            "%s: %d tensors of heads for multi-token prediction, such as %s, are dropped: transformers does not load them",
+            checkpoint.folder,
+            len(checkpoint.ignored),
+            checkpoint.ignored[0],
+        )
 
 
 def written_out(config: Config, family: Family) -> dict[str, Any]:
@@ -102,8 +115,12 @@ def written_out(config: Config, family: Family) -> dict[str, Any]:
         return dict(config)
     from transformers import CONFIG_MAPPING
 
-    resolved = CONFIG_MAPPING[family.model_type].from_dict(dict(config))
-    filled = {field: getattr(resolved, field, None) for field in absent}
+    # transformers tags infinity in JSON, and takes the tag off where it reads a file; no per-layer field holds one.
+    untagged = {name: value for name, value in config.items() if "__float__" not in json.dumps(value)}
+    resolved = CONFIG_MAPPING[family.model_type].from_dict(untagged)
+    # A second name of a field that the config has (`layers_block_type` of `layer_types`) stays absent.
+    names = {**resolved.attribute_map, **{name: other for other, name in resolved.attribute_map.items()}}
+    filled = {field: getattr(resolved, field, None) for field in absent if names.get(field) not in config}
     return dict(config) | {field: value for field, value in filled.items() if value is not None}
 
 
@@ -122,6 +139,8 @@ def remaining(checkpoint: PrunableCheckpoint, layers: Sequence[int], channels: C
     number = {old: new for new, old in enumerate(kept_layers(checkpoint.layers, layers))}
     tensors = {}
     for name, tensor in checkpoint.tensors.items():
+        if checkpoint.family.ignores(name, checkpoint.config):
+            continue
         block = checkpoint.family.block_of(name)
         if block is None:
             tensors[name] = _sliced(checkpoint, name, tensor, channels, None)

@@ -112,8 +112,8 @@ class TestARefusal:
         return refused
 
     def test_of_a_family_that_is_not_known(self, edit: Callable[..., None], refused: Callable[..., str]) -> None:
-        edit(model_type="mamba")
-        assert "mamba" in refused()
+        edit(model_type="jamba")
+        assert "jamba" in refused()
 
     def test_of_a_field_that_speaks_of_layers_and_is_not_known(
         self, edit: Callable[..., None], refused: Callable[..., str]
@@ -221,9 +221,9 @@ class TestAReleaseElsewhere:
     def test_is_refused_before_it_is_stored(
         self, edit: Callable[..., None], store: Store, fetched: Callable[..., None]
     ) -> None:
-        edit(model_type="mamba")
+        edit(model_type="jamba")
         fetched()
-        with pytest.raises(Refusal, match="mamba"):
+        with pytest.raises(Refusal, match="jamba"):
             pin_release("owner/model", recipe(), store)
         assert stored(store) == []
 

@@ -59,8 +59,7 @@ def test_shards_are_one_checkpoint(folder: Path, sharded: Path) -> None:
 
 OTHERS: dict[str, dict[str, object]] = {
     "gpt_neo": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
-    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
-    "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "openai-gpt": {"n_embd": 32, "n_layer": 2, "n_head": 4},
 }
 """Families that the table does not have."""
 

@@ -200,6 +200,6 @@ def test_blocks_may_take_names_and_return_tuples(model: PreTrainedModel, named: 
 
 
 def test_an_unknown_model_is_refused(model: PreTrainedModel) -> None:
-    model.config.model_type = "mamba"
-    with pytest.raises(Refusal, match="'mamba' is not supported"):
+    model.config.model_type = "jamba"
+    with pytest.raises(Refusal, match="'jamba' is not supported"):
         blocks(model)

@@ -22,6 +22,11 @@ def layout(model_type: str) -> Layout:
 def shallow(model_type: str, **settings: object) -> PreTrainedModel:
     """A family's default model, of one layer and without numbers: all it has is shapes."""
     config = CONFIG_MAPPING[model_type](**{FAMILIES[model_type].count: 1, "pad_token_id": None}, **settings)
+    # Some classes leave a width open that every release states.
+    if getattr(config, "num_key_value_heads", 1) is None:
+        config.num_key_value_heads = config.num_attention_heads
+    if getattr(config, "head_dim", 1) is None:
+        config.head_dim = config.hidden_size // config.num_attention_heads
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 

@@ -139,6 +139,356 @@ SPECIMENS = (
     Specimen("mixtral", "mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 )
 
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+ROUTED = {**EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
+MAMBA = {
+    "mamba_d_state": 8,
+    "mamba_d_conv": 4,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 8,
+}
+LINEAR = {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "full_attention_interval": 3,
+}
+MIXED = [
+    "sliding_attention",
+    "full_attention",
+    "sliding_attention",
+    "sliding_attention",
+    "full_attention",
+    "full_attention",
+]
+DENSE_AND_SPARSE = ["dense", "sparse", "dense", "sparse", "sparse", "sparse"]
+CONVOLUTIONS = ["conv", "full_attention", "conv", "conv", "full_attention", "conv"]
+
+MODERN = (
+    Specimen("apertus", "apertus", {"head_dim": 8}),
+    Specimen("arcee", "arcee"),
+    Specimen("cohere", "cohere", {"attention_bias": True}),
+    Specimen("cohere2", "cohere2", {**WINDOW, "sliding_window_pattern": 3}),
+    Specimen("cwm", "cwm", {**WINDOW, "layer_types": MIXED}),
+    Specimen("ernie4_5", "ernie4_5", {"head_dim": 8}),
+    Specimen("exaone4", "exaone4", {**WINDOW, "sliding_window_pattern": 3}),
+    Specimen("gemma", "gemma", {"head_dim": 8}),
+    Specimen("glm", "glm", {"head_dim": 8}),
+    Specimen("glm4", "glm4", {"head_dim": 8}),
+    Specimen("helium", "helium", {"head_dim": 8}),
+    Specimen("hunyuan_v1_dense", "hunyuan_v1_dense", {"head_dim": 16}),
+    Specimen("hyperclovax", "hyperclovax", {"use_post_norm": True, "residual_multiplier": 0.5}),
+    Specimen("internlm3", "internlm3", {"head_dim": 8}),
+    Specimen("iquestcoder", "iquestcoder", {"head_dim": 8}),
+    Specimen("jais2", "jais2"),
+    Specimen("ministral", "ministral", {**WINDOW, "head_dim": 8, "layer_types": MIXED}),
+    Specimen("ministral3", "ministral3", {"head_dim": 8}),
+    Specimen("nanochat", "nanochat"),
+    Specimen("nemotron", "nemotron"),
+    Specimen("olmo", "olmo", {"clip_qkv": 1.0}),
+    Specimen("olmo3", "olmo3", {**WINDOW, "layer_types": MIXED}),
+    Specimen("seed_oss", "seed_oss", {"head_dim": 8}),
+    Specimen("vaultgemma", "vaultgemma", {**WINDOW, "head_dim": 8, "query_pre_attn_scalar": 8}),
+    Specimen("granite_swa", "granite_swa", {**WINDOW, "layer_rope_theta": [1e4, 1e3, 1e4, 1e5, 1e2, 1e4]}),
+    Specimen("bitnet", "bitnet"),
+    Specimen("doge", "doge", {"head_dim": 8}),
+    Specimen(
+        "gemma4",
+        "gemma4_text",
+        {**WINDOW, "head_dim": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 0, "layer_types": MIXED},
+    ),
+    Specimen(
+        "gemma4_unified",
+        "gemma4_unified_text",
+        {**WINDOW, "head_dim": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 0, "layer_types": MIXED},
+    ),
+    Specimen("bloom", "bloom"),
+    Specimen("falcon", "falcon", {"new_decoder_architecture": True}),
+    Specimen("falcon-alibi", "falcon", {"alibi": True}),
+    Specimen("mpt", "mpt"),
+    Specimen("gptj", "gptj", {"rotary_dim": 4}),
+    Specimen("codegen", "codegen", {"rotary_dim": 4}),
+    Specimen("gpt_bigcode", "gpt_bigcode"),
+    Specimen("gpt_neox_japanese", "gpt_neox_japanese"),
+    Specimen("persimmon", "persimmon"),
+    Specimen("biogpt", "biogpt"),
+    Specimen("xglm", "xglm", {"ffn_dim": 48}),
+    Specimen(
+        "afmoe",
+        "afmoe",
+        {**EXPERTS, **WINDOW, "num_experts": 4, "num_dense_layers": 2, "global_attn_every_n_layers": 3, "head_dim": 8},
+    ),
+    Specimen("aria_text", "aria_text", {"moe_num_experts": 4, "moe_topk": 2}),
+    Specimen(
+        "cohere2_moe",
+        "cohere2_moe",
+        {
+            **EXPERTS,
+            **WINDOW,
+            "num_experts": 4,
+            "head_dim": 8,
+            "layer_types": MIXED,
+            "mlp_layer_types": DENSE_AND_SPARSE,
+        },
+    ),
+    Specimen("deepseek_v2", "deepseek_v2", {**ROUTED, **LATENT, "first_k_dense_replace": 2}),
+    Specimen("deepseek_v3", "deepseek_v3", {**ROUTED, **LATENT, "first_k_dense_replace": 2}),
+    Specimen("dots1", "dots1", {**ROUTED, **WINDOW, "head_dim": 8, "first_k_dense_replace": 2, "max_window_layers": 3}),
+    Specimen(
+        "ernie4_5_moe",
+        "ernie4_5_moe",
+        {
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_intermediate_size": 16,
+            "moe_num_shared_experts": 1,
+            "moe_layer_start_index": 2,
+            "moe_layer_end_index": 4,
+        },
+    ),
+    Specimen(
+        "exaone_moe",
+        "exaone_moe",
+        {
+            **EXPERTS,
+            **WINDOW,
+            "num_experts": 4,
+            "num_shared_experts": 1,
+            "sliding_window_pattern": 3,
+            "mlp_layer_types": DENSE_AND_SPARSE,
+        },
+    ),
+    Specimen("flex_olmo", "flex_olmo", {"num_experts": 4, "num_experts_per_tok": 2}),
+    Specimen("glm4_moe", "glm4_moe", {**ROUTED, "head_dim": 8, "first_k_dense_replace": 2, "use_qk_norm": True}),
+    Specimen("glm4_moe_lite", "glm4_moe_lite", {**ROUTED, **LATENT, "mlp_layer_types": DENSE_AND_SPARSE}),
+    Specimen("gpt_oss", "gpt_oss", {**WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}),
+    Specimen("granitemoe", "granitemoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    Specimen(
+        "granitemoeshared",
+        "granitemoeshared",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 16},
+    ),
+    Specimen(
+        "granitemoe_swa",
+        "granitemoe_swa",
+        {
+            **WINDOW,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "layer_rope_theta": [1e4, 1e3, 1e4, 1e5, 1e2, 1e4],
+        },
+    ),
+    Specimen("hunyuan_v1_moe", "hunyuan_v1_moe", {"num_experts": 4, "moe_topk": [2, 1, 2, 1, 2, 2], "head_dim": 8}),
+    Specimen(
+        "hy_v3",
+        "hy_v3",
+        {**EXPERTS, "num_experts": 4, "num_shared_experts": 1, "head_dim": 8, "mlp_layer_types": DENSE_AND_SPARSE},
+    ),
+    Specimen("jetmoe", "jetmoe", {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8}),
+    Specimen("kolibri1", "kolibri1", {**ROUTED, **WINDOW, "head_dim": 8, "layer_types": MIXED}),
+    Specimen(
+        "laguna",
+        "laguna",
+        {
+            **EXPERTS,
+            **WINDOW,
+            "num_experts": 4,
+            "head_dim": 8,
+            "layer_types": MIXED,
+            "mlp_layer_types": DENSE_AND_SPARSE,
+            "shared_expert_intermediate_size": 16,
+            "num_attention_heads_per_layer": [4, 8, 4, 8, 4, 4],
+        },
+    ),
+    Specimen(
+        "llama4",
+        "llama4_text",
+        {
+            "num_local_experts": 4,
+            "intermediate_size_mlp": 24,
+            "head_dim": 8,
+            "interleave_moe_layer_step": 2,
+            "no_rope_layer_interval": 3,
+            "attention_chunk_size": 8,
+        },
+    ),
+    Specimen(
+        "mellum",
+        "mellum",
+        {
+            **EXPERTS,
+            **WINDOW,
+            "num_experts": 4,
+            "head_dim": 8,
+            "layer_types": MIXED,
+            "mlp_layer_types": DENSE_AND_SPARSE,
+        },
+    ),
+    Specimen(
+        "mimo_v2_flash",
+        "mimo_v2_flash",
+        {
+            **ROUTED,
+            **WINDOW,
+            "head_dim": 8,
+            "v_head_dim": 8,
+            "swa_head_dim": 8,
+            "swa_v_head_dim": 8,
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2,
+            "layer_types": MIXED,
+            "mlp_layer_types": DENSE_AND_SPARSE,
+        },
+    ),
+    Specimen("minimax_m2", "minimax_m2", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}),
+    Specimen("olmoe", "olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+    Specimen("phimoe", "phimoe", {**WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    Specimen(
+        "qwen2_moe",
+        "qwen2_moe",
+        {
+            **EXPERTS,
+            **WINDOW,
+            "num_experts": 4,
+            "shared_expert_intermediate_size": 16,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [3],
+            "use_sliding_window": True,
+            "max_window_layers": 2,
+        },
+    ),
+    Specimen("solar_open", "solar_open", {**ROUTED, "head_dim": 8}),
+    Specimen(
+        "bailing_hybrid",
+        "bailing_hybrid",
+        {
+            **ROUTED,
+            **LATENT,
+            "head_dim": 8,
+            "num_experts": 4,
+            "mlp_layer_types": DENSE_AND_SPARSE,
+            "layer_group_size": 3,
+        },
+    ),
+    Specimen("recurrent_gemma", "recurrent_gemma", {"lru_width": 32, "attention_window_size": 4, "head_dim": 8}),
+    Specimen("axk1", "axk1", {**ROUTED, **LATENT, "mlp_layer_types": DENSE_AND_SPARSE}),
+    Specimen(
+        "flint",
+        "flint",
+        {
+            **EXPERTS,
+            **WINDOW,
+            "num_experts": 4,
+            "head_dim": 8,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [3],
+            "layer_types": MIXED,
+        },
+    ),
+    # transformers sets the padding token's embedding to 0 on loading, whatever the checkpoint holds.
+    Specimen("youtu", "youtu", {**LATENT, "pad_token_id": None}),
+    Specimen("bamba", "bamba", {**MAMBA, "attn_layer_indices": [1, 4]}),
+    Specimen("falcon_h1", "falcon_h1", {**MAMBA, "mamba_d_ssm": 64, "head_dim": 8}),
+    Specimen(
+        "granitemoehybrid",
+        "granitemoehybrid",
+        {
+            **MAMBA,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 16,
+            "layer_types": [
+                "linear_attention",
+                "full_attention",
+                "linear_attention",
+                "linear_attention",
+                "full_attention",
+                "linear_attention",
+            ],
+        },
+    ),
+    Specimen(
+        "granitemoehybrid-dense",
+        "granitemoehybrid",
+        {**MAMBA, "num_local_experts": 0, "shared_intermediate_size": 48, "layer_types": ["full_attention"] * 6},
+    ),
+    Specimen("lfm2", "lfm2", {"full_attn_idxs": [1, 4]}),
+    Specimen("lfm2_moe", "lfm2_moe", {**EXPERTS, "num_experts": 4, "layer_types": CONVOLUTIONS, "num_dense_layers": 2}),
+    Specimen("lfm3", "lfm3", {**WINDOW, "head_dim": 8, "layer_types": CONVOLUTIONS}),
+    Specimen(
+        "nemotron_h",
+        "nemotron_h",
+        {
+            "layers_block_type": [
+                "linear_attention",
+                "mlp",
+                "full_attention",
+                "moe",
+                "linear_attention",
+                "full_attention",
+            ],
+            "ssm_state_size": 8,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 8,
+            "n_groups": 1,
+            "chunk_size": 8,
+            "head_dim": 8,
+            **ROUTED,
+            "moe_shared_expert_intermediate_size": 16,
+        },
+    ),
+    Specimen(
+        "olmo_hybrid",
+        "olmo_hybrid",
+        {
+            "layer_types": ["linear_attention", "full_attention"] * 3,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 4,
+            "linear_num_value_heads": 4,
+        },
+    ),
+    Specimen("qwen3_5", "qwen3_5_text", {**LINEAR, "head_dim": 8}),
+    Specimen(
+        "qwen3_5_moe",
+        "qwen3_5_moe_text",
+        {**LINEAR, **EXPERTS, "num_experts": 4, "head_dim": 8, "shared_expert_intermediate_size": 16},
+    ),
+    Specimen(
+        "qwen3_next",
+        "qwen3_next",
+        {
+            **LINEAR,
+            **EXPERTS,
+            "num_experts": 4,
+            "head_dim": 8,
+            "shared_expert_intermediate_size": 16,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [3],
+        },
+    ),
+    Specimen("mamba", "mamba", {"state_size": 8, "expand": 2, "time_step_rank": 4}, grouped=False),
+    Specimen(
+        "mamba2",
+        "mamba2",
+        {"state_size": 8, "expand": 2, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
+        grouped=False,
+    ),
+    Specimen("falcon_mamba", "falcon_mamba", {"state_size": 8, "expand": 2, "time_step_rank": 4}, grouped=False),
+)
+"""Of the other families one or two shapes each, held to the contract's core (test_contract_core.py)."""
+
 PROJECTED, HEAD_NORMED = "opt-post-norm", "stablelm"
 """Of families from which channels can be cut along every axis, the specimens from which they can be cut along ffn alone."""
 
@@ -231,7 +581,7 @@ def prompts(padding: Sequence[int] = (0, 0, 7)) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def logits(model: PreTrainedModel, padding: Sequence[int] = (0, 0, 7)) -> Tensor:
+def logits(model: PreTrainedModel, padding: Sequence[int] = (0, 0, 7), **settings: Any) -> Tensor:
     """Return the logits of the real tokens of `prompts`, (tokens, vocabulary)."""
     tokens, mask = prompts(padding)
-    return model(input_ids=tokens, attention_mask=mask).logits[mask.bool()]
+    return model(input_ids=tokens, attention_mask=mask, **settings).logits[mask.bool()]

@@ -1,0 +1,69 @@
+"""The model types of transformers that are refused, each with its reason: docs/families.md lists them.
+
+A refusal reads "the model type 'bert' is not supported, since it <reason>". A type that is neither here nor in the table of
+families is unknown to this version of transformers. Nothing here imports torch or transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+_ENCODER = "is an encoder with a head for language modelling, and only decoders are pruned"
+_HALF = "is the decoder of an encoder-decoder, whose blocks read the encoder"
+_WRAPPER = (
+    "wraps a text model with models of images, sound or other inputs: its text model can be pruned if it is saved alone"
+)
+_DRAFT = "drafts tokens for another model, whose cache it reads"
+_INDEXED = "looks up numbers in a layer by the layer's index, and a cut renumbers the layers"
+_COUNTED = "scales its residual branches by the number of layers, and a cut changes it"
+_SHARED = "shares weights, keys or values between layers, so that a layer cannot be removed alone"
+_INDEXER = "attends to the tokens that an indexer selects, and so generates other text with its cache than without"
+_CROSS = "has layers that read results of earlier layers beside the residual stream"
+_FIRST = "has a first layer of another shape than the others, which must stay first"
+_PERIOD = "places its kinds of layers by a period alone, and a cut leaves no period"
+_RECURRENT = "has recurrent blocks that are run otherwise than once one after the other"
+_OLD = "has blocks of its own that no row of the table describes"
+_NEW = "is new, and no row of the table describes its blocks yet"
+
+_REASONS: Mapping[str, str] = {
+    _ENCODER: """
+        bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta roberta-prelayernorm
+        roc_bert roformer xlm xlm-roberta xlm-roberta-xl xmod
+    """,
+    _HALF: """
+        bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart prophetnet trocr whisper musicgen
+        musicgen_melody
+    """,
+    _WRAPPER: """
+        aria aya_vision blip blip-2 chameleon cohere2_vision cohere_compass cosmos3_edge cosmos3_omni deepseek_ocr2 deepseek_vl
+        deepseek_vl_hybrid diffusion_gemma dots3_note emu3 ernie4_5_vl_moe evolla exaone4_5 fast_vlm florence2 fuyu gemma3 gemma3n
+        gemma4 gemma4_unified git glm46v glm4v glm4v_moe glm5_next glm_ocr glmga got_ocr2 granite4_vision granite_docling hunyuan_vl
+        hyperclovax_vision_v2 idefics idefics2 idefics3 inkling2 inkling_mm_model instructblip instructblipvideo internvl janus
+        kimi_k25 kosmos-2 kosmos-2.5 lfm2_vl lfm3_vl lighton_ocr llama4 llava llava_next llava_next_video llava_onevision minicpm_ocr
+        minicpmv4_6 minicpmv4_7 minimax_m3_vl mistral3 mistral_large4 mllama molmo2 moshi moss_transcribe_diarize muse_glimmer
+        muse_spark nemotron_h_omni ovis2 paddleocr_vl paligemma perception_lm phi4_multimodal pi0 pix2struct pp_chart2table
+        pp_formulanet qianfan_ocr qwen2_5_omni_thinker qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_omni_moe_thinker qwen3_vl
+        qwen3_vl_moe qwen4_exp shieldgemma2 smolvlm step3p7 t5gemma2 udop unlimited_ocr video_llama_3 video_llava vipllava
+        vision-encoder-decoder
+    """,
+    _DRAFT: "gemma4_assistant gemma4_unified_assistant",
+    _INDEXED: "beam diffllama minimax",
+    _COUNTED: "minicpm3",
+    _SHARED: "gemma3n_text zamba zamba2",
+    _CROSS: "glm_moe_dsa hy_v4 inkling2_text",
+    _INDEXER: "deepseek_v32",
+    _FIRST: "modernbert-decoder zaya",
+    _PERIOD: "jamba",
+    _RECURRENT: "blt hrm_text reformer",
+    _OLD: "cpmant ctrl dbrx gpt_neo longcat_flash openai-gpt rwkv xlnet xlstm",
+    _NEW: """
+        axk2 cohere_compass_text deepseek_v4 dots3_note_text inkling_text kimi_linear minimax_m3_vl_text mistral4 qwen4_exp_text
+    """,
+    "is GPT-2 under an older name: set model_type to gpt2 in a copy of its config.json": "gpt-sw3",
+}
+
+UNSUPPORTED: Mapping[str, str] = MappingProxyType(
+    {model_type: reason for reason, types in _REASONS.items() for model_type in types.split()}
+)
+"""model_type → why it is refused."""
