@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from components.lib.errors import Refusal
 from components.lib.recipe.section import Section
 from components.lib.training.journal import Journal
 from components.lib.transformer.checkpoint import PrunableCheckpoint
@@ -40,3 +41,19 @@ class Transfer(Section):
             journal: takes progress.
         """
         raise NotImplementedError
+
+
+def check_writers(checkpoint: PrunableCheckpoint, name: str) -> None:
+    """Refuse, for the transfer `name`, a family whose blocks do not add a projection's output to the residual stream as it is.
+
+    Raises:
+        Refusal: the family has no layout, as mixtures of experts have none, or its branches pass a norm before the stream.
+    """
+    family = checkpoint.family
+    if family.layout is None:
+        reason = "has no layout of the projections that write the residual stream"
+    elif family.layout.norms_after(checkpoint.config):
+        reason = "has norms between its projections and the residual stream"
+    else:
+        return
+    raise Refusal(f"regularize.transfer is {name}, but {family.title} {reason}: use merge or none")

@@ -112,6 +112,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                     ffn="ffn_dim",
                     groups=None,
                     head=None,
+                    norm_first="do_layer_norm_before",
                 ),
             ),
             Family(

@@ -75,6 +75,8 @@ class Layout:
     """Whether the blocks' weights are stored input first (GPT-2's Conv1D)."""
     divides: bool = False
     """Whether the config class wants the hidden width to be a multiple of the number of heads, whatever a head's width is."""
+    norm_first: str | None = None
+    """The config field that is false if the norms stand behind the residual sums (OPT-350m); None if the family has no such form."""
     scaled_embedding: bool = False
     """Whether embeddings are multiplied by the square root of the hidden width (Gemma)."""
 
@@ -84,6 +86,11 @@ class Layout:
         groups = (config.get(self.groups) if self.groups else None) or heads
         head = (config.get(self.head) if self.head else None) or hidden // heads
         return Widths(hidden, config.get(self.ffn) or 4 * hidden, heads, groups, head)
+
+    def norms_after(self, config: Config) -> bool:
+        """Say whether a norm stands between a branch's last projection and the residual stream, or behind their sum."""
+        behind_sum = self.norm_first is not None and config.get(self.norm_first) is False
+        return behind_sum or "post_feedforward_layernorm" in self.modules
 
     def dimensions(self, tensor: str) -> list[list[str]]:
         """Return the segments of each dimension of a tensor by its name, as it is stored.

@@ -1,0 +1,61 @@
+"""The magnitude of the residual stream: measured across layers, and changed by the weights that write it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from components.lib.training.refit import run_blocks
+from components.lib.transformer.channels import layout_of
+from components.lib.transformer.families import family_named
+from components.lib.transformer.gates import watched
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def ratio_of_magnitudes(model: PreTrainedModel, windows: Tensor, runs: Sequence[tuple[int, int]]) -> list[float]:
+    """Return Σ |x behind the last layer| / Σ |x before the first layer| of each run (first, last), in one pass.
+
+    The first token of each window is left out.
+    """
+    before, behind = torch.zeros(len(runs), dtype=torch.float64), torch.zeros(len(runs), dtype=torch.float64)
+    layers = sorted({layer for run in runs for layer in run})
+    if layers:
+        with watched(model, layers) as seen:
+            for _ in run_blocks(model, windows, layers[-1]):
+                for number, (first, last) in enumerate(runs):
+                    before[number] += seen[first][0][:, 1:].double().abs().sum().cpu()
+                    behind[number] += seen[last][1][:, 1:].double().abs().sum().cpu()
+    return (behind / before).tolist()
+
+
+@torch.no_grad()
+def scale_stream(model: PreTrainedModel, layer: int, factor: float) -> None:
+    """Multiply the residual stream before `layer` by a factor: embeddings, and the projections to the stream below the layer.
+
+    If the head shares its table with the embedding, the final norm is divided by the factor.
+    """
+    family = family_named(model.config.model_type)
+    layout = layout_of(family)
+    head = model.get_output_embeddings()
+    tied = head.weight is model.get_input_embeddings().weight
+    for name, module in model.named_modules():
+        segments, block = layout.segments(name), family.block_of(f"{name}.")
+        if segments is None or module is head:
+            continue
+        embeds = isinstance(module, nn.Embedding)
+        if embeds or (block and block[0] < layer and len(segments) == 2 and segments[0] == ["hidden"]):
+            _multiply(module, factor)
+        elif block is None and segments == [["hidden"]] and tied:
+            _multiply(module, 1 / factor)
+
+
+def _multiply(module: nn.Module, factor: float) -> None:
+    """Multiply a module's own weight and bias."""
+    for parameter in module.parameters(recurse=False):
+        parameter.mul_(factor)
