@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from components.lib.recipe.schema import plain, used
 from components.lib.training.journal import Journal
-from components.lib.transformer.checkpoint import Checkpoint
+from components.lib.transformer.checkpoint import Checkpoint, PrunableCheckpoint
 from components.lib.transformer.device import best_device
 from components.lib.transformer.export import verify_cut
 from components.lib.transformer.selection import Selection
@@ -46,7 +46,9 @@ def prune(
     chosen = Selection.load(selection)
     cut_checkpoint(model / "model", out / "model", chosen.removed, chosen.channels)
     journal.progress(1, 2)
-    verification = verify_cut(model / "model", out / "model", chosen.removed, chosen.channels, device=best_device())
+    proof = verify_cut(model / "model", out / "model", chosen.removed, chosen.channels, device=best_device())
+    # The regularised model may have been saved without them already.
+    verification = replace(proof, dropped=PrunableCheckpoint.open(release / "model").ignored)
     verification.save(out)
     card = model_card(
         release=lineage,

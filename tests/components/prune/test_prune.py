@@ -18,6 +18,7 @@ from components.prune.card import front_matter
 from components.prune.prune import prune
 from tests.components.given import CHANNELS, Given, weights
 from tests.components.lib.training.tiny import Written
+from tests.components.lib.transformer.zoo import release_with_head
 
 LINEAGE = {"source": "owner/model", "revision": "0" * 40, "digest": "a" * 64}
 
@@ -33,11 +34,11 @@ def narrowing(tmp_path_factory: pytest.TempPathFactory) -> Given:
     return Given.lay(tmp_path_factory.mktemp("run"), CHANNELS)
 
 
-def work(given: Given, out: Path) -> Written:
+def work(given: Given, out: Path, release: Path | None = None) -> Written:
     out.mkdir()
     journal = Written()
     prune(
-        given.release,
+        release or given.release,
         given.release,
         given.selection,
         lineage=LINEAGE,
@@ -86,6 +87,16 @@ def test_the_channels_that_were_proved_to_be_removed_are_counted_by_axis(narrowi
     }
     card = (tmp_path / "out/model/README.md").read_text()
     assert "| ffn channels a layer | 32 of 48, 16 removed |" in card
+
+
+def test_heads_of_the_release_that_are_dropped_are_told(given: Given, tmp_path: Path) -> None:
+    """The regularised model does not have them any more."""
+    release_with_head("qwen3_next", tmp_path / "release/model")
+    work(given, tmp_path / "out", release=tmp_path / "release")
+    verification = json.loads((tmp_path / "out/verification.json").read_text())
+    assert verification["dropped"] == ["mtp.fc.weight"]
+    card = (tmp_path / "out/model/README.md").read_text()
+    assert "1 tensor of heads for multi-token prediction, such as `mtp.fc.weight`" in card
 
 
 def test_the_card_tells_release_licence_and_recipe(given: Given, tmp_path: Path) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from components.lib.transformer.checkpoint import WEIGHTS, PrunableCheckpoint, load_model
@@ -15,25 +13,12 @@ from components.lib.transformer.export import save_model, verify_cut
 from components.lib.transformer.families import FAMILIES
 from components.lib.transformer.family import HEADS, no_heads
 from components.lib.transformer.surgery import cut_checkpoint
-from tests.components.lib.transformer.zoo import MODERN, release
-
-LAYERS = 6
-HEADS_OF = {"deepseek_v3": f"model.layers.{LAYERS}.eh_proj.weight", "qwen3_next": "mtp.fc.weight"}
-"""A tensor of a head: a block beyond the count, and one with a name of its own."""
+from tests.components.lib.transformer.zoo import HEADS_OF, release_with_head
 
 
 @pytest.fixture(params=HEADS_OF)
 def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A release with a head."""
-    specimen = next(specimen for specimen in MODERN if specimen.name == request.param)
-    folder = release(specimen.model(LAYERS), tmp_path / "source")
-    tensors = load_file(folder / WEIGHTS) | {HEADS_OF[request.param]: torch.ones(32, 64)}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    if HEADS in FAMILIES[config["model_type"]].per_layer:
-        config[HEADS] = 1
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return release_with_head(request.param, tmp_path / "source")
 
 
 def test_a_cut_drops_them_and_names_them(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -6,6 +6,7 @@ to be held to the whole contract (test_contract.py).
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from components.lib.transformer.channels import channels_to_remove, kept_rows, layout_of
+from components.lib.transformer.checkpoint import WEIGHTS
 from components.lib.transformer.families import FAMILIES
+from components.lib.transformer.family import HEADS
 from components.lib.transformer.layout import Axis, Widths
 from components.lib.transformer.selection import AXES, Channels
 
@@ -560,6 +564,23 @@ def release(model: PreTrainedModel, folder: Path, shard: str = "5GB") -> Path:
     tokenizer().save_pretrained(folder)
     (folder / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6, "eos_token_id": 2}\n')
     (folder / "LICENSE").write_text("Take it.\n")
+    return folder
+
+
+HEADS_OF = {"deepseek_v3": "model.layers.4.eh_proj.weight", "qwen3_next": "mtp.fc.weight"}
+"""Specimens of four layers → a tensor of a head for multi-token prediction: in a block beyond the count, and with a name of its own."""
+
+
+def release_with_head(name: str, folder: Path) -> Path:
+    """Save a specimen of `HEADS_OF` as a release that holds a head for multi-token prediction."""
+    specimen = next(specimen for specimen in MODERN if specimen.name == name)
+    release(specimen.model(4), folder)
+    tensors = load_file(folder / WEIGHTS) | {HEADS_OF[name]: torch.ones(32, 64)}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    if HEADS in FAMILIES[config["model_type"]].per_layer:
+        config[HEADS] = 1
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
