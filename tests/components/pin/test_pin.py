@@ -158,7 +158,7 @@ class TestARefusal:
 
     def test_of_a_tensor_whose_channels_are_not_known(self, release: Path, refused: Callable[..., str]) -> None:
         file = min(release.glob("*.safetensors"))
-        save_file(load_file(file) | {"model.layers.0.mlp.router.weight": torch.zeros(4, 32)}, file)
+        save_file(load_file(file) | {"model.layers.0.mlp.router.weight": torch.zeros(4, 4096)}, file)
         index = json.loads((release / "model.safetensors.index.json").read_text())
         index["weight_map"]["model.layers.0.mlp.router.weight"] = file.name
         (release / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from components.lib.transformer import surgery
 from components.lib.transformer.checkpoint import Checkpoint, load_model
 from components.lib.transformer.export import save_model, verify_cut
-from components.lib.transformer.gates import Placement, blocks, gated, skipped
+from components.lib.transformer.gates import Placement, blocks, bypassed, gated, skipped
 from components.lib.transformer.surgery import cut_checkpoint, drop_layers
 from tests.components.lib.transformer.zoo import LENGTH, SPECIMENS, Specimen, logits, prompts, release
 
@@ -82,6 +82,11 @@ def test_a_branch_gate_of_zero_is_a_skipped_layer(
     gates[list(layers)] = 0
     with gated(model, gates, "branch"):
         assert torch.equal(logits(model), skipping)
+
+
+def test_a_bypassed_layer_is_a_skipped_layer(model: PreTrainedModel, skipping: Tensor, layers: tuple[int, ...]) -> None:
+    with bypassed(model, layers):
+        assert torch.equal(logits(model, use_cache=False), skipping)
 
 
 def test_a_skipped_layer_changes_the_logits(model: PreTrainedModel, skipping: Tensor) -> None:

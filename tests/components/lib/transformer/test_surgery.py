@@ -124,7 +124,7 @@ def test_channels_are_cut_across_shards(name: str, tmp_path: Path, monkeypatch: 
 def test_a_cut_of_channels_that_the_layout_does_not_know_writes_nothing(tmp_path: Path) -> None:
     source = release(BY_NAME[PROJECTED].model(2), tmp_path / "source")
     with pytest.raises(Refusal, match="remove layers instead"):
-        cut_checkpoint(source, tmp_path / "cut", channels=Channels(ffn=((0,), (0,))))
+        cut_checkpoint(source, tmp_path / "cut", channels=Channels(hidden=(0,)))
     assert not (tmp_path / "cut").exists()
 
 
