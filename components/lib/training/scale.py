@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -52,10 +52,23 @@ def scale_stream(model: PreTrainedModel, layer: int, factor: float) -> None:
         if embeds or (block and block[0] < layer and len(segments) == 2 and segments[0] == ["hidden"]):
             _multiply(module, factor)
         elif block is None and segments == [["hidden"]] and tied:
-            _multiply(module, 1 / factor)
+            _divide_norm(module, factor)
 
 
 def _multiply(module: nn.Module, factor: float) -> None:
     """Multiply a module's own weight and bias."""
     for parameter in module.parameters(recurse=False):
         parameter.mul_(factor)
+
+
+def _divide_norm(norm: Any, factor: float) -> None:
+    """Divide a norm's output by a factor, through its weight and bias."""
+    weight, bias = norm.weight, getattr(norm, "bias", None)
+    kept = weight.clone()
+    weight.zero_()
+    plain = norm(torch.linspace(1, 2, len(weight), dtype=weight.dtype, device=weight.device))
+    # Some norms (Gemma, Nemotron) multiply by 1 + w: with w = 0 they still give the normalised input.
+    offset = 0.0 if torch.equal(plain, torch.zeros_like(plain) if bias is None else bias) else 1.0
+    weight.copy_((offset + kept) / factor - offset)
+    if bias is not None:
+        bias.div_(factor)

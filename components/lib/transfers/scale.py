@@ -10,8 +10,8 @@ multiplied by α: token and position embeddings, and the last projections, with 
 
 Below the run this is exact: a block reads the stream through a norm, which undoes a common factor but for its ε, so that only the
 stream's scale at the seam changes, by exactly α. A factor on embeddings or branches (Gemma, Granite) does not change that. A head
-that shares its table with the embedding is multiplied along with it, and the final norm by 1/α for it, so that the logits keep their
-scale. Families with norms between the branches and the stream are refused: those of OLMo 2 read the stream itself, those of OPT-350m
+that shares its table with the embedding is multiplied along with it, and the final norm by 1/α for it (1 + w where the norm
+multiplies by that), so that the logits keep their scale. Families with norms between the branches and the stream are refused: those of OLMo 2 read the stream itself, those of OPT-350m
 undo the factor, and in Gemma the norms behind the branches are the writers. Mixtures of experts are refused, since the table of
 families does not name their writers. Nothing changes for removed channels.
 """

@@ -90,7 +90,7 @@ class Layout:
     def norms_after(self, config: Config) -> bool:
         """Say whether a norm stands between a branch's last projection and the residual stream, or behind their sum."""
         behind_sum = self.norm_first is not None and config.get(self.norm_first) is False
-        return behind_sum or "post_feedforward_layernorm" in self.modules
+        return behind_sum or not BRANCH_NORMS.isdisjoint(self.modules)
 
     def dimensions(self, tensor: str) -> list[list[str]]:
         """Return the segments of each dimension of a tensor by its name, as it is stored.
@@ -125,6 +125,10 @@ class Layout:
         if segments & {"query", "key", "qkv"}:
             return "attention"
         return "ffn" if "ffn" in segments else "rest"
+
+
+BRANCH_NORMS = frozenset(("post_feedforward_layernorm", "post_mlp_layernorm", "post_norm2"))
+"""The norms between an MLP's last projection and the residual stream, in the families that have one."""
 
 
 def axis_of(segment: str) -> Axis | None:

@@ -27,6 +27,7 @@ from components.lib.transformer.narrow import narrowed
 from components.lib.transformer.selection import NO_CHANNELS, Channels, Selection
 from components.lib.transformer.surgery import cut_checkpoint
 from tests.components.lib.transformer.zoo import (
+    MODERN,
     NARROWABLE,
     SPECIMENS,
     VOCABULARY,
@@ -36,13 +37,13 @@ from tests.components.lib.transformer.zoo import (
     release,
 )
 
-BY_NAME = {specimen.name: specimen for specimen in (*SPECIMENS, *NARROWABLE)}
-LAYERS = 5
+BY_NAME = {specimen.name: specimen for specimen in (*SPECIMENS, *MODERN, *NARROWABLE)}
+LAYERS = 6
 WINDOWS = torch.randint(3, VOCABULARY, (24, 16), generator=torch.Generator().manual_seed(2))
 FITTED = [
     specimen
-    for specimen in NARROWABLE
-    if not FAMILIES[specimen.model_type].layout.norms_after(specimen.model(2).config.to_dict())  # type: ignore[union-attr]
+    for specimen in (*NARROWABLE, *MODERN)
+    if (layout := FAMILIES[specimen.model_type].layout) and not layout.norms_after(specimen.model().config.to_dict())
 ]
 """The specimens whose last projections write the stream."""
 
@@ -207,7 +208,7 @@ def test_merge_adds_the_differences_of_the_removed_layers() -> None:
             assert torch.equal(weight, before[name])
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3", "olmo2", "opt-post-norm", "mixtral"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "olmo2", "glm4", "opt-post-norm", "mixtral"])
 @pytest.mark.parametrize("transfer", [Ridge(), Linear()], ids=lambda transfer: transfer.name)
 def test_refuses_a_family_whose_projections_do_not_write_the_stream(
     name: str, transfer: Transfer, tmp_path: Path

@@ -15,15 +15,15 @@ from components.lib.transformer.checkpoint import PrunableCheckpoint
 from components.lib.transformer.families import FAMILIES
 from components.lib.transformer.gates import skipped, watched
 from components.lib.transformer.selection import Selection
-from tests.components.lib.transformer.zoo import NARROWABLE, SPECIMENS, Specimen, logits, prompts, release
+from tests.components.lib.transformer.zoo import MODERN, NARROWABLE, SPECIMENS, Specimen, logits, prompts, release
 
-BY_NAME = {specimen.name: specimen for specimen in SPECIMENS}
+BY_NAME = {specimen.name: specimen for specimen in (*SPECIMENS, *MODERN)}
 SCALABLE = [
     specimen
-    for specimen in NARROWABLE
-    if not FAMILIES[specimen.model_type].layout.norms_after(specimen.model(2).config.to_dict())  # type: ignore[union-attr]
+    for specimen in (*NARROWABLE, *MODERN)
+    if (layout := FAMILIES[specimen.model_type].layout) and not layout.norms_after(specimen.model().config.to_dict())
 ]
-LAYERS = 4
+LAYERS = 6
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -34,11 +34,11 @@ def test_a_stream_that_is_scaled_as_a_whole_leaves_the_logits(specimen: Specimen
     model = specimen.model(LAYERS, tied=tied, dtype=torch.float64)
     for module in model.modules():
         for epsilon in ("variance_epsilon", "eps"):
-            if hasattr(module, epsilon):
+            if isinstance(getattr(module, epsilon, None), float):
                 setattr(module, epsilon, 1e-14)  # a factor changes a norm's ε, and nothing else
-    expected = logits(model)
+    expected = logits(model, padding=(0, 0))
     scale_stream(model, LAYERS, 1.7)
-    found = logits(model)
+    found = logits(model, padding=(0, 0))
     # Norms compute in float32.
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
@@ -84,7 +84,7 @@ def test_scaling_lowers_the_error_where_layers_only_scale_the_stream() -> None:
         assert torch.allclose(logits(model, padding=(0, 0)), expected, atol=1e-4 * expected.abs().max())
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3", "olmo2", "opt-post-norm", "mixtral"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "olmo2", "glm4", "opt-post-norm", "mixtral"])
 def test_refuses_a_family_that_it_does_not_hold_for(name: str, tmp_path: Path) -> None:
     checkpoint = PrunableCheckpoint.open(release(BY_NAME[name].model(2), tmp_path))
     with pytest.raises(Refusal, match=rf"regularize.transfer is scale, but {checkpoint.family.title.split()[0]}"):
