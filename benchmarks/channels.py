@@ -3,7 +3,7 @@
     python -m benchmarks.channels --model MODEL --calibration TRAIN.txt --test wikitext2=TEST.txt --test technical=OTHER.txt \\
         --axes ffn heads hidden hidden+ffn --ratios 0.25 0.5 --seeds 0 1 2 --out channels.json
 
-Every seed draws its own windows, chooses its own channels by the recipe's section `dress`, and trains what benchmarks.quality trains.
+Every seed draws its own windows, chooses its own channels by the recipe's method `dress`, and trains what benchmarks.quality trains.
 Medians are over the seeds, and so are the ratios, each of which is of one seed's two trainings.
 A ratio that an axis cannot have is told, with the reason, and left out.
 """
@@ -17,24 +17,28 @@ from collections.abc import Callable, Sequence
 from benchmarks.common import Bench, Figures, parser
 from benchmarks.quality import VARIANTS, measure
 from components.lib.errors import Refusal
-from components.lib.methods import Task, load
+from components.lib.methods import Method
 from components.lib.recipe.schema import Recipe
 from components.lib.training.journal import Silent
-from components.lib.transformer.channels import check_channels
 from components.lib.transformer.checkpoint import PrunableCheckpoint
 from components.lib.transformer.selection import NOTHING, Selection
 
 
 def recipe(bench: Bench, axes: str, ratio: float, seed: int = 0) -> Recipe:
     """Return the recipe that narrows some axes, joined by +."""
-    return bench.recipe(f"dress.axes=[{axes.replace('+', ',')}]", f"dress.seed={seed}", f"target.ratio={ratio}")
+    dress = "methods.dress"
+    return bench.recipe(f"{dress}.axes=[{axes.replace('+', ',')}]", f"{dress}.seed={seed}", f"{dress}.ratio={ratio}")
+
+
+def dress_of(recipe: Recipe) -> Method:
+    """Return the recipe's method of channels."""
+    return next(method for method in recipe.methods.chosen if method.removes == "channels")
 
 
 def choose(bench: Bench, axes: str, ratio: float, seed: int) -> Selection:
     """Let DReSS choose the channels of a seed."""
-    asked = recipe(bench, axes, ratio, seed)
-    task = Task(asked.target, dress=asked.dress)
-    return load("dress")(bench.model(), bench.windows(seed), task, journal=Silent(), out=None)
+    dress = dress_of(recipe(bench, axes, ratio, seed))
+    return dress.choose(bench.model(), bench.windows(seed), NOTHING, journal=Silent(), out=None)
 
 
 def run(bench: Bench, figures: Figures) -> None:
@@ -43,9 +47,8 @@ def run(bench: Bench, figures: Figures) -> None:
     figures.get("dense", measure, bench, "cut", NOTHING, 0)
     for ratio in arguments.ratios:
         for axes in arguments.axes:
-            settings = recipe(bench, axes, ratio).dress
             try:
-                check_channels(PrunableCheckpoint.open(arguments.model), settings.ratios(ratio), settings.multiple)
+                dress_of(recipe(bench, axes, ratio)).check(PrunableCheckpoint.open(arguments.model))
             except Refusal as refusal:
                 print(f"{axes} {ratio:.0%}: {refusal}", flush=True)
                 continue

@@ -18,9 +18,11 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from components.lib.methods.sleb import Sleb
+from components.lib.recipe.loading import parse_recipe
 from components.lib.recipe.schema import Recipe
 from components.lib.training.journal import Silent
-from components.lib.transformer.checkpoint import PrunableCheckpoint, layers_to_remove, load_model, load_tokenizer
+from components.lib.transformer.checkpoint import PrunableCheckpoint, load_model, load_tokenizer
 from components.lib.transformer.gates import bypassed
 from components.lib.transformer.narrow import narrowed
 from components.lib.transformer.perplexity import perplexity
@@ -69,7 +71,7 @@ class Bench:
 
     def count(self, ratio: float) -> int:
         """Return how many layers a ratio removes."""
-        return layers_to_remove(ratio, PrunableCheckpoint.open(self.arguments.model).layers)
+        return Sleb(ratio=ratio).count(PrunableCheckpoint.open(self.arguments.model).layers)
 
     def windows(self, seed: int) -> Tensor:
         """Draw the calibration windows (samples, length) of a seed."""
@@ -77,8 +79,8 @@ class Bench:
 
     def recipe(self, *overrides: str) -> Recipe:
         """Return the default recipe with the command's fields, then the given ones, in their place."""
-        base = "{method: [trsp, dress], target: {ratio: 0.25}, calibration: {data: unused.txt}, evaluate: {perplexity: {unused: unused.txt}}}"
-        return Recipe.from_yaml(base, [*self.arguments.set, *overrides])
+        base = "{methods: {trsp: {ratio: 0.25}, dress: {ratio: 0.25}}, calibration: {data: unused.txt}, evaluate: {perplexity: {unused: unused.txt}}}"
+        return parse_recipe(base, [*self.arguments.set, *overrides])
 
     def cut(self, selection: Selection) -> PreTrainedModel:
         """Load the dense model without what was selected."""

@@ -17,9 +17,10 @@ with the same tokens, steps and trainable parameters. Ratios are of medians over
 from __future__ import annotations
 
 import statistics
+from typing import Any
 
 from benchmarks.common import Bench, Figures, Losses, parser
-from components.lib.methods import Task, load
+from components.lib.methods import known_methods
 from components.lib.training.journal import Silent
 from components.lib.training.regularize import needs_teacher, regularize
 from components.lib.transformer.selection import NOTHING, Selection
@@ -51,9 +52,11 @@ def measure(bench: Bench, variant: str, selection: Selection, seed: int) -> dict
 
 def choose(bench: Bench, method: str, seed: int) -> list[int]:
     """Let a method choose the layers of a seed, in order: those of a ratio come first among those of a larger one."""
-    recipe = bench.recipe(f"gates.seed={seed}", f"target.ratio={max(bench.arguments.ratios)}")
-    task = Task(recipe.target, recipe.gates)
-    return list(load(method)(bench.model(), bench.windows(seed), task, journal=Silent(), out=None).order)
+    settings: dict[str, Any] = {"ratio": max(bench.arguments.ratios)}
+    if method == "trsp":
+        settings = bench.recipe().methods.model_dump()["trsp"] | settings | {"seed": seed}
+    chosen = known_methods()[method].model_validate(settings)
+    return list(chosen.choose(bench.model(), bench.windows(seed), NOTHING, journal=Silent(), out=None).order)
 
 
 def run(bench: Bench, figures: Figures) -> None:
@@ -64,7 +67,7 @@ def run(bench: Bench, figures: Figures) -> None:
         order = figures.get(f"order/{seed}", choose, bench, "trsp", seed)
         for ratio in arguments.ratios:
             layers = tuple(order[: bench.count(ratio)])
-            selection = Selection(method="trsp", removed=tuple(sorted(layers)), order=layers)
+            selection = Selection.of_layers("trsp", layers)
             for variant in arguments.variants:
                 at = "" if variant == "dense-trained" else f"/{ratio}"
                 figures.get(f"{variant}{at}/{seed}", measure, bench, variant, selection, seed)

@@ -11,7 +11,7 @@ import pkgutil
 import sys
 
 import components
-from components.lib.stage.run import code_version
+from components.lib.stage.code import code_of_everything
 
 
 def modules() -> list[str]:
@@ -24,7 +24,7 @@ def main() -> int:
     """Import them all, and compare the code with ESPALIER_CODE where that is set."""
     for name in modules():
         importlib.import_module(name)
-    code, expected = code_version(""), os.environ.get("ESPALIER_CODE") or None
+    code, expected = code_of_everything(), os.environ.get("ESPALIER_CODE") or None
     if expected not in (None, code):
         print(f"the code here is {code}, not {expected}: build the image from the sources that its label names")
         return 1

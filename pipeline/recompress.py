@@ -42,29 +42,29 @@ def recompress(release: str, recipe: str, name: str, run: str):  # type: ignore[
         pruned = prune(release=dense, model=regularized, selection=selection, **shared).outputs["Output"]
         candidate = lora_rft(model=pruned, windows=windows, **shared).outputs["Output"]
 
-        # What a sceptic asks for: the same training without regularising first, and without cutting at all.
+        # Controls: the same training without regularising first, and without cutting at all.
         trained = {"release": dense, "windows": windows, "selection": selection, **shared}
         pruned_first = control(kind="pruned-first", **trained).output
         dense_trained = control(kind="dense-trained", **trained).output
 
-        evaluation = evaluate(
-            dense=dense,
-            candidate=candidate,
-            champion=champion,
-            pruned_first=pruned_first,
-            dense_trained=dense_trained,
-            **shared,
-        ).outputs["Output"]
-        register(
-            name=name,
-            release=dense,
-            windows=windows,
-            selection=selection,
-            regularized=regularized,
-            pruned=pruned,
-            candidate=candidate,
-            pruned_first=pruned_first,
-            dense_trained=dense_trained,
-            evaluation=evaluation,
-            **shared,
-        )
+        models = {
+            "dense": dense,
+            "candidate": candidate,
+            "champion": champion,
+            "pruned-first": pruned_first,
+            "dense-trained": dense_trained,
+        }
+        evaluation = evaluate(models=models, **shared).outputs["Output"]
+
+        outputs = {
+            "release": dense,
+            "windows": windows,
+            "selection": selection,
+            "regularized": regularized,
+            "pruned": pruned,
+            "candidate": candidate,
+            "pruned-first": pruned_first,
+            "dense-trained": dense_trained,
+            "evaluation": evaluation,
+        }
+        register(name=name, outputs=outputs, **shared)

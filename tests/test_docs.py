@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from components.lib.methods import Task
-from components.lib.recipe.schema import Target
+from components.lib.methods import Method
 from components.lib.training.journal import Silent
-from components.lib.transformer.selection import Channels, Selection
+from components.lib.transformer.selection import NOTHING, Channels, Selection
 from components.lib.transformer.surgery import cut_checkpoint
 from tests.components.lib.training.tiny import counting
 from tests.components.lib.transformer import zoo
@@ -25,17 +25,32 @@ def methods() -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "add-a-method.md").read_text(), flags=re.DOTALL)
 
 
-def chosen(code: str) -> Selection:
+def shown(code: str) -> type[Method]:
+    """The class of a method that the page shows, found as it would be in its file."""
+    module = types.ModuleType("shown")
+    sys.modules["shown"] = module
+    exec(compile(code, "docs/add-a-method.md", "exec", dont_inherit=True), vars(module))
+    (kind,) = [
+        kind
+        for kind in vars(module).values()
+        if isinstance(kind, type) and issubclass(kind, Method) and "name" in vars(kind)
+    ]
+    return kind
+
+
+def chosen(kind: type[Method], before: Selection = NOTHING) -> Selection:
     """Let a method choose half of a tiny Llama of four layers."""
-    names: dict[str, Any] = {}
-    exec(code, names)
-    return names["choose"](
-        zoo.SPECIMENS[0].model(layers=4), counting(), Task(Target(ratio=0.5)), journal=Silent(), out=None
-    )
+    model = zoo.SPECIMENS[0].model(layers=4)
+    return kind(ratio=0.5).choose(model, counting(), before, journal=Silent(), out=None)
 
 
 def test_the_methods_that_are_shown_choose_what_they_say(tmp_path: Path) -> None:
-    layers, channels = map(chosen, methods())
+    last, last_channels = map(shown, methods())
+    layers, channels = chosen(last), chosen(last_channels)
+    both = chosen(last_channels, before=layers)
+    assert (layers.method, layers.order) == ("last", (3, 2))
+    assert (both.method, both.removed) == ("last+last-channels", (2, 3))
+    assert [len(gone) for gone in both.channels.ffn[2:]] == [0, 0]
     assert (layers.removed, layers.channels) == ((2, 3), Channels())
     assert channels.removed == ()
     assert channels.channels.axes == ("ffn",)

@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from components.lib.errors import Refusal
 from components.lib.recipe.schema import Calibration
 from components.lib.training.journal import Journal
-from components.lib.transformer.checkpoint import Checkpoint, load_tokenizer
+from components.lib.transformer.checkpoint import load_tokenizer
 from components.lib.transformer.text import (
     draw_windows,
     read_documents,
@@ -34,9 +33,8 @@ def calibrate(release: Path, text: Path, *, calibration: Calibration, out: Path,
         journal: told when the text is tokenised and when the windows are written.
 
     Raises:
-        Refusal: a window is longer than the model reads, the text is too short for the windows, or it cannot be read.
+        Refusal: the text is too short for the windows, or it cannot be read.
     """
-    _require_length(release / "model", calibration.length)
     documents = read_documents(text_file(text), calibration.data.field)
     stream = token_stream(documents, load_tokenizer(release / "model"))
     journal.progress(1, 2)
@@ -52,11 +50,3 @@ def calibrate(release: Path, text: Path, *, calibration: Calibration, out: Path,
     }
     (out / "calibration.json").write_text(json.dumps(facts, indent=2) + "\n")
     journal.progress(2, 2)
-
-
-def _require_length(model: Path, length: int) -> None:
-    longest = Checkpoint.open(model).longest_context
-    if longest is not None and length > longest:
-        raise Refusal(
-            f"calibration.length is {length}, and the model reads {longest} tokens at most: set calibration.length to {longest} or less"
-        )

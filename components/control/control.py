@@ -1,27 +1,19 @@
-"""What the same training does without regularising first: the comparison that the papers leave out."""
+"""Train the controls: the same training without regularising first, which the papers leave out."""
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Protocol
 
-from components.lib.recipe.schema import Recover, Regularize
+from components.lib.recipe.training import Recover, Regularize
 from components.lib.training import regularize as training
-from components.lib.training.journal import Checkpoints, Journal
+from components.lib.training.journal import Journal, SeveralCheckpoints
 from components.lib.training.recover import recover as fine_tune
 from components.lib.transformer.checkpoint import load_model
 from components.lib.transformer.export import save_model
 from components.lib.transformer.selection import NOTHING, Selection
 from components.lib.transformer.surgery import cut_checkpoint
 from components.lib.transformer.text import load_windows
-
-
-class SeveralCheckpoints(Checkpoints, Protocol):
-    """Checkpoints of several trainings in one stage."""
-
-    def within(self, name: str) -> Checkpoints:
-        """The checkpoints of the training called `name`."""
 
 
 def control(
@@ -36,15 +28,15 @@ def control(
     journal: Journal,
     checkpoints: SeveralCheckpoints,
 ) -> None:
-    """Leave the control in `out/model`: the candidate's tokens, steps and trainable parameters, nothing regularised.
+    """Leave the control in `out/model`: the candidate's tokens, steps and trainable parameters, nothing regularised or transferred.
 
     Args:
         release: the folder of the dense model's artifact.
         windows: the folder of the calibration windows.
         selection: the folder of the selection.
         kind: `pruned-first` (the selection is removed before the training) or `dense-trained` (none is).
-        regularize: the recipe's section; its objective and optimisation are used, its schedule is not.
-        recover: the recipe's section: where the candidate is fine-tuned, so is the control.
+        regularize: the recipe's section; its objective and optimisation are used, its transfer and its schedule are not.
+        recover: the recipe's section: if the candidate is fine-tuned, so is the control.
         out: the folder to fill.
         journal: takes the losses.
         checkpoints: where the trainings keep their places.
@@ -64,9 +56,9 @@ def control(
             chosen,
             regularize,
             already_cut=pruned_first,
-            checkpoints=checkpoints.within("regularize"),
+            checkpoints=checkpoints.scoped("regularize"),
             journal=journal,
         )
         if recover.enabled:
-            model = fine_tune(model, data, recover, checkpoints=checkpoints.within("recover"), journal=journal)
+            model = fine_tune(model, data, recover, checkpoints=checkpoints.scoped("recover"), journal=journal)
         save_model(model, start, out / "model")

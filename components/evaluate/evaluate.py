@@ -72,12 +72,11 @@ def evaluate(
         text_digests: kept in the context.
 
     Raises:
-        Refusal: a text, a length or a task that cannot be measured, or a checkpoint that cannot be opened; all of it before
+        Refusal: a text or a task that cannot be measured, or a checkpoint that cannot be opened; all of it before
             anything is measured.
     """
     twins = _twins(models, model_digests or {})
     subjects = {name: Subject.open(name, models[name] / "model") for name in dict.fromkeys(twins.values())}
-    _require_lengths(subjects.values(), evaluate)
     read = {name: _read(folder, name, subjects[REFERENCE], evaluate) for name, folder in texts.items()}
     zero_shot = ZeroShot(evaluate.tasks, evaluate.task_limit, SEED) if evaluate.tasks else None
     progress = Progress(journal, len(subjects) * _tokens_per_model(read, evaluate))
@@ -156,21 +155,6 @@ def _twins(models: Mapping[str, Path], digests: Mapping[str, str]) -> dict[str, 
     return {name: first.setdefault(digests.get(name, f"only {name}"), name) for name in models}
 
 
-def _require_lengths(subjects: Iterable[Subject], evaluate: Evaluate) -> None:
-    """Refuse lengths beyond what a model reads."""
-    speed = evaluate.speed
-    wanted = {"evaluate.length": evaluate.length or 0}
-    if speed.enabled:
-        wanted["evaluate.speed.prompt + generate"] = speed.prompt + speed.generate
-    for subject in subjects:
-        longest = subject.checkpoint.longest_context
-        for field, length in wanted.items():
-            if longest is not None and length > longest:
-                raise Refusal(
-                    f"{field} is {length}, and the model {subject.name!r} reads {longest} tokens at most: set it to {longest} or less"
-                )
-
-
 def _read(folder: Path, name: str, reference: Subject, evaluate: Evaluate) -> Read:
     if evaluate.length is None:
         raise Refusal("evaluate.length is not set: set it to the tokens of a window, such as 2048")
@@ -183,9 +167,14 @@ def _read(folder: Path, name: str, reference: Subject, evaluate: Evaluate) -> Re
 def _tokens_per_model(read: Mapping[str, Read], evaluate: Evaluate) -> int:
     """Return the work on one model in tokens, read and written; a task counts as many as the texts together."""
     texts = sum(text.windows.numel() for text in read.values())
-    speed = evaluate.speed
-    passes = (speed.repeats + 1) * sum(speed.batches) * (speed.prompt + speed.generate) if speed.enabled else 0
+    passes = _tokens_of_speed(evaluate) if evaluate.speed.enabled else 0
     return texts * (1 + len(evaluate.tasks)) + passes
+
+
+def _tokens_of_speed(evaluate: Evaluate) -> int:
+    """Return the tokens that the speed of one model takes, warm-up included."""
+    speed = evaluate.speed
+    return (speed.repeats + 1) * sum(speed.batches) * (speed.prompt + speed.generate)
 
 
 def _quality(
@@ -212,10 +201,10 @@ def _perplexities(
     found: dict[str, float | None] = {}
     notes = []
     for name, text in read.items():
-        if not text.is_read_alike_by(subject.tokenizer):
-            # A mean over other tokens is another quantity: no ratio of the two means anything.
+        reason = _incomparable(subject, text)
+        if reason:
             found[name] = None
-            notes.append(f"perplexity on {name} is not comparable: the tokenizer differs from the dense model's")
+            notes.append(f"perplexity on {name} is not comparable: {reason}")
             progress.advance(text.windows.numel())
             continue
         value = perplexity(model, text.windows, batch_size, done=progress.advance)
@@ -224,6 +213,17 @@ def _perplexities(
         if not math.isfinite(value):
             notes.append(f"perplexity on {name} is {value}")
     return found, notes
+
+
+def _incomparable(subject: Subject, text: Read) -> str:
+    """Return why a model cannot be measured on a text as the dense model is; empty if it can."""
+    longest, length = subject.checkpoint.longest_context, text.windows.shape[1]
+    if longest is not None and length > longest:
+        return f"the model reads {longest} tokens at most, and a window has {length}"
+    if not text.is_read_alike_by(subject.tokenizer):
+        # A mean over other tokens is another quantity: no ratio of the two means anything.
+        return "the tokenizer differs from the dense model's"
+    return ""
 
 
 def _fit_together(subjects: Iterable[Subject]) -> bool:
@@ -242,6 +242,11 @@ def _speed(
 ) -> dict[str, dict[str, Any]]:
     """Measure the speed of a group of models in turns."""
     tokens = next(iter(read.values())).windows.flatten()
+    length = evaluate.speed.prompt + evaluate.speed.generate
+    longest = {name: subject.checkpoint.longest_context for name, subject in group.items()}
+    fitting = {name: subject for name, subject in group.items() if (longest[name] or length) >= length}
+    progress.advance((len(group) - len(fitting)) * _tokens_of_speed(evaluate))
+    group = fitting
     models = {name: subject.load() for name, subject in group.items()}
     figures = measure_speed(models, evaluate.speed, tokens, done=progress.advance)
     flops = {name: prefill_flops(model, evaluate.speed.prompt) for name, model in models.items()}

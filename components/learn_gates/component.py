@@ -5,15 +5,7 @@ from components.lib.stage.face import component
 
 @component
 def learn_gates(release: str, windows: str, recipe: str, run: str) -> str:
-    """Let the recipe's method choose what is removed. Takes and returns references."""
-    from components.lib.stage.run import stage
+    """Let the recipe's methods choose what is removed. Takes and returns references."""
+    from components.learn_gates.stage import STAGE
 
-    inputs = {"release": release, "windows": windows}
-    with stage(
-        "learn_gates", run=run, recipe=recipe, sections=["method", "target", "gates", "dress"], inputs=inputs
-    ) as this:
-        if this.pending:
-            from components.learn_gates.choose import choose
-
-            this.perform(choose)
-        return this.reference
+    return STAGE.run(run, recipe, release=release, windows=windows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from components.lib.recipe.schema import Recover
+from components.lib.recipe.training import Recover
 from components.lib.training.journal import Checkpoints, Journal
 from components.lib.training.recover import recover as fine_tune
 from components.lib.transformer.checkpoint import load_model

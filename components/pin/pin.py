@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from components.lib.checks import check_release
 from components.lib.errors import Refusal
 from components.lib.recipe.schema import Recipe, Text
 from components.lib.sources.resolve import Resolved, checkpoint_files, resolve_release, resolve_text
+from components.lib.store.artifacts import Manifest, describe
 from components.lib.store.store import Reference, Store
-from components.lib.transformer.channels import check_channels
-from components.lib.transformer.checkpoint import PrunableCheckpoint, layers_to_remove
+from components.lib.transformer.checkpoint import PrunableCheckpoint
 from components.lib.transformer.text import SUFFIXES
 
 
@@ -26,12 +27,20 @@ def pin_release(release: str, recipe: Recipe, store: Store) -> Reference:
         Refusal: it is not to be had, or not a checkpoint that the recipe can be applied to.
     """
     if "@sha256:" in release:
-        return Reference.parse(release)
+        return _checked(Reference.parse(release), recipe, store)
     resolved = resolve_release(release, store)
     prefix = f"releases/{resolved.prefix}"
-    return store.find(prefix) or _fetch(
-        resolved, prefix, store, lambda folder: checkpoint_files(check_checkpoint(folder, recipe))
-    )
+    found = store.find(prefix)
+    if found:
+        return _checked(found, recipe, store)
+    return _fetch(resolved, prefix, store, lambda folder: checkpoint_files(check_checkpoint(folder, recipe)))
+
+
+def _checked(release: Reference, recipe: Recipe, store: Store) -> Reference:
+    """Return a release that is in the store, after its configuration and the headers of its weights were checked."""
+    with tempfile.TemporaryDirectory(prefix="espalier-pin-") as scratch:
+        check_checkpoint(store.get_headers(release, Path(scratch) / "release") / "model", recipe)
+    return release
 
 
 def pin_folder(folder: Path, recipe: Recipe, store: Store) -> Reference:
@@ -61,17 +70,43 @@ def pin_text(text: Text, store: Store) -> Reference:
     return store.find(prefix) or _fetch(resolved, prefix, store, lambda folder: _text_files(folder, resolved.source))
 
 
+def find_release(release: str, recipe: Recipe, store: Store) -> Reference | None:
+    """Return the reference that pinning the release would give, if its snapshot is in the store; nothing is fetched or stored.
+
+    Args:
+        release: what `pin_release` takes, or a folder of this machine.
+
+    Raises:
+        Refusal: it is not to be had, or not a checkpoint that the recipe can be applied to.
+    """
+    if "@sha256:" in release:
+        return Reference.parse(release)
+    folder = Path(release).expanduser()
+    if folder.is_dir():
+        files = checkpoint_files(check_checkpoint(folder, recipe))
+        return store.find(f"releases/{digest_of(files)}")
+    return store.find(f"releases/{resolve_release(release, store).prefix}")
+
+
+def find_text(text: Text, store: Store) -> Reference | None:
+    """Return the reference that pinning the text would give, if it is in the store; nothing is fetched or stored."""
+    if text.path and "@sha256:" in text.path:
+        return Reference.parse(text.path)
+    if text.path and not text.path.startswith("s3://"):
+        file = check_text(text.path)
+        return store.find(f"texts/{digest_of({f'text{file.suffix}': file})}")
+    return store.find(f"texts/{resolve_text(text, store).prefix}")
+
+
+def digest_of(files: Mapping[str, Path]) -> str:
+    """Return the digest of the artifact that holds these files under these names (hex)."""
+    return Manifest(files=tuple(describe(path, name) for name, path in files.items())).digest
+
+
 def check_checkpoint(folder: Path, recipe: Recipe) -> PrunableCheckpoint:
-    """Open a checkpoint. Raises Refusal where it is one that the recipe cannot be applied to, before any work."""
+    """Open a checkpoint. Raises Refusal if the recipe cannot be applied to it, before any work."""
     checkpoint = PrunableCheckpoint.open(folder)
-    if recipe.methods != ("dress",):
-        layers_to_remove(recipe.target.ratio, checkpoint.layers)
-    if "dress" in recipe.methods:
-        check_channels(checkpoint, recipe.dress.ratios(recipe.target.ratio), recipe.dress.multiple)
-    most = checkpoint.longest_context
-    for field, length in recipe.lengths().items():
-        if most is not None and length > most:
-            raise Refusal(f"{field} is {length}, and the model reads {most} tokens at most: set it to {most} or less")
+    check_release(checkpoint, recipe)
     return checkpoint
 
 

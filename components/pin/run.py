@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from components.lib.recipe.schema import Recipe
+from components.lib.recipe.loading import parse_recipe
 from components.lib.stage.events import reported
 from components.lib.store.store import Store
 from components.lib.tracking import registry, runs
@@ -13,7 +13,7 @@ def pin_run(release: str, recipe: str, name: str, run: str) -> tuple[str, str, s
     """Return the release's reference, the pinned recipe's YAML, and the champion's reference (empty where there is none)."""
     with reported("pin", run):
         store = Store.from_environment()
-        parsed = Recipe.from_yaml(recipe)
+        parsed = parse_recipe(recipe)
         texts = {dotted: str(pin_text(text, store)) for dotted, text in parsed.texts()}
         reference = pin_release(release, parsed, store)
         pinned = parsed.with_texts(texts)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from components.lib.recipe.schema import plain, used
 from components.lib.training.journal import Journal
 from components.lib.transformer.checkpoint import Checkpoint, PrunableCheckpoint
 from components.lib.transformer.device import best_device
@@ -23,22 +22,20 @@ def prune(
     selection: Path,
     *,
     lineage: Mapping[str, Any],
+    made_by: Mapping[str, Any],
     out: Path,
     journal: Journal,
-    method: str | Sequence[str],
-    **made_by: Any,
 ) -> None:
     """Leave a plain Hugging Face checkpoint with its model card in `out/model`, and `verification.json`.
 
     Args:
-        release: the folder of the dense model's artifact.
+        release: a folder that holds the release's model card in `model`, if it has one.
         model: the folder of the regularised model's artifact.
         selection: the folder of the selection.
         lineage: the release's `source`, `revision` and `digest`.
+        made_by: the recipe's sections that made the checkpoint, as plain data, for its card.
         out: the folder to fill.
         journal: takes the progress.
-        method: the recipe's, and
-        made_by: its sections that made the checkpoint, for its card.
 
     Raises:
         VerificationError: the checkpoint is not the regularised model with those layers skipped and those channels at 0.
@@ -52,7 +49,7 @@ def prune(
     verification.save(out)
     card = model_card(
         release=lineage,
-        recipe=plain({"method": method, **used(made_by, method)}),
+        recipe=made_by,
         selection=chosen,
         widths=Checkpoint.open(model / "model").widths,
         verification=asdict(verification),

@@ -10,21 +10,14 @@ def register(
     name: str,
     run: str,
     recipe: str,
-    release: str,
-    windows: str,
-    selection: str,
-    regularized: str,
-    pruned: str,
-    candidate: str,
-    pruned_first: str,
-    dense_trained: str,
-    evaluation: str,
+    outputs: dict,
     report: Output[HTML],
 ) -> str:
-    """Write the report, register the candidate, and make it challenger where the rules hold. Returns the verdict: pass or fail."""
-    from components.register.run import Outputs, register_run
+    """Write the report, register the candidate, and make it challenger if the rules hold. Returns the verdict: pass or fail.
 
-    outputs = Outputs(
-        release, windows, selection, regularized, pruned, candidate, pruned_first, dense_trained, evaluation
-    )
+    Args:
+        outputs: the references of the run's stages by name; an empty one is an output that this run does without.
+    """
+    from components.register.run import register_run
+
     return register_run(name, run, recipe, outputs, report.path)

@@ -10,11 +10,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from components.lib.recipe.schema import Recipe, used
+from components.lib.recipe.schema import Recipe
+from components.lib.report_parts import Part
 from components.lib.transformer.removal import Removal, removals
 from components.lib.transformer.selection import Selection
 from components.register.measured import Measured, finite, read_evaluation
-from components.register.method_parts import Round, read_trajectory
 from components.register.verdict import Verdict, judge
 
 CONTROLS = ("pruned-first", "dense-trained")
@@ -103,7 +103,8 @@ Curve = list[tuple[int, float]]
 class Curves:
     """What was recorded over the steps: drawn on the page, not repeated in `report.json`."""
 
-    gates: list[Round] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
+    """The parts of the report that the methods made of the files they left."""
     regularize: dict[str, Curve] = field(default_factory=dict)
     recover: dict[str, Curve] = field(default_factory=dict)
 
@@ -149,19 +150,27 @@ def build(
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
-    """Return every field of the recipe with its value. What a method has no use for is not told."""
-    return used(recipe.model_dump(mode="json"), recipe.method)
+    """Return every field of the recipe with its value; of the methods and transfers, those that are named."""
+    settings = recipe.model_dump(mode="json")
+    settings["methods"] = recipe.methods.model_dump(mode="json", exclude_none=True)
+    settings["regularize"]["transfer"] = recipe.regularize.transfer.model_dump(mode="json", exclude_none=True)
+    return settings
 
 
-def read_curves(*, selection: Path, regularize: Path | None = None, recover: Path | None = None) -> Curves:
+def read_curves(
+    recipe: Recipe, *, selection: Path, regularize: Path | None = None, recover: Path | None = None
+) -> Curves:
     """Read what the stages recorded. A folder or a file that is not there gives no curve: not every method has each.
 
     Args:
-        selection: the folder of `trajectory.jsonl`.
+        recipe: the recipe of the run; its methods know the files that they left.
+        selection: the folder of the selection.
         regularize: the folder of the training's `metrics.jsonl`.
         recover: the folder of the recovery's `metrics.jsonl`.
     """
-    return Curves(read_trajectory(selection), _curves(regularize), _curves(recover))
+    chosen = Selection.load(selection)
+    parts = [part for method in recipe.methods.chosen for part in method.parts(chosen, selection)]
+    return Curves(parts, _curves(regularize), _curves(recover))
 
 
 def _curves(folder: Path | None) -> dict[str, Curve]:

@@ -6,13 +6,14 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from components.lib.recipe.loading import parse_recipe
 from components.lib.recipe.schema import Recipe
+from components.lib.stage.code import code_of_everything
+from components.lib.stage.declaration import read_files
 from components.lib.stage.events import reported
-from components.lib.stage.run import code_version
 from components.lib.store.runs import item_of
 from components.lib.store.store import Manifest, Reference, Store
 from components.lib.tracking import registry, runs
@@ -20,7 +21,7 @@ from components.register.page import render
 from components.register.report import Registered, Report, build, read_curves
 
 SMALL = {
-    "selection": ["selection.json", "trajectory.jsonl"],
+    "selection": ["selection.json", "choice.json", "*.jsonl"],
     "evaluation": ["evaluation.json"],
     "regularized": ["metrics.jsonl"],
     "candidate": ["metrics.jsonl"],
@@ -28,31 +29,12 @@ SMALL = {
 """What the report is drawn from, of each stage's output: never a checkpoint."""
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """The references of the run's stages, empty where the recipe did without one."""
-
-    release: str
-    windows: str
-    selection: str
-    regularized: str
-    pruned: str
-    candidate: str
-    pruned_first: str
-    dense_trained: str
-    evaluation: str
-
-    def references(self) -> dict[str, Reference]:
-        """The outputs that there are, by name, each once: a stage that handed its input on made none."""
-        found: dict[str, Reference] = {}
-        for field in fields(self):
-            text = getattr(self, field.name)
-            if text and Reference.parse(text) not in found.values():
-                found[field.name] = Reference.parse(text)
-        return found
+def references_of(outputs: Mapping[str, str]) -> dict[str, Reference]:
+    """Return the outputs there are, by name; an output that a stage passed through has the names of both."""
+    return {name: Reference.parse(text) for name, text in outputs.items() if text}
 
 
-def register_run(name: str, run: str, recipe: str, outputs: Outputs, page: str) -> str:
+def register_run(name: str, run: str, recipe: str, outputs: Mapping[str, str], page: str) -> str:
     """Register what a run made, and leave its report in the store, in MLflow and at `page`.
 
     Registering is idempotent: the same checkpoint is the same version, whose evidence is brought up to date.
@@ -69,10 +51,10 @@ def register_run(name: str, run: str, recipe: str, outputs: Outputs, page: str) 
     """
     with reported("register", run) as events, tempfile.TemporaryDirectory(prefix="espalier-") as scratch:
         store = Store.from_environment()
-        references = outputs.references()
+        references = references_of(outputs)
         manifests = {output: store.manifest(reference) for output, reference in references.items()}
         folders = {output: _small(store, output, outputs, Path(scratch)) for output in SMALL}
-        parsed = Recipe.from_yaml(recipe)
+        parsed = parse_recipe(recipe)
         draft = build(
             release=_release(references["release"], manifests["release"]),
             recipe=parsed,
@@ -83,11 +65,13 @@ def register_run(name: str, run: str, recipe: str, outputs: Outputs, page: str) 
             environment=_environment(parsed, folders["evaluation"], manifests),
         )
         registered = _register(
-            name, run, Reference.parse(outputs.candidate), Reference.parse(outputs.evaluation), draft
+            name, run, Reference.parse(outputs["candidate"]), Reference.parse(outputs["evaluation"]), draft
         )
         report = draft.model_copy(update={"registered": registered})
-        recovered = folders["candidate"] if outputs.candidate != outputs.pruned else None
-        curves = read_curves(selection=folders["selection"], regularize=folders["regularized"], recover=recovered)
+        recovered = folders["candidate"] if outputs["candidate"] != outputs["pruned"] else None
+        curves = read_curves(
+            parsed, selection=folders["selection"], regularize=folders["regularized"], recover=recovered
+        )
         html = render(report, curves)
         _leave(store, run, report, html, page)
         runs.record_reused(run, _made_by_stages(manifests))
@@ -96,11 +80,10 @@ def register_run(name: str, run: str, recipe: str, outputs: Outputs, page: str) 
         return verdict
 
 
-def _small(store: Store, output: str, outputs: Outputs, scratch: Path) -> Path:
+def _small(store: Store, output: str, outputs: Mapping[str, str], scratch: Path) -> Path:
     """Fetch the named output's small files, those of them that it has."""
-    reference = Reference.parse(getattr(outputs, output))
-    have = {file.name for file in store.manifest(reference).files}
-    wanted = [file for file in SMALL[output] if file in have]
+    reference = Reference.parse(outputs[output])
+    wanted = [file.name for file in read_files(store.manifest(reference), SMALL[output]).files]
     folder = scratch / output
     if wanted:
         return store.get(reference, folder, wanted)
@@ -118,6 +101,7 @@ def _release(reference: Reference, manifest: Manifest) -> dict[str, Any]:
 
 def _made_by_stages(manifests: Mapping[str, Manifest]) -> dict[str, dict[str, Any]]:
     made = [manifest.metadata for manifest in manifests.values() if "stage" in manifest.metadata]
+    made.sort(key=lambda one: one.get("began", 0.0))
     return {f"{one['stage']} {one['variant']}".strip(): one for one in made}
 
 
@@ -133,7 +117,7 @@ def _environment(recipe: Recipe, evaluation: Path, manifests: Mapping[str, Manif
     context = json.loads((evaluation / "evaluation.json").read_text()).get("context", {})
     texts = {dotted: text.path for dotted, text in recipe.texts()}
     code = {name: made["code"] for name, made in _made_by_stages(manifests).items()}
-    return {**context, "texts": texts, "code": {**code, "register": code_version("register")}}
+    return {**context, "texts": texts, "code": {**code, "all": code_of_everything()}}
 
 
 def _register(name: str, run: str, candidate: Reference, evaluation: Reference, report: Report) -> Registered:

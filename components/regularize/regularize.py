@@ -1,10 +1,10 @@
-"""Train the dense model so that what was selected can go."""
+"""Move what the selection knows to the rest of the model, so that it can be removed."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from components.lib.recipe.schema import Regularize
+from components.lib.recipe.training import Regularize
 from components.lib.training import regularize as training
 from components.lib.training.journal import Checkpoints, Journal
 from components.lib.transformer.checkpoint import load_model
@@ -23,7 +23,7 @@ def regularize(
     journal: Journal,
     checkpoints: Checkpoints,
 ) -> None:
-    """Leave the regularised model, as large as the release, in `out/model`.
+    """Transfer in closed form, train, and leave the regularised model, as large as the release, in `out/model`.
 
     Args:
         release: the folder of the dense model's artifact.
@@ -38,12 +38,15 @@ def regularize(
         Refusal: the loss is not finite.
     """
     model = load_model(release / "model")
+    data, chosen = load_windows(windows), Selection.load(selection)
+    if regularize.transfer.chosen:
+        regularize.transfer.chosen.apply(model, data, chosen, journal=journal)
     teacher = load_model(release / "model") if training.needs_teacher(regularize) else None
     trained = training.regularize(
         model,
         teacher,
-        load_windows(windows),
-        Selection.load(selection),
+        data,
+        chosen,
         regularize,
         checkpoints=checkpoints,
         journal=journal,

@@ -85,7 +85,7 @@ class Claims:
                 return Standing("claimed", f"by the run {run}, until {claim.until:%Y-%m-%d %H:%M} UTC at most")
         return Standing("free")
 
-    def take(self, name: str, key: str) -> str | None:
+    def take(self, name: str, key: str, item: str = "") -> str | None:
         """Claim an item that is free. Returns the label of the run to make for it; None where another watcher was first."""
         run = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
         asked = time.monotonic()
@@ -97,7 +97,7 @@ class Claims:
             self.drop(name, key, run)
             return None
         self.renew(name, key, run)
-        leave_item(run, key, self._store)
+        leave_item(run, item or key, self._store)
         return run
 
     def renew(self, name: str, key: str, run: str) -> None:

@@ -1,4 +1,7 @@
-"""Find what is new: a source at a revision that no version in the registry was made of, by this recipe and this code."""
+"""Find what is new: a source at a revision that no version in the registry was made of.
+
+A source says what makes it new again (`recompress_on`): another revision alone, unless another recipe or other code is named too.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +11,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from components.lib.errors import Refusal
-from components.lib.recipe.schema import Recipe, Text
+from components.lib.recipe.loading import parse_recipe
+from components.lib.recipe.schema import Text
 from components.lib.sources.resolve import Resolved, checkpoint_files, resolve_release, resolve_text
-from components.lib.stage.run import code_version
+from components.lib.stage.code import ROOT, code_of
 from components.lib.store.artifacts import Manifest, Reference, describe
 from components.lib.store.store import Store
 from components.lib.tracking import client, registry
 from components.lib.transformer.checkpoint import PrunableCheckpoint
 from components.watch.claims import Claims
 
-NO_RESULT = {"watch", "promote", "finish"}
-"""Stages that shape no version: a change to their code makes nothing new."""
+Reason = Literal["release", "recipe", "code"]
 
 
 class Watched(BaseModel):
@@ -37,6 +40,15 @@ class Watched(BaseModel):
     """The registered model's name."""
     recipe: str
     """The recipe's YAML."""
+    recompress_on: Annotated[tuple[Reason, ...], Field(min_length=1)] = ("release",)
+    """What makes the source new: another release, another recipe (its texts are a part of it), other code."""
+
+    @field_validator("recompress_on")
+    @classmethod
+    def _with_release(cls, value: tuple[Reason, ...]) -> tuple[Reason, ...]:
+        if "release" not in value:
+            raise ValueError("recompress_on always holds release: add it")
+        return tuple(reason for reason in get_args(Reason) if reason in value)
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,9 @@ class Item:
     recipe: str
     revision: str
     key: str
+    """The key that the version is tagged with: of what `recompress_on` names."""
+    claim: str
+    """The key of the claims on it: of the release, the recipe and the code, so that a failure counts until one of them changes."""
 
 
 @dataclass(frozen=True)
@@ -64,21 +79,28 @@ class Finding:
 def identify(watched: Watched, store: Store) -> Item:
     """Resolve a source, downloading nothing, and form the key of what is to be made of it.
 
-    key = sha256(source, its revision, the recipe, its texts' revisions, the code of every stage that shapes the result)
+    key = sha256(source and revision; of recompress_on recipe: the recipe and its texts' revisions; of recompress_on code: the code of
+    every stage that shapes the result)
 
     Raises:
         Refusal: the recipe cannot be read, or the source or one of its texts is not to be had.
     """
-    recipe = Recipe.from_yaml(watched.recipe)
+    recipe = parse_recipe(watched.recipe)
     release, identity = _release(watched.release, store)
-    made_of = {
+    everything: dict[Reason, Any] = {
         "release": identity,
-        "texts": {dotted: _text(text, store) for dotted, text in recipe.texts()},
-        "recipe": recipe.with_texts({dotted: "" for dotted, _ in recipe.texts()}).model_dump(mode="json"),
-        "code": {stage: code_version(stage) for stage in _stages()},
+        "recipe": {
+            "texts": {dotted: _text(text, store) for dotted, text in recipe.texts()},
+            "fields": recipe.with_texts({dotted: "" for dotted, _ in recipe.texts()}).model_dump(mode="json"),
+        },
+        "code": {stage: code_of(stage).digest for stage in _stages()},
     }
-    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-    return Item(watched.name, release, watched.recipe, identity[-1], key)
+    key = _digest({reason: everything[reason] for reason in watched.recompress_on})
+    return Item(watched.name, release, watched.recipe, identity[-1], key, claim=_digest(everything))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def look(watched: Watched, store: Store, claims: Claims) -> Finding:
@@ -89,17 +111,28 @@ def look(watched: Watched, store: Store, claims: Claims) -> Finding:
         return Finding(watched, "refused", str(error))
     version = registry.made_for(item.name, item.key)
     if version:
-        claims.clear(item.name, item.key)
+        claims.clear(item.name, item.claim)
         return Finding(watched, "registered", f"as version {version.version}", item)
-    standing = claims.standing(item.name, item.key)
-    return Finding(watched, "new" if standing.state == "free" else standing.state, standing.detail, item)
+    standing = claims.standing(item.name, item.claim)
+    if standing.state == "free":
+        return Finding(watched, "new", _why_new(item, watched), item)
+    return Finding(watched, standing.state, standing.detail, item)
+
+
+def _why_new(item: Item, watched: Watched) -> str:
+    """Say what makes an item new."""
+    version = registry.made_of_revision(item.name, item.revision)
+    if version is None:
+        return f"no version of {item.name} is of this revision ({item.revision[:12]})"
+    others = " or ".join(reason for reason in watched.recompress_on if reason != "release") or "name"
+    return f"version {version.version} is of this revision, by another {others}"
 
 
 def take(item: Item, claims: Claims) -> str | None:
     """Claim an item. Returns the label of the run to make; None where another watcher has it, or has just finished it."""
-    run = claims.take(item.name, item.key)
+    run = claims.take(item.name, item.claim, item.key)
     if run and registry.made_for(item.name, item.key):
-        claims.drop(item.name, item.key, run)
+        claims.drop(item.name, item.claim, run)
         return None
     return run
 
@@ -180,6 +213,5 @@ def _text(text: Text, store: Store) -> list[str]:
 
 
 def _stages() -> list[str]:
-    """The stages that shape a version, by the names of their folders."""
-    root = Path(__file__).parents[1]
-    return sorted({face.parent.name for face in root.glob("*/component.py")} - NO_RESULT)
+    """Return the stages that shape a version: those with an output of their own."""
+    return sorted(path.parent.name for path in (ROOT / "components").glob("*/stage.py"))

@@ -11,10 +11,12 @@ import typer
 from rich.table import Table
 
 from components.lib.errors import Refusal, StageFailed
+from components.lib.recipe.loading import load_recipe
 from components.lib.recipe.schema import Recipe
 from pipeline.cli.options import ERROR, FAIL, HOME, PASS, Cluster, Home, Image, Mutable, console
 from pipeline.cli.schedule import schedule_app
 from pipeline.cli.watch import watch
+from pipeline.cli.why import why
 from pipeline.recipes import RECIPES, find_recipe
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ services_app = typer.Typer(help="The embedded S3 server and MLflow.", no_args_is
 app.add_typer(services_app, name="services")
 app.add_typer(schedule_app, name="schedule")
 app.command()(watch)
+app.command()(why)
 
 
 @app.command()
@@ -47,7 +50,7 @@ def run(
     name: Annotated[str, typer.Option(help="The registered model's name.")],
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Another value for a field, such as target.ratio=0.5."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Another value for a field, such as methods.trsp.ratio=0.5."),
     ] = None,
     on: Annotated[
         Place, typer.Option(help="Where the stages run: processes here, containers here, or a cluster.")
@@ -59,7 +62,7 @@ def run(
 ) -> None:
     """Recompress a release, measure it and register it. Exit status 0: the rules hold; 3: they do not; 1: an error."""
     runner = _runner(on, image, profile, mutable_image)
-    _run(Recipe.load(find_recipe(recipe), set_ or ()), model, name, home, runner)
+    _run(load_recipe(find_recipe(recipe), set_ or ()), model, name, home, runner)
 
 
 @app.command("compile")
@@ -92,7 +95,7 @@ def demo(home: Home = HOME) -> None:
 
     with bar("making a release", console) as journal:
         release = make_release(home / "demo", journal=journal)
-    recipe = Recipe.load(find_recipe("trsp"), [*OVERRIDES, *release.overrides()])
+    recipe = load_recipe(find_recipe("trsp"), [*OVERRIDES, *release.overrides()])
     _run(recipe, str(release.model), "demo", home, _runner("local"))
 
 

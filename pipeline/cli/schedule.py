@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from components.lib.errors import Refusal
+from components.lib.recipe.loading import parse_recipe
 from pipeline.cli.options import AtMost, Cluster, Image, Mutable, RecipeName, console
 from pipeline.cli.watch import watched_sources
 
@@ -104,7 +105,6 @@ def _connected(profile: str) -> KubeflowClient:
 
 def _cluster_sources(watched: Sequence[Watched], profile: Profile) -> list[Watched]:
     """The sources as a cluster can read them: no folder of this machine, and their texts put into the store."""
-    from components.lib.recipe.schema import Recipe
     from components.lib.store.store import Store
     from pipeline.kubeflow.profile import variables
     from pipeline.runners.run import in_environment, is_local, texts_to_store
@@ -117,5 +117,5 @@ def _cluster_sources(watched: Sequence[Watched], profile: Profile) -> list[Watch
             )
     with in_environment(variables(profile, os.environ)):
         store = Store.from_environment()
-        recipes = [texts_to_store(Recipe.from_yaml(one.recipe), store).to_yaml() for one in watched]
+        recipes = [texts_to_store(parse_recipe(one.recipe), store).to_yaml() for one in watched]
     return [one.model_copy(update={"recipe": recipe}) for one, recipe in zip(watched, recipes, strict=True)]

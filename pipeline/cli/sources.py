@@ -5,20 +5,22 @@ sources:
   - release: owner/model      # a Hub id, an s3:// prefix, models:/name@alias, or a folder
     name: model-small         # the registered model's name
     recipe: other.yaml
-    set: [target.ratio=0.5]
+    set: [methods.trsp.ratio=0.5]
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import Field, ValidationError
 
 from components.lib.errors import Refusal
-from components.lib.recipe.schema import Recipe, Section
-from components.watch.find import Watched
+from components.lib.recipe.loading import load_recipe
+from components.lib.recipe.schema import Section
+from components.watch.find import Reason, Watched
 
 FindRecipe = Callable[[str], Path]
 
@@ -30,12 +32,14 @@ class Source(Section):
     name: str = Field(min_length=1)
     recipe: str | None = None
     set: tuple[str, ...] = ()
+    recompress_on: tuple[Reason, ...] | None = None
 
 
 class SourceList(Section):
     """The whole list."""
 
     recipe: str | None = None
+    recompress_on: tuple[Reason, ...] = ("release",)
     sources: tuple[Source, ...] = Field(min_length=1)
 
 
@@ -51,7 +55,7 @@ def load_sources(path: Path, recipe: str | None, find: FindRecipe) -> list[Watch
         Refusal: the list or a recipe cannot be read, or a source has no recipe.
     """
     listed = _parse(path)
-    return [_watched(source, source.recipe or listed.recipe, recipe, path, find) for source in listed.sources]
+    return [_watched(source, listed, recipe, path, find) for source in listed.sources]
 
 
 def one_by_one(
@@ -61,19 +65,34 @@ def one_by_one(
     if not name or not recipe:
         missing = "--name" if not name else "--recipe"
         raise Refusal(f"--source {releases[0]} has no {missing}: give it, or write a list of sources")
-    text = Recipe.load(find(recipe), overrides).to_yaml()
+    text = load_recipe(find(recipe), overrides).to_yaml()
     return [Watched(release=release, name=name, recipe=text) for release in releases]
 
 
-def _watched(source: Source, listed: str | None, given: str | None, path: Path, find: FindRecipe) -> Watched:
-    if listed:
-        beside = path.parent / listed
-        file = beside if beside.exists() else find(listed)
+def _watched(source: Source, listed: SourceList, given: str | None, path: Path, find: FindRecipe) -> Watched:
+    named = source.recipe or listed.recipe
+    if named:
+        beside = path.parent / named
+        file = beside if beside.exists() else find(named)
     elif given:
         file = find(given)
     else:
         raise Refusal(f"{path}: the source {source.release} has no recipe: add 'recipe' to it, or to the whole list")
-    return Watched(release=source.release, name=source.name, recipe=Recipe.load(file, source.set).to_yaml())
+    return _checked(
+        path,
+        release=source.release,
+        name=source.name,
+        recipe=load_recipe(file, source.set).to_yaml(),
+        recompress_on=source.recompress_on or listed.recompress_on,
+    )
+
+
+def _checked(path: Path, **fields: Any) -> Watched:
+    try:
+        return Watched.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise Refusal(f"the list of sources {path} is wrong at {first['loc'][0]}: {first['msg']}") from None
 
 
 def _parse(path: Path) -> SourceList:

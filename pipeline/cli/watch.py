@@ -41,10 +41,19 @@ def watch(
     retry: Annotated[
         bool, typer.Option("--retry", help="Try again what failed before or was left claimed (the first look only).")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Look once and say what would be recompressed and why; start nothing.")
+    ] = False,
     home: Home = HOME,
 ) -> None:
     """Recompress the releases that are new. Exit status 0: nothing is amiss; 3: a candidate failed its rules; 1: an error."""
     watched = watched_sources(sources, source, recipe, name, set_ or ())
+    if dry_run:
+        from pipeline.runners.watch import look_once
+
+        outcomes = look_once(watched, home)
+        _show(outcomes)
+        raise typer.Exit(status(outcomes))
     while True:
         outcomes = _look(watched, at_most, home, retry)
         if once:
@@ -64,11 +73,15 @@ def _look(watched: Sequence[Watched], at_most: int, home: Path, retry: bool) -> 
     from pipeline.runners.watch import watch_once
 
     outcomes = watch_once(watched, at_most, home, console, retry)
+    _show(outcomes)
+    return outcomes
+
+
+def _show(outcomes: Sequence[Outcome]) -> None:
     table = Table("release", "name", "", "", box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for outcome in outcomes:
         table.add_row(escape(outcome.release), escape(outcome.name), outcome.state, escape(outcome.detail))
     console.print(table)
-    return outcomes
 
 
 def watched_sources(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.lib.recipe.schema import Optimisation
+from components.lib.recipe.training import Optimisation
 from components.lib.training.journal import Journal
 from pipeline.demo.text import TEXTS, texts
 
@@ -44,7 +44,7 @@ TRAINING = Optimisation(steps=200, batch_size=8, learning_rate=4e-3, warmup=0.03
 OVERRIDES: tuple[str, ...] = (
     "calibration.samples=512",
     f"calibration.length={WINDOW}",
-    "gates.steps=6",
+    "methods.trsp.steps=6",
     "regularize.steps=50",  # few, so that the whole takes minutes
     "evaluate.controls=[pruned-first]",
     # Prompt and answer fit in the window that the model was trained on.

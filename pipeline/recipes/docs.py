@@ -14,22 +14,26 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from components.lib.recipe.schema import Recipe, Text, methods
+from components.lib.methods import known_methods
+from components.lib.recipe.schema import Recipe, Text
+from components.lib.transfers import known_transfers
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipe.md"
 
 INTRODUCTION = """\
 # The recipe
 
-*Written by `python -m pipeline.recipes.docs` from the types in `components/lib/recipe/schema.py`: change them, not this page.*
+*Written by `python -m pipeline.recipes.docs` from the types in `components/lib/recipe`, `components/lib/methods` and
+`components/lib/transfers`: change them, not this page.*
 
 A recipe is one YAML file. It says how a release is recompressed; which release, and under which name the result is registered,
 are arguments of the run. It is checked whole before anything starts, and a field that is not known is refused. `espalier recipes`
 lists the shipped ones; [trsp.yaml](../pipeline/recipes/trsp.yaml), for layers, and [dress.yaml](../pipeline/recipes/dress.yaml), for channels,
 name every field and say when to change it. On the command line `--set regularize.steps=200` gives a field another value, read as YAML:
-a list is written `--set 'dress.axes=[ffn, hidden]'`, a mapping `--set 'dress.ratio={{ffn: 0.5, hidden: 0.25}}'`.
+a list is written `--set 'methods.dress.axes=[ffn, hidden]'`, a mapping `--set 'methods.dress.ratio={{ffn: 0.5, hidden: 0.25}}'`; `null`
+removes a field, so that `--set methods.trsp=null --set methods.sleb.ratio=0.25` replaces one method by another.
 
-Methods: {methods}. `[trsp, dress]` removes layers by the first and channels by the second, in one run.
+Methods: {methods}. One of layers and one of channels may be named together: layers are chosen first. Transfers: {transfers}.
 """
 
 SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
@@ -40,7 +44,10 @@ Place = tuple[str, type[BaseModel]]
 
 def page() -> str:
     """Return docs/recipe.md: a table for each section, in the order of the recipe."""
-    introduction = INTRODUCTION.format(methods=", ".join(f"`{method}`" for method in methods()))
+    introduction = INTRODUCTION.format(
+        methods=", ".join(f"`{name}`" for name in known_methods()),
+        transfers=", ".join(f"`{name}`" for name in known_transfers()) or "none yet",
+    )
     return "\n".join([introduction, *(_section(name, kind) for name, kind in sections())])
 
 
@@ -62,7 +69,8 @@ def _inside(name: str, kind: type[BaseModel]) -> Iterator[Place]:
 
 def _model(annotation: Any) -> type[BaseModel] | None:
     """The section that a field holds, if it holds one."""
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    kinds = (annotation, *get_args(annotation)) if NoneType in get_args(annotation) else (annotation,)
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _section(name: str, kind: type[BaseModel]) -> str:
@@ -83,10 +91,17 @@ def _row(section: str, field: str, info: FieldInfo) -> tuple[str, str, str, str]
     inner = _model(info.annotation)
     if inner is not None and inner is not Text:
         place = f"{section}.{field}".lstrip(".")
-        kind, default = f"[section](#{_anchor(place)})", "*required*" if info.is_required() else "see there"
+        kind, default = f"[section](#{_anchor(place)})", _presence(info)
     else:
         kind, default = type_name(info.rebuild_annotation()), _default(info)
     return f"`{field}`", _cell(kind), _cell(default), _cell(_oneline(info.description or ""))
+
+
+def _presence(info: FieldInfo) -> str:
+    """Say whether a section must be there, is filled in, or is left out."""
+    if info.is_required():
+        return "*required*"
+    return "none" if info.default is None else "see there"
 
 
 def _default(info: FieldInfo) -> str:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from rich.console import Console
 
 from components.lib.errors import Refusal
-from components.lib.stage.run import code_version
+from components.lib.stage.code import code_of_everything
 from pipeline.runners.local import LocalRunner, run_here
 
 IMAGE = "espalier:cpu"
@@ -69,7 +69,7 @@ class DockerRunner:
             ) from None
         except docker.errors.DockerException as error:
             raise Refusal(f"no Docker engine answers ({error}): start one, or run with --on local") from None
-        if image.labels.get("espalier.code") != code_version(""):
+        if image.labels.get("espalier.code") != code_of_everything():
             console.print(
                 f"The image {self.image} was made from other sources than these: its outputs have other keys.",
                 highlight=False,

@@ -21,6 +21,8 @@ from components.lib.tracking import client
 from components.lib.transformer.checkpoint import Checkpoint
 from components.pin.pin import check_checkpoint, check_text, pin_folder, pin_text
 from components.register.report import Report
+from pipeline.recompress import recompress
+from pipeline.runners.graph import tasks_of
 from pipeline.runners.local import LocalRunner
 from pipeline.runners.runner import Runner
 
@@ -101,12 +103,8 @@ def check_room(recipe: Recipe, release: str, home: Path) -> None:
     """
     if StoreSettings().bucket or not is_local(release):
         return
-    checkpoints = (
-        2  # the release and the pruned one
-        + (recipe.regularize.schedule != "none")
-        + recipe.recover.enabled
-        + len(recipe.evaluate.controls)
-    )
+    asked = [task for task in tasks_of(recompress) if task.stage and task.stage.asked(recipe, task.variant)]
+    checkpoints = 1 + sum(task.stage.leaves_checkpoint for task in asked if task.stage)  # 1 is the release
     size = Checkpoint.open(Path(release).expanduser()).bytes
     need_space(home, checkpoints * size - _bytes_below(home))
 

@@ -14,7 +14,7 @@ from typing import Literal
 from rich.console import Console
 
 from components.lib.errors import Refusal, StageFailed, Unavailable
-from components.lib.recipe.schema import Recipe
+from components.lib.recipe.loading import parse_recipe
 from components.lib.store.runs import Ending, failure
 from components.lib.store.store import Store
 from components.lib.tracking import client
@@ -33,7 +33,7 @@ class Outcome:
 
     release: str
     name: str
-    state: Literal["pass", "fail", "registered", "claimed", "failed", "refused"]
+    state: Literal["pass", "fail", "new", "registered", "claimed", "failed", "refused"]
     detail: str = ""
     tried: bool = False
     """Whether this watch worked on it; a failure that is only remembered was not tried."""
@@ -66,6 +66,21 @@ def watch_once(
         return [(finding.item and made.get(finding.item)) or _outcome(finding) for finding in findings]
 
 
+def look_once(sources: Sequence[Watched], home: Path) -> list[Outcome]:
+    """Look once at every source, and say what would be recompressed and why; nothing is claimed or started.
+
+    Raises:
+        Refusal: the store or MLflow does not answer.
+    """
+    with services(home) as environment, in_environment(environment):
+        store = Store.from_environment()
+        store.check()
+        client.check()
+        claims = Claims(store, LEASE)
+        found = [look(watched, store, claims) for watched in sources]
+        return [Outcome(one.watched.release, one.watched.name, one.state, one.detail) for one in found]
+
+
 def recompress(item: Item, home: Path, console: Console) -> Outcome:
     """Claim one item, recompress it, and leave word of how it went."""
     store = Store.from_environment()
@@ -75,13 +90,13 @@ def recompress(item: Item, home: Path, console: Console) -> Outcome:
         return Outcome(item.release, item.name, "claimed", "by another watcher, which was first")
     with _dropped(claims, item, label):
         try:
-            with claims.held(item.name, item.key, label):
-                result = run(Recipe.from_yaml(item.recipe), item.release, item.name, home, console, label)
+            with claims.held(item.name, item.claim, label):
+                result = run(parse_recipe(item.recipe), item.release, item.name, home, console, label)
         except Exception as error:
             end = failure(label, store) or _ending(error)
-            claim = claims.fail(item.name, item.key, label, end)
+            claim = claims.fail(item.name, item.claim, label, end)
             return Outcome(item.release, item.name, "failed", claim.reason, tried=True)
-        claims.clear(item.name, item.key)
+        claims.clear(item.name, item.claim)
     registered = result.report.registered
     version = f"version {registered.version}, " if registered else ""
     state: Literal["pass", "fail"] = "pass" if result.report.verdict.passed else "fail"
@@ -94,7 +109,7 @@ def _dropped(claims: Claims, item: Item, label: str) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        claims.drop(item.name, item.key, label)
+        claims.drop(item.name, item.claim, label)
         raise
 
 
@@ -109,7 +124,7 @@ def _ending(error: Exception) -> Ending:
 def _look(watched: Watched, store: Store, claims: Claims, retry: bool) -> Finding:
     finding = look(watched, store, claims)
     if retry and finding.item and finding.state in {"failed", "claimed"}:
-        claims.clear(finding.item.name, finding.item.key)
+        claims.clear(finding.item.name, finding.item.claim)
         return replace(finding, state="new")
     return finding
 

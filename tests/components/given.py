@@ -70,7 +70,7 @@ class SeveralKept:
     def __init__(self, folder: Path) -> None:
         self.folder, self.kept = folder, dict[str, Kept]()
 
-    def within(self, name: str) -> Kept:
+    def scoped(self, name: str) -> Kept:
         """The checkpoints of one training."""
         return self.kept.setdefault(name, Kept(self.folder / name))
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from components.lib.recipe.schema import Recipe
+from components.lib.recipe.loading import parse_recipe
 from pipeline.cli.sources import load_sources
 from pipeline.kubeflow.profile import Profile
 from pipeline.kubeflow.schedule import check_cron
@@ -177,5 +177,5 @@ def test_the_profile_names_the_account_and_secrets_that_are_here(resources: list
 
 def test_the_sources_and_their_recipe_can_be_read_on_a_cluster() -> None:
     for watched in load_sources(DEPLOY / "watcher" / "sources.yaml", None, Path):
-        for name, text in Recipe.from_yaml(watched.recipe).texts():
+        for name, text in parse_recipe(watched.recipe).texts():
             assert text.hub or (text.path or "").startswith("s3://"), f"{name} is a file of some machine"

@@ -20,10 +20,8 @@ from tests.components.lib.transformer.zoo import VOCABULARY, Specimen, release
 EVENT = "@espalier "
 
 RECIPE = """
-method: trsp
-target: {ratio: 0.25}
+methods: {trsp: {ratio: 0.25, steps: 2, batch_size: 4, shortlist: 2}}
 calibration: {data: TRAIN, samples: 16, length: 32}
-gates: {steps: 2, batch_size: 4, shortlist: 2}
 regularize: {steps: 6, batch_size: 4, checkpoint_every: 2, learning_rate: 1.0e-3}
 recover: {steps: 4, batch_size: 4, evaluate_every: 2}
 evaluate:

@@ -12,7 +12,7 @@ import os
 
 import pytest
 
-from components.lib.stage.run import code_version
+from components.lib.stage.code import code_of_everything
 from pipeline.runners.docker import IMAGE
 from tests.e2e.conftest import Bench, Outcome
 
@@ -43,7 +43,7 @@ def image() -> str:
         pytest.skip(f"the image {name} is not here: make images")
     except docker.errors.DockerException as error:
         pytest.skip(f"no Docker engine answers: {error}")
-    if found.labels.get("espalier.code") != code_version(""):
+    if found.labels.get("espalier.code") != code_of_everything():
         pytest.skip(f"the image {name} was made from other sources: make images")
     return name
 

@@ -109,15 +109,14 @@ def test_the_same_command_again_finds_everything_made(bench: Bench, first: Outco
 
 def test_another_field_of_evaluate_runs_the_evaluation_and_what_follows(bench: Bench, first: Outcome) -> None:
     outcome = bench.run("first", "evaluate.speed.enabled=false")
-    assert outcome.stages("started") == ["evaluate", "register"]
+    assert outcome.stages("started") == ["evaluate"]
     assert outcome.report["registered"]["version"] == first.report["registered"]["version"]
 
 
 def test_a_killed_run_goes_on_inside_its_training_and_ends_without_layers_and_channels(bench: Bench) -> None:
     overrides = (
-        "method=[trsp, dress]",
-        "dress.axes=[hidden, ffn]",
-        "dress.ratio={hidden: 0.25, ffn: 0.33}",
+        "methods.dress.axes=[hidden, ffn]",
+        "methods.dress.ratio={hidden: 0.25, ffn: 0.33}",
         "regularize.steps=400",
         "evaluate.controls=[]",
         "evaluate.speed.enabled=false",
@@ -140,7 +139,7 @@ def test_a_killed_run_goes_on_inside_its_training_and_ends_without_layers_and_ch
     assert resumed[-1] == 400
 
     selection, dense, candidate = (outcome.report[part] for part in ("selection", "dense", "candidate"))
-    assert selection["axis"] == "layers+hidden+ffn"
+    assert selection["method"] == "trsp+dress"
     assert len(selection["removed"]) == dense["layers"] - candidate["layers"] == 2
     assert len(selection["channels"]["hidden"]) == 8
     assert sorted(len(channels) for channels in selection["channels"]["ffn"]) == [0] * 2 + [16] * 6
@@ -150,8 +149,7 @@ def test_a_killed_run_goes_on_inside_its_training_and_ends_without_layers_and_ch
 def test_sleb_and_lora_rft_are_a_recipe_and_a_field_away(bench: Bench, named: MlflowClient) -> None:
     outcome = bench.run(
         "sleb",
-        "method=sleb",
-        "gates=null",
+        "methods={sleb: {ratio: 0.25}}",
         "regularize.schedule=none",
         "recover.enabled=true",
         "evaluate.controls=[]",
@@ -174,7 +172,7 @@ def test_the_challenger_becomes_champion_and_is_measured_beside_the_next(bench: 
     assert promoted.status == 0, promoted.told
     assert "champion" in promoted.printed
 
-    outcome = bench.run("first", "target.ratio=0.5", "evaluate.controls=[]")
+    outcome = bench.run("first", "methods.trsp.ratio=0.5", "evaluate.controls=[]")
     assert outcome.status == 0, outcome.told
     assert outcome.report["champion"]["perplexity"] == first.report["candidate"]["perplexity"]
     assert outcome.report["candidate"]["layers"] == 4

@@ -11,6 +11,7 @@ import pytest
 from kfp import local
 from mlflow import MlflowClient
 
+from components.lib.recipe.loading import parse_recipe
 from components.lib.recipe.schema import Recipe
 from components.lib.store.store import Store
 from pipeline.runners.run import texts_to_store
@@ -26,7 +27,7 @@ QUICK = ("method=shortgpt", "regularize.schedule=none", "evaluate.controls=[]", 
 @pytest.fixture
 def recipe(bench: Bench) -> Recipe:
     text = bench.recipe.read_text().replace("gates: {steps: 2, batch_size: 4, shortlist: 2}\n", "")
-    return Recipe.from_yaml(text, QUICK)
+    return parse_recipe(text, QUICK)
 
 
 @pytest.fixture

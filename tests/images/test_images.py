@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from setuptools import find_packages
 
-from components.lib.stage.run import code_version
+from components.lib.stage.code import code_of_everything
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "images"
@@ -71,7 +71,7 @@ def test_the_check_imports_every_stage_and_knows_the_code() -> None:
         [sys.executable, str(IMAGES / "check.py")], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().splitlines()[-1] == code_version("")
+    assert done.stdout.strip().splitlines()[-1] == code_of_everything()
 
 
 def test_the_check_fails_where_the_code_is_not_what_the_label_says(
@@ -80,7 +80,7 @@ def test_the_check_fails_where_the_code_is_not_what_the_label_says(
     check = runpy.run_path(str(IMAGES / "check.py"))["main"]
     monkeypatch.setitem(check.__globals__, "modules", list)
 
-    monkeypatch.setenv("ESPALIER_CODE", code_version(""))
+    monkeypatch.setenv("ESPALIER_CODE", code_of_everything())
     assert check() == 0
     monkeypatch.setenv("ESPALIER_CODE", "0" * 64)
     assert check() == 1

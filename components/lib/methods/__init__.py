@@ -1,38 +1,128 @@
-"""The methods that choose what is removed: one file each, with a function `choose` of the type below."""
+"""The methods: each chooses what is removed. One file each, with its settings, checks, choice and words.
+
+A method is found by its file: the folder is the list of methods. Its settings are its fields, so that a recipe says
+
+    methods:
+      trsp: {ratio: 0.25, shortlist: 4}
+
+Nothing here imports torch, so that a recipe is read quickly; a method imports its work where it starts.
+"""
 
 from __future__ import annotations
 
-import importlib
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from torch import Tensor
-from transformers import PreTrainedModel
+from pydantic import Field
 
-from components.lib.recipe.schema import Dress, Gates, Target
+from components.lib.errors import Refusal
+from components.lib.plugins import classes_of
+from components.lib.recipe.section import Fraction, Section
+from components.lib.report_parts import Part
 from components.lib.training.journal import Journal
-from components.lib.transformer.checkpoint import layers_to_remove
-from components.lib.transformer.gates import blocks
-from components.lib.transformer.selection import NOTHING, Selection
+from components.lib.transformer.checkpoint import PrunableCheckpoint
+from components.lib.transformer.removal import Along, Removal
+from components.lib.transformer.selection import Selection
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from components.lib.recipe.training import Regularize
 
 
-@dataclass(frozen=True)
-class Task:
-    """What a method is asked for: the recipe's sections, and what the method before it chose."""
+class Method(Section):
+    """A method: its settings are its fields, and `choose` chooses what is removed."""
 
-    target: Target
-    gates: Gates = field(default_factory=Gates)
-    dress: Dress = field(default_factory=Dress)
-    before: Selection = NOTHING
+    name: ClassVar[str]
+    """The method's name in a recipe."""
+    title: ClassVar[str]
+    """The method's name in a sentence, such as SLEB."""
+    removes: ClassVar[Literal["layers", "channels"]]
+    scores: ClassVar[Mapping[str, str]] = {}
+    """The meaning of each score that the method leaves for a layer. In each, low is little needed."""
 
-    def layers(self, model: PreTrainedModel) -> int:
-        """Return how many layers go. Raises Refusal where none would stay."""
-        return layers_to_remove(self.target.ratio, len(blocks(model)))
+    def check(self, checkpoint: PrunableCheckpoint) -> None:
+        """Refuse, before any work, a checkpoint from which this cannot be removed.
+
+        Raises:
+            Refusal: the ratio leaves nothing, or the family does not lose this.
+        """
+
+    def check_training(self, regularize: Regularize) -> None:
+        """Raise ValueError if the method and the recipe's training cannot be combined."""
+
+    def asked(self, axis: Along) -> float | None:
+        """Return the part of an axis that the settings ask to remove; None if they name no part of it."""
+        return None
+
+    def rounding(self, removal: Removal) -> str:
+        """Say why another part was removed than was asked for, such as `rounded to whole layers`."""
+        return ""
+
+    def parts(self, selection: Selection, folder: Path) -> Sequence[Part]:
+        """Return the method's part of the report's section on the removal.
+
+        Args:
+            selection: the whole selection.
+            folder: the files that `choose` left.
+        """
+        return ()
+
+    def choose(
+        self, model: PreTrainedModel, windows: Tensor, before: Selection, *, journal: Journal, out: Path | None
+    ) -> Selection:
+        """Choose what of the model is removed.
+
+        Args:
+            model: the dense model; it is left as it was.
+            windows: token ids (windows, length) to judge by.
+            before: the selection of the methods before this one, which is kept.
+            journal: takes curves and progress.
+            out: an existing folder for what the method leaves beside its choice; None leaves nothing.
+        """
+        raise NotImplementedError
 
 
-MEASURED_TOKENS = 32_768
-"""Tokens on which what would go is measured: the same for each, so that differences show long before values settle."""
+class LayerMethod(Method):
+    """A method that removes whole layers."""
+
+    removes: ClassVar[Literal["layers", "channels"]] = "layers"
+
+    ratio: Fraction = Field(
+        description="The part of the layers to remove: 0.25 of 12 layers removes 3. Rounded to whole layers, at least one."
+    )
+
+    def check(self, checkpoint: PrunableCheckpoint) -> None:
+        """Refuse a ratio that leaves no layer of the checkpoint."""
+        self.count(checkpoint.layers)
+
+    def asked(self, axis: Along) -> float | None:
+        """Return the ratio, of layers."""
+        return self.ratio if axis == "layers" else None
+
+    def rounding(self, removal: Removal) -> str:
+        """Say that whole layers are removed."""
+        return "rounded to whole layers"
+
+    def count(self, layers: int) -> int:
+        """Return how many of `layers` layers are removed: the nearest whole number (halves up), at least one.
+
+        Raises:
+            Refusal: no layer would stay.
+        """
+        count = max(1, int(self.ratio * layers + 0.5))
+        if count >= layers:
+            raise Refusal(
+                f"methods.{self.name}.ratio {self.ratio} removes {count} of the model's {layers} layers, which leaves none: "
+                "use a smaller ratio or a deeper model"
+            )
+        return count
+
+
+BatchSize = Annotated[int, Field(ge=1, description="Windows a forward pass; fewer take less memory.")]
 
 
 def sample(windows: Tensor) -> Tensor:
@@ -41,23 +131,11 @@ def sample(windows: Tensor) -> Tensor:
     return windows[: max(1, MEASURED_TOKENS // windows.shape[1])]
 
 
-class Choose(Protocol):
-    """What every method's `choose` is."""
-
-    def __call__(
-        self, model: PreTrainedModel, windows: Tensor, task: Task, *, journal: Journal, out: Path | None
-    ) -> Selection:
-        """Choose what of the model is removed.
-
-        Args:
-            model: the dense model, left as it was.
-            windows: token ids (windows, length) to judge by.
-            task: how much goes, and how to choose it; a method without gates takes the batch size of that section alone.
-            journal: takes curves and progress.
-            out: an existing folder for what the method leaves beside its choice; None leaves nothing.
-        """
+MEASURED_TOKENS = 32_768
+"""Tokens on which a removal is measured: the same for each, so that differences show long before values settle."""
 
 
-def load(name: str) -> Choose:
-    """Return the `choose` of a method by its name in the recipe, one of `components.lib.recipe.schema.methods()`."""
-    return importlib.import_module(f"{__name__}.{name.replace('-', '_')}").choose
+@cache
+def known_methods() -> dict[str, type[Method]]:
+    """Return every method's class by its name in a recipe, sorted by name."""
+    return classes_of(__name__, Path(__file__).parent, Method)

@@ -3,34 +3,47 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
-from transformers import PreTrainedModel
-
-from components.lib.methods import Task
+from components.lib.methods import BatchSize, LayerMethod
 from components.lib.training.journal import Journal
-from components.lib.transformer.gates import blocks, bypassed
-from components.lib.transformer.perplexity import perplexity
 from components.lib.transformer.selection import Selection
 
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
-def choose(model: PreTrainedModel, windows: Tensor, task: Task, *, journal: Journal, out: Path | None) -> Selection:
-    """Choose greedily: each round measures every layer that is left on all windows, with those gone before it skipped.
 
-    `scores["perplexity"]` is, for each layer, the perplexity without it in the last round that measured it.
-    """
-    layers, count = range(len(blocks(model))), task.layers(model)
-    total = sum(len(layers) - gone for gone in range(count))
-    order: list[int] = []
-    scores = dict.fromkeys(layers, 0.0)
-    done = 0
-    for _ in range(count):
-        for layer in (layer for layer in layers if layer not in order):
-            with bypassed(model, [*order, layer]):
-                scores[layer] = perplexity(model, windows, task.gates.batch_size)
-            done += 1
-            journal.progress(done, total, perplexity=scores[layer])
-        order.append(min((layer for layer in layers if layer not in order), key=scores.__getitem__))
-    return Selection(
-        method="sleb", removed=tuple(sorted(order)), order=tuple(order), scores={"perplexity": tuple(scores.values())}
-    )
+class Sleb(LayerMethod):
+    """SLEB: a greedy search, one layer a round, by perplexity on the calibration text."""
+
+    name: ClassVar[str] = "sleb"
+    title: ClassVar[str] = "SLEB"
+    scores = {"perplexity": "perplexity on the calibration text without the layer, when last measured"}  # noqa: RUF012
+
+    batch_size: BatchSize = 8
+
+    def choose(
+        self, model: PreTrainedModel, windows: Tensor, before: Selection, *, journal: Journal, out: Path | None
+    ) -> Selection:
+        """Choose greedily: each round measures every layer that is left on all windows, with the removed ones skipped.
+
+        `scores["perplexity"]` is, for each layer, the perplexity without it in the last round that measured it.
+        """
+        from components.lib.transformer.gates import blocks, bypassed
+        from components.lib.transformer.perplexity import perplexity
+
+        layers = range(len(blocks(model)))
+        count = self.count(len(layers))
+        total = sum(len(layers) - removed for removed in range(count))
+        order: list[int] = []
+        scores = dict.fromkeys(layers, 0.0)
+        done = 0
+        for _ in range(count):
+            for layer in (layer for layer in layers if layer not in order):
+                with bypassed(model, [*order, layer]):
+                    scores[layer] = perplexity(model, windows, self.batch_size)
+                done += 1
+                journal.progress(done, total, perplexity=scores[layer])
+            order.append(min((layer for layer in layers if layer not in order), key=scores.__getitem__))
+        return Selection.of_layers(self.name, order, {"perplexity": tuple(scores.values())})

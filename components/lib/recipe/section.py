@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -27,3 +27,13 @@ class Section(BaseModel):
     """A part of the recipe: immutable, and no field beside the named ones."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def descend(settings: dict[str, Any], dotted: str) -> tuple[dict[str, Any], str]:
+    """Return the mapping that holds the dotted name's last part, made if it is missing, and that part."""
+    *path, leaf = dotted.split(".")
+    for part in path:
+        if not isinstance(settings.get(part), dict):
+            settings[part] = {}
+        settings = settings[part]
+    return settings, leaf

@@ -1,14 +1,7 @@
-"""How every stage runs: references in, work, a reference out, the run logged.
+"""How a stage runs: references in, work, a reference out, everything about it logged.
 
-    with stage("prune", run=run, recipe=recipe, sections=(), inputs={"model": model, "selection": selection}) as this:
-        if this.pending:
-            from components.prune.prune import prune
-
-            this.perform(prune)
-        return this.reference
-
-An output is named by what it is made of: its key is the hash of the stage, the digests of its inputs, the recipe's sections it
-reads and the code that runs. A stage whose output is in the store already imports nothing heavy and does nothing.
+An output is named by its key: the hash of the stage, the digests of the files it reads, the settings it reads, the code of its
+work and the libraries that make its numbers. A stage whose output is in the store already imports nothing heavy and does nothing.
 """
 
 from __future__ import annotations
@@ -20,174 +13,202 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
-from components.lib.recipe.schema import Recipe, plain
+from pydantic import BaseModel
+
+from components.lib.recipe.loading import parse_recipe
+from components.lib.recipe.schema import Recipe
+from components.lib.stage.declaration import I, Job, References, Stage, read_files
 from components.lib.stage.events import StageEvents, reported
-from components.lib.store.store import PrefixCheckpoints, Reference, Store
+from components.lib.store.artifacts import Manifest, Reference
+from components.lib.store.store import PrefixCheckpoints, Store
 
 _REFERENCE = re.compile(r"^s3://\S+@(sha256:[0-9a-f]{64})$")
 
 
-@contextmanager
-def stage(
-    name: str, *, run: str, recipe: str, sections: Sequence[str], inputs: Mapping[str, str], variant: str = ""
-) -> Iterator[Stage]:
-    """Open one run of one stage.
+def run_stage(stage: Stage[I], run: str, recipe: str, variant: str, references: References, show: Any) -> str:
+    """Make the output of a stage, or find it, and return its reference.
 
     Args:
-        name: the stage, as it stands in keys, MLflow and reports: its folder's name.
+        stage: the declaration.
         run: the label that this run's stages share; it names the parent run in MLflow.
         recipe: the recipe's YAML, its texts replaced by references.
-        sections: dotted names of the recipe's parts that the output depends on.
-        inputs: references by name; an empty one is an input that this run does without.
-        variant: tells apart runs of one stage with the same inputs, such as the two controls.
+        variant: tells apart runs of one stage, such as the two controls.
+        references: of the inputs.
+        show: a Kubeflow artifact that is filled with the output's manifest; None for none.
     """
-    with reported(f"{name} {variant}".strip(), run) as events:
-        opened = Stage(name, run, Recipe.from_yaml(recipe), sections, inputs, variant, events)
-        if not opened.pending:
-            events.finish("reused")
-        yield opened
+    with reported(f"{stage.name} {variant}".strip(), run) as report:
+        parsed = parse_recipe(recipe)
+        if not stage.asked(parsed, variant):
+            report.finish("skipped")
+            reference = str(references[stage.passes]) if stage.passes else ""
+        else:
+            opened = Opened(stage, run, parsed, variant, references, Store.from_environment())
+            reference = opened.found or ""
+            if reference:
+                report.finish("reused")
+            else:
+                reference = opened.perform(report)
+        if show is not None and reference:
+            _show(reference, show)
+        return reference
 
 
-class Stage:
-    """One run of one stage, opened by `stage`."""
+@dataclass(frozen=True)
+class Opened(Generic[I]):
+    """One run of one stage, with everything its key is made of."""
 
-    def __init__(
-        self,
-        name: str,
-        run: str,
-        recipe: Recipe,
-        sections: Sequence[str],
-        inputs: Mapping[str, str],
-        variant: str,
-        events: StageEvents,
-    ) -> None:
-        self.name = name
-        self.run = run
-        self.recipe = recipe
-        self.variant = variant
-        self.events = events
-        self.store = Store.from_environment()
-        self.inputs = {name: Reference.parse(text) for name, text in inputs.items() if text}
-        self.sections = {section: _section(recipe, section) for section in sections}
-        found = self.store.find(self.prefix)
-        self._reference = str(found) if found else None
+    stage: Stage[I]
+    run: str
+    recipe: Recipe
+    variant: str
+    given: References
+    store: Store
+
+    @cached_property
+    def references(self) -> dict[str, Reference | dict[str, Reference]]:
+        """The inputs there are."""
+        known = {one.name for one in fields(self.stage.inputs)}
+        completed = self.stage.complete(self.given, self.recipe)
+        if not set(completed) <= known:
+            raise TypeError(f"the stage {self.stage.name} has no input {sorted(set(completed) - known)[0]}")
+        found: dict[str, Reference | dict[str, Reference]] = {}
+        for name, given in completed.items():
+            if isinstance(given, Mapping):
+                found[name] = {one: Reference.parse(text) for one, text in given.items() if text}
+            elif given:
+                found[name] = Reference.parse(given)
+        return found
+
+    @cached_property
+    def flat(self) -> dict[str, Reference]:
+        """The inputs by name, those of a mapping as `input/name`."""
+        found: dict[str, Reference] = {}
+        for name, given in self.references.items():
+            found |= {f"{name}/{one}": ref for one, ref in given.items()} if isinstance(given, dict) else {name: given}
+        return found
+
+    @cached_property
+    def manifests(self) -> dict[str, Manifest]:
+        """The manifest of each input, with all its files."""
+        return {name: self.store.manifest(reference) for name, reference in self.flat.items()}
+
+    @cached_property
+    def read(self) -> dict[str, Manifest]:
+        """The manifest of the files that are read of each input."""
+        return {
+            name: read_files(manifest, self.stage.reads_of(name.partition("/")[0]))
+            for name, manifest in self.manifests.items()
+        }
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The named sections as plain data."""
-        return plain(self.sections)
+        """The declared sections as plain data."""
+        scoped = self.stage.scope(self.recipe)
+        return {name: _plain(getattr(scoped, name)) for name in self.stage.sections}
 
     @cached_property
-    def code(self) -> str:
-        """The version of the code that makes this stage's output."""
-        return code_version(self.name)
+    def made_of(self) -> dict[str, Any]:
+        """Everything the key is a hash of."""
+        code = self.stage.code(self.recipe)
+        return {
+            "stage": self.stage.name,
+            "variant": self.variant,
+            "inputs": {name: manifest.digest for name, manifest in self.read.items()},
+            "settings": _by_digest(self.settings),
+            "modules": dict(code.modules),
+            "libraries": dict(code.libraries),
+            "salt": self.stage.salt,
+        }
 
     @cached_property
     def key(self) -> str:
-        """sha256 over stage, variant, input digests, settings and code version (hex)."""
-        made_of = {
-            "stage": self.name,
-            "variant": self.variant,
-            "inputs": {name: reference.digest for name, reference in self.inputs.items()},
-            "settings": _by_digest(self.settings),
-            "code": self.code,
-        }
-        return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-
-    @property
-    def tags(self) -> dict[str, str]:
-        """The tags of the stage's MLflow run: its key, its code and its inputs."""
-        inputs = {f"espalier.input.{name}": str(reference) for name, reference in self.inputs.items()}
-        return {"espalier.key": self.key, "espalier.code": self.code, **inputs}
+        """sha256 over `made_of` (hex)."""
+        return hashlib.sha256(json.dumps(self.made_of, sort_keys=True).encode()).hexdigest()
 
     @property
     def prefix(self) -> str:
         """Where the output lies in the store."""
-        return f"stages/{self.name}/{self.key}"
+        return f"stages/{self.stage.name}/{self.key}"
 
     @property
-    def pending(self) -> bool:
-        """Whether the output is still to be made."""
-        return self._reference is None
+    def found(self) -> str | None:
+        """The output's reference, if it is in the store."""
+        found = self.store.find(self.prefix)
+        return str(found) if found else None
 
-    @property
-    def reference(self) -> str:
-        """The output's reference.
-
-        Raises:
-            RuntimeError: the output has not been made.
-        """
-        if self._reference is None:
-            raise RuntimeError(f"the stage {self.name} has made no output")
-        return self._reference
-
-    def hand_on(self, name: str) -> None:
-        """Make the input `name` the output ("" for none): the recipe asks nothing of this stage."""
-        self._reference = str(self.inputs[name]) if name else ""
-        self.events.finish("skipped")
-
-    def perform(self, work: Callable[..., None], resumes: bool = False, **more: Any) -> None:
-        """Fetch the inputs, call `work`, and put what it left in `out` into the store, the manifest last.
-
-        Args:
-            work: called by name with each input's folder, each section (under the last part of its name), `out`,
-                `journal`, and `more`.
-            resumes: the work takes `checkpoints` too, and goes on from the newest one.
-        """
+    def perform(self, report: StageEvents) -> str:
+        """Fetch the inputs, call the work, and put what it left in `out` into the store, the manifest last."""
         from components.lib.tracking.runs import stage_run
 
-        self.events.emit("started")
+        report.emit("started")
+        checkpoints = f"checkpoints/{self.key}"
         with tempfile.TemporaryDirectory(prefix="espalier-", dir=os.environ.get("ESPALIER_SCRATCH")) as scratch:
-            folders = {name: self.store.get(reference, Path(scratch) / name) for name, reference in self.inputs.items()}
+            inputs = self._fetch(Path(scratch) / "inputs")
             out = Path(scratch) / "out"
             out.mkdir()
-            sections = {name.rpartition(".")[2]: section for name, section in self.sections.items()}
-            checkpoints = StageCheckpoints(self.store, f"checkpoints/{self.key}", out)
-            extra = {"checkpoints": checkpoints, **more} if resumes else more
-            with stage_run(
-                self.run, self.name, self.variant, self.tags, self.settings, out, self.events.emit
-            ) as journal:
+            tags = {"espalier.key": self.key, "espalier.code": self.stage.code(self.recipe).digest}
+            tags |= {f"espalier.input.{name}": str(reference) for name, reference in self.flat.items()}
+            with stage_run(self.run, self.stage.name, self.variant, tags, self.settings, out, report.emit) as journal:
+                job = Job(
+                    out,
+                    journal,
+                    StageCheckpoints(self.store, checkpoints, out),
+                    self.variant,
+                    self.manifests,
+                    self._several(),
+                )
                 began = time.perf_counter()
-                work(**folders, **sections, out=out, journal=journal, **extra)
+                self.stage.work(inputs, self.stage.scope(self.recipe), job)
                 seconds = time.perf_counter() - began
                 journal.flush()
-                self._reference = str(self.store.put(out, self.prefix, self.describe(seconds, journal.run_id)))
-                journal.leave(out, self.reference, seconds)
-        if resumes:
-            self.store.delete(checkpoints.prefix)
-        self.events.finish()
+                reference = str(self.store.put(out, self.prefix, self._described(seconds, journal.run_id)))
+                journal.leave(out, reference, seconds)
+        if self.stage.resumes:
+            self.store.delete(checkpoints)
+        return reference
 
-    def show(self, artifact: Any) -> None:
-        """Fill a Kubeflow artifact with the output's manifest, for its user interface: the files stay in the store."""
-        if not self._reference:
-            return
-        manifest = self.store.manifest(Reference.parse(self._reference))
-        Path(artifact.path).parent.mkdir(parents=True, exist_ok=True)
-        Path(artifact.path).write_text(manifest.model_dump_json(indent=2))
-        artifact.metadata |= {"reference": self._reference, "bytes": manifest.size}
+    def _fetch(self, folder: Path) -> I:
+        """Fetch the files that are read of each input, and return the inputs as the work takes them."""
+        folders: dict[str, Path] = {}
+        for name, reference in self.flat.items():
+            names = [file.name for file in self.read[name].files]
+            folders[name] = self.store.get(reference, folder / name, names) if names else _empty(folder / name)
+        given: dict[str, Any] = {one.name: None for one in fields(self.stage.inputs)}
+        for name, found in self.references.items():
+            given[name] = {one: folders[f"{name}/{one}"] for one in found} if isinstance(found, dict) else folders[name]
+        return self.stage.inputs(**given)
 
-    def describe(self, seconds: float, run_id: str) -> dict[str, Any]:
-        """What the manifest says of the output beside its files."""
+    def _several(self) -> dict[str, dict[str, str]]:
         return {
-            "stage": self.name,
+            name: {one: self.read[f"{name}/{one}"].digest for one in found}
+            for name, found in self.references.items()
+            if isinstance(found, dict)
+        }
+
+    def _described(self, seconds: float, run_id: str) -> dict[str, Any]:
+        """The metadata of the output's manifest."""
+        return {
+            "stage": self.stage.name,
             "variant": self.variant,
             "key": self.key,
-            "code": self.code,
-            "inputs": {name: str(reference) for name, reference in self.inputs.items()},
+            "code": self.stage.code(self.recipe).digest,
+            "inputs": {name: str(reference) for name, reference in self.flat.items()},
             "settings": self.settings,
+            "made_of": self.made_of,
+            "began": round(time.time() - seconds, 3),
             "seconds": round(seconds, 3),
             "mlflow_run_id": run_id,
         }
 
 
 class StageCheckpoints:
-    """A stage's checkpoints in the store. The curves recorded so far go with each, so that they are whole after a resume."""
+    """A stage's checkpoints in the store. Each holds the curves recorded so far, so that they are whole after a resume."""
 
     def __init__(self, store: Store, prefix: str, out: Path) -> None:
         self.prefix = prefix
@@ -202,42 +223,39 @@ class StageCheckpoints:
         self._checkpoints.save(folder, step)
 
     def latest(self, folder: Path) -> int | None:
-        """Put the newest whole checkpoint's files into `folder` and return its step, or None where there is none."""
+        """Put the newest whole checkpoint's files into `folder` and return its step, or None if there is none."""
         step = self._checkpoints.latest(folder)
         if step is not None and (folder / self._curves.name).exists():
             shutil.move(folder / self._curves.name, self._curves)
         return step
 
-    def within(self, name: str) -> StageCheckpoints:
-        """The checkpoints of one of several trainings in the stage; they are kept apart, and deleted together."""
+    def scoped(self, name: str) -> StageCheckpoints:
+        """Return the checkpoints of one of several trainings; they are kept apart, and deleted together."""
         return StageCheckpoints(self._store, f"{self.prefix}/{name}", self._curves.parent)
 
 
-def code_version(stage: str) -> str:
-    """sha256 over the sources that a stage's output depends on: its own folder and what every stage stands on (hex).
-
-    Another stage's folder is left out, since no stage imports another: a change to `evaluate` trains nothing again.
-    """
-    root = Path(__file__).parents[2]
-    shared = (root / "lib").rglob("*.py")
-    own = [path for path in (root / stage).rglob("*") if path.suffix in {".py", ".j2"}]
-    digest = hashlib.sha256()
-    for path in sorted({*shared, *own}):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
+def _show(reference: str, artifact: Any) -> None:
+    """Fill a Kubeflow artifact with the output's manifest, for its user interface: the files stay in the store."""
+    manifest = Store.from_environment().manifest(Reference.parse(reference))
+    Path(artifact.path).parent.mkdir(parents=True, exist_ok=True)
+    Path(artifact.path).write_text(manifest.model_dump_json(indent=2))
+    artifact.metadata |= {"reference": reference, "bytes": manifest.size}
 
 
-def _section(recipe: Recipe, dotted: str) -> Any:
-    value: Any = recipe
-    for part in dotted.split("."):
-        value = getattr(value, part)
-    return value
+def _empty(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
 
 
 def _by_digest(value: Any) -> Any:
-    """Put the digest in every reference's place: what a text is called, and which bucket holds it, changes no result."""
+    """Replace every reference by its digest: the name of a text, and the bucket that holds it, change no result."""
     if isinstance(value, Mapping):
-        return {name: _by_digest(part) for name, part in value.items()}
+        # A method or a transfer that is not named is no setting: one that is added later must not change old keys.
+        return {name: _by_digest(part) for name, part in value.items() if part is not None}
     if isinstance(value, list | tuple):
         return [_by_digest(part) for part in value]
     match = _REFERENCE.match(value) if isinstance(value, str) else None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime
@@ -156,6 +157,28 @@ class Store:
                 _same(describe(fresh / file.name, file.name), file, reference.uri)
         return folder
 
+    def get_headers(self, reference: Reference, folder: Path) -> Path:
+        """Download the artifact's JSON files and the headers of its safetensors files, and return `folder`.
+
+        A safetensors file is made as long as it is in the store, without its tensors: enough to open a checkpoint, and some
+        kilobytes of it travel. Nothing is compared with its digest.
+
+        Raises:
+            Refusal: a file is missing, or `folder` is not empty.
+        """
+        with filled_at_once(folder) as fresh:
+            for file in self.manifest(reference).files:
+                path = inside(fresh, file.name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if path.suffix == ".json":
+                    path.write_bytes(self._range(f"{reference.uri}/{file.name}", 0, file.size))
+                elif path.suffix == ".safetensors":
+                    length = int.from_bytes(self._range(f"{reference.uri}/{file.name}", 0, 8), "little")
+                    header = self._range(f"{reference.uri}/{file.name}", 0, min(8 + length, file.size))
+                    path.write_bytes(header)
+                    os.truncate(path, file.size)
+        return folder
+
     def verify(self, reference: Reference) -> None:
         """Stream and hash every file, in the order of their names. Raises Refusal that names the first that is missing or differs."""
         for file in sorted(self.manifest(reference).files, key=lambda file: file.name):
@@ -180,6 +203,15 @@ class Store:
         with explained(self.uri(prefix)):
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key, Delimiter="/")
             return [found["Prefix"][len(key) : -1] for page in pages for found in page.get("CommonPrefixes", ())]
+
+    def newest(self, prefix: str) -> list[str]:
+        """Return the prefixes of the whole artifacts right below `prefix`, the newest first."""
+        uri = f"{self.uri(prefix)}/"
+        start = split(uri)[1]
+        found = [one for one in self._list(uri) if one["Key"][len(start) :].count("/") == 1]
+        whole = [one for one in found if one["Key"].endswith(f"/{MANIFEST}")]
+        whole.sort(key=lambda one: one["LastModified"], reverse=True)
+        return [f"{prefix}/{one['Key'][len(start) :].partition('/')[0]}" for one in whole]
 
     # Small texts that change, such as runs/<run>/report.json
 
@@ -246,6 +278,15 @@ class Store:
         with explained(uri):
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
             return [found for page in pages for found in page.get("Contents", ()) if not found["Key"].endswith("/")]
+
+    def _range(self, uri: str, start: int, end: int) -> bytes:
+        """Return the bytes of an object from `start` to before `end`."""
+        bucket, key = split(uri)
+        if start >= end:
+            return b""
+        with explained(uri):
+            answer = self._client.get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}")
+            return answer["Body"].read()
 
     def _write(self, uri: str, text: str) -> None:
         bucket, key = split(uri)

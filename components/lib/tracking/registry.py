@@ -103,6 +103,15 @@ def made_for(name: str, key: str) -> Version | None:
     return _version(found[0]) if found else None
 
 
+def made_of_revision(name: str, revision: str) -> Version | None:
+    """The newest version of `name` that was made of the release at this revision, or of a folder with this digest; or None."""
+    for tag in ("espalier.revision", "espalier.release_digest"):
+        found = client().search_model_versions(f"name = '{name}' and tags.`{tag}` = '{revision}'")
+        if found:
+            return _version(max(found, key=lambda one: int(one.version)))
+    return None
+
+
 def tag_version(version: Version, tags: Mapping[str, str]) -> None:
     """Set tags of a registered version."""
     for key, value in tags.items():

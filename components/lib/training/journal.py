@@ -27,6 +27,13 @@ class Checkpoints(Protocol):
         """Put the newest whole checkpoint's files into `folder` and return its step, or None where there is none."""
 
 
+class SeveralCheckpoints(Checkpoints, Protocol):
+    """Checkpoints of several trainings in one piece of work."""
+
+    def scoped(self, name: str) -> Checkpoints:
+        """Return the checkpoints of the training called `name`; they are kept apart."""
+
+
 class Silent:
     """A journal that says nothing, for a researcher's own loop and for tests."""
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from components.lib.errors import Refusal
-from components.lib.recipe.schema import Optimisation
+from components.lib.recipe.training import Optimisation
 from components.lib.training.journal import Checkpoints, Journal
 from components.lib.transformer.device import reused_memory
 

@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from components.lib.recipe.schema import Lora
+from components.lib.recipe.training import Lora
 
 
 def adapted(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:

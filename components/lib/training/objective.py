@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from components.lib.recipe.schema import Objective
+from components.lib.recipe.training import Objective
 from components.lib.transformer.gates import final_state
 
 

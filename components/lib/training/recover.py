@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from components.lib.errors import Refusal
-from components.lib.recipe.schema import Recover
+from components.lib.recipe.training import Recover
 from components.lib.training import loop, lora
 from components.lib.training.journal import Checkpoints, Journal, NoCheckpoints, Silent
 from components.lib.training.objective import lm_loss

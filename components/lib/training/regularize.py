@@ -15,9 +15,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from components.lib.recipe.schema import Regularize
+from components.lib.recipe.training import Regularize
 from components.lib.training import loop, lora, objective, penalty
 from components.lib.training.journal import Checkpoints, Journal, NoCheckpoints, Silent
+from components.lib.training.schedule import annealed_part
 from components.lib.transformer.gates import final_state, watched
 from components.lib.transformer.narrow import narrowed
 from components.lib.transformer.selection import NO_CHANNELS, Selection
@@ -26,10 +27,10 @@ from components.lib.transformer.selection import NO_CHANNELS, Selection
 def needs_teacher(settings: Regularize, already_cut: bool = False) -> bool:
     """Say whether `regularize` must be given the dense model as a second one.
 
-    It need not where the objective asks for none, nor where adapters are trained on the dense model: it is its own teacher
-    with the adapters off.
+    It need not if the objective asks for none, nor if adapters are trained on the dense model: with the adapters off it is its
+    own teacher. After a transfer it no longer is the dense model.
     """
-    own = settings.trainable == "lora" and not already_cut
+    own = settings.trainable == "lora" and not already_cut and settings.transfer.chosen is None
     return settings.schedule != "none" and objective.uses_teacher(settings.objective) and not own
 
 
@@ -113,7 +114,7 @@ class _Loss:
         settings = self.settings
         target = self._targets(batch)  # before the gates, which the teacher may not see
         penalised = settings.schedule == "penalty"
-        gate = 1.0 if penalised else penalty.annealed(step, settings.steps, settings.annealing(bool(self.layers)))
+        gate = 1.0 if penalised else penalty.annealed(step, settings.steps, annealed_part(settings, bool(self.layers)))
         with (
             penalty.gated_at(self.model, self.layers, gate),
             narrowed(self.model, self.channels, gate),

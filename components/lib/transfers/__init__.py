@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from components.lib.errors import Refusal
+from components.lib.plugins import classes_of
 from components.lib.recipe.section import Section
 from components.lib.training.journal import Journal
 from components.lib.transformer.checkpoint import PrunableCheckpoint
@@ -57,3 +60,9 @@ def check_writers(checkpoint: PrunableCheckpoint, name: str) -> None:
     else:
         return
     raise Refusal(f"regularize.transfer is {name}, but {family.title} {reason}: use merge or none")
+
+
+@cache
+def known_transfers() -> dict[str, type[Transfer]]:
+    """Return every transfer's class by its name in a recipe, sorted by name."""
+    return classes_of(__name__, Path(__file__).parent, Transfer)

@@ -62,7 +62,7 @@ def channels_to_remove(
         asked = {ratios[axis] for axis in ("hidden", "heads") if axis in ratios}
         if len(asked) > 1:
             raise Refusal(
-                f"dress.ratio is {ratios['hidden']} for hidden and {ratios['heads']} for heads, but {family.title} states no width of a "
+                f"methods.dress.ratio is {ratios['hidden']} for hidden and {ratios['heads']} for heads, but {family.title} states no width of a "
                 "head, so that the two shrink together: give them one ratio"
             )
         kept["heads"] = _nearest("heads", asked.pop(), widths.groups, range(1, widths.groups))
@@ -105,8 +105,8 @@ def _nearest(axis: Axis, ratio: float, width: int, allowed: Sequence[int]) -> in
     if not near or abs(1 - near[0] / width - ratio) > FAR:
         can = ", ".join(f"{1 - count / width:.2g}" for count in sorted(near[:4], reverse=True)) or "none"
         raise Refusal(
-            f"of the {width} channels of the axis {axis} no number near {ratio:.0%} can go (possible parts are {can}): set dress.ratio to "
-            "one of them, dress.multiple lower, or cut hidden and heads together"
+            f"of the {width} channels of the axis {axis} no number near {ratio:.0%} can go (possible parts are {can}): set methods.dress.ratio to "
+            "one of them, methods.dress.multiple lower, or cut hidden and heads together"
         )
     return near[0]
 

@@ -179,20 +179,6 @@ _TORCH_NAMES = {
 }
 
 
-def layers_to_remove(ratio: float, layers: int) -> int:
-    """Return how many of `layers` layers a ratio removes: the nearest whole number (halves up), at least one.
-
-    Raises:
-        Refusal: no layer would stay.
-    """
-    count = max(1, int(ratio * layers + 0.5))
-    if count >= layers:
-        raise Refusal(
-            f"target.ratio {ratio} removes {count} of the model's {layers} layers, which leaves none: use a smaller ratio or a deeper model"
-        )
-    return count
-
-
 def load_model(
     folder: Path,
     dtype: str | torch.dtype | None = None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -48,32 +50,55 @@ NO_CHANNELS = Channels()
 
 
 class Selection(BaseModel):
-    """The layers and channels to remove, and the measurements that led to them."""
+    """What to remove, and how the methods came to it.
+
+    It is stored in two files, so that the stages that train and cut depend on the first alone: the same layers, chosen again by
+    another method or with other scores, train nothing again.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: str
-    """The methods that chose, joined by +."""
-    axis: str = "layers"
-    """The axes that are cut: layers, hidden, ffn, heads, or several of them joined by +."""
     removed: tuple[int, ...] = ()
     """Indices of the layers to remove, ascending."""
-    order: tuple[int, ...] = ()
-    """The same layers in the order of their removal, first removed first."""
-    scores: dict[str, tuple[float, ...]] = {}
-    """The scores that a method measured, by name: one number a layer, such as `gate`, `block_influence` or `perplexity`."""
     channels: Channels = NO_CHANNELS
     """The channels to remove."""
+    method: str = ""
+    """The methods that chose, joined by + if there are two."""
+    order: tuple[int, ...] = ()
+    """The removed layers in the order of their removal, first removed first."""
+    scores: dict[str, tuple[float, ...]] = {}
+    """Measurements of a method, by name: one number a layer, such as `gate`, `block_influence` or `perplexity`."""
+
+    @classmethod
+    def of_layers(
+        cls, method: str, order: Sequence[int], scores: Mapping[str, Sequence[float]] | None = None
+    ) -> Selection:
+        """Return the selection of some layers, in the order of their removal."""
+        measured = {name: tuple(values) for name, values in (scores or {}).items()}
+        return cls(method=method, removed=tuple(sorted(order)), order=tuple(order), scores=measured)
+
+    def with_channels(self, method: str, channels: Channels) -> Selection:
+        """Return the selection that removes `channels` too."""
+        methods = "+".join(filter(None, (self.method, method)))
+        return self.model_copy(update={"method": methods, "channels": channels})
 
     def save(self, folder: Path) -> None:
-        """Write `selection.json`."""
-        (folder / "selection.json").write_text(self.model_dump_json(indent=2) + "\n")
+        """Write `selection.json` (what is removed) and `choice.json` (how it was chosen)."""
+        (folder / WHAT).write_text(self.model_dump_json(indent=2, include=_REMOVED) + "\n")
+        (folder / HOW).write_text(self.model_dump_json(indent=2, exclude=_REMOVED) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Selection:
-        """Read `selection.json`."""
-        return cls.model_validate_json((folder / "selection.json").read_text())
+        """Read `selection.json`, and `choice.json` if it is there."""
+        found = [json.loads((folder / name).read_text()) for name in (WHAT, HOW) if (folder / name).is_file()]
+        return cls.model_validate(dict(field for part in found for field in part.items()))
 
 
-NOTHING = Selection(method="none")
-"""Nothing is removed: the selection of the dense model's training."""
+WHAT, HOW = "selection.json", "choice.json"
+"""The files of a selection."""
+
+_REMOVED = {"removed", "channels"}
+
+
+NOTHING = Selection()
+"""The selection of the dense model's own training: nothing is removed."""

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from components.lib.recipe.schema import Recipe
 from components.lib.report_parts import Part
-from components.lib.transformer.removal import percent
-from components.register import method_parts
+from components.lib.transformer.removal import Removal, percent
 from components.register.format import ABSENT, number
 from components.register.report import Curves, Report
 from components.register.sections.section import Cell, Section
@@ -28,7 +28,7 @@ class Layer:
 
 def removed(report: Report, curves: Curves) -> Section:
     """Show the removal, with the parts of the methods that chose it."""
-    return removed_section(report, method_parts.removed(report.selection, report.parsed_recipe(), curves.gates))
+    return removed_section(report, curves.parts)
 
 
 def removed_section(report: Report, parts: Sequence[Part]) -> Section:
@@ -44,7 +44,7 @@ def removed_section(report: Report, parts: Sequence[Part]) -> Section:
         "layers": _layers(report) if selection.removed else [],
         "order": selection.order,
         "count": report.layers,
-        "scored": [method_parts.SCORES.get(name, name) for name in _scored(report)],
+        "scored": [_meaning(report.parsed_recipe(), name) for name in _scored(report)],
         "parts": parts,
     }
     return Section("What was removed", "removed.html.j2", data)
@@ -55,7 +55,7 @@ def _axes(report: Report) -> list[tuple[str, list[Cell]]]:
     recipe = report.parsed_recipe()
     rows: list[tuple[str, list[Cell]]] = []
     for removal in report.removals():
-        asked, why = method_parts.asked(removal, recipe)
+        asked, why = _asked(removal, recipe)
         cells = [
             Cell(f"{removal.before:,}"),
             Cell(f"{removal.after:,}"),
@@ -64,6 +64,20 @@ def _axes(report: Report) -> list[tuple[str, list[Cell]]]:
         ]
         rows.append((removal.axis, cells))
     return rows
+
+
+def _asked(removal: Removal, recipe: Recipe) -> tuple[float | None, str]:
+    """Return the part of an axis that the recipe asks for, None for an axis that shrinks with another; and why it differs."""
+    for method in recipe.methods.chosen:
+        part = method.asked(removal.axis)
+        if part is not None:
+            return part, method.rounding(removal) if abs(removal.part - part) > 5e-4 else ""
+    return None, f"shrinks with {'heads' if removal.axis == 'hidden' else 'hidden'} in this family"
+
+
+def _meaning(recipe: Recipe, score: str) -> str:
+    """Return the meaning of a score in the words of the method that left it; its name if none explains it."""
+    return next((method.scores[score] for method in recipe.methods.chosen if score in method.scores), score)
 
 
 def _layers(report: Report) -> list[Layer]:

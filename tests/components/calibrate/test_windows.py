@@ -73,11 +73,6 @@ def test_the_seed_decides(release: Path, text: Path, tmp_path: Path) -> None:
     assert not torch.equal(first, draw(release, text, tmp_path / "other", seed=4))
 
 
-def test_windows_longer_than_the_model_reads_are_refused(release: Path, text: Path, tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match=r"calibration.length is 65, and the model reads 64 tokens at most"):
-        draw(release, text, tmp_path / "out", length=65)
-
-
 def test_text_too_short_is_refused_with_the_windows_it_gives(release: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(Refusal, match="asks for 63 windows of 16 tokens and the text's 1000 tokens give 62"):
         draw(release, text, tmp_path / "out", samples=63)

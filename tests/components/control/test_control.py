@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from components.control.control import control
-from components.lib.recipe.schema import Recover, Regularize
+from components.lib.recipe.training import Recover, Regularize
 from components.lib.transformer.checkpoint import Checkpoint
 from tests.components.given import ADAPTERS, CHANNELS, TRAINING, Given, SeveralKept
 from tests.components.lib.training.tiny import Killed, Written

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel
 
-from components.lib.recipe.schema import Recover
+from components.lib.recipe.training import Recover
 from components.lib.transformer.checkpoint import Checkpoint
 from components.lib.transformer.export import VerificationError
 from components.lora_rft import lora_rft as stage

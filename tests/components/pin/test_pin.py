@@ -24,13 +24,15 @@ from tests.components.lib.transformer import zoo
 def recipe(ratio: float = 0.25, calibration: int = 32, evaluate: int = 32, **fields: object) -> Recipe:
     return Recipe.model_validate(
         {
-            "method": "trsp",
-            "target": {"ratio": ratio},
+            "methods": {"trsp": {"ratio": ratio}},
             "calibration": {"data": "train.txt", "length": calibration},
             "evaluate": {"perplexity": {"test": "test.txt"}, "length": evaluate, "speed": {"enabled": False}},
         }
         | fields
     )
+
+
+NARROW = {"dress": {"ratio": 0.25}}
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +134,7 @@ class TestARefusal:
         assert refused() == f"{release} has no config.json: name the folder of a Hugging Face checkpoint"
 
     def test_of_a_ratio_that_leaves_no_layer(self, refused: Callable[..., str]) -> None:
-        assert "target.ratio 0.95 removes 4 of the model's 4 layers" in refused(recipe(ratio=0.95))
+        assert "methods.trsp.ratio 0.95 removes 4 of the model's 4 layers" in refused(recipe(ratio=0.95))
 
     @pytest.mark.parametrize(
         ("lengths", "field"), [({"calibration": 65}, "calibration.length"), ({"evaluate": 65}, "evaluate.length")]
@@ -153,8 +155,8 @@ class TestARefusal:
     def test_of_channels_that_no_width_leaves(
         self, dress: dict[str, object], said: str, refused: Callable[..., str]
     ) -> None:
-        assert said in refused(recipe(method="dress", dress=dress))
-        assert said in refused(recipe(method=["trsp", "dress"], dress=dress))
+        assert said in refused(recipe(methods={"dress": dress}))
+        assert said in refused(recipe(methods={"trsp": {"ratio": 0.25}, "dress": dress}))
 
     def test_of_a_tensor_whose_channels_are_not_known(self, release: Path, refused: Callable[..., str]) -> None:
         file = min(release.glob("*.safetensors"))
@@ -162,21 +164,16 @@ class TestARefusal:
         index = json.loads((release / "model.safetensors.index.json").read_text())
         index["weight_map"]["model.layers.0.mlp.router.weight"] = file.name
         (release / "model.safetensors.index.json").write_text(json.dumps(index))
-        assert "the tensor model.layers.0.mlp.router.weight holds" in refused(recipe(method="dress"))
+        assert "the tensor model.layers.0.mlp.router.weight holds" in refused(
+            recipe(methods={"dress": {"ratio": 0.25, "axes": ["hidden"]}})
+        )
 
     def test_of_channels_of_a_mixture_of_experts(self, store: Store, tmp_path: Path) -> None:
         mixtral = next(specimen for specimen in zoo.SPECIMENS if specimen.name == "mixtral")
         folder = zoo.release(mixtral.model(layers=4), tmp_path / "mixtral")
         with pytest.raises(Refusal, match="a mixture of experts, from which whole layers can be removed"):
-            pin_folder(folder, recipe(method="dress"), store)
+            pin_folder(folder, recipe(methods=NARROW), store)
         assert stored(store) == []
-
-    def test_none_of_dress_s_ratio_where_it_leaves_no_layer(self, release: Path) -> None:
-        """target.ratio is of layers where layers go."""
-        dress = {"axes": ["ffn"], "ratio": 0.5}
-        assert check_checkpoint(release, recipe(ratio=0.9, method="dress", dress=dress)).layers == 4
-        with pytest.raises(Refusal, match=r"target\.ratio 0\.9 removes 4 of"):
-            check_checkpoint(release, recipe(ratio=0.9, method=["trsp", "dress"], dress=dress))
 
     def test_none_where_the_windows_fit(self, release: Path) -> None:
         assert check_checkpoint(release, recipe(calibration=64)).layers == 4
@@ -227,9 +224,24 @@ class TestAReleaseElsewhere:
             pin_release("owner/model", recipe(), store)
         assert stored(store) == []
 
-    def test_that_is_a_reference_is_pinned_already(self, store: Store) -> None:
-        text = f"s3://bucket/releases/x@sha256:{'a' * 64}"
-        assert str(pin_release(text, recipe(), store)) == text
+    def test_that_is_a_reference_is_pinned_already(self, release: Path, store: Store) -> None:
+        reference = pin_folder(release, recipe(), store)
+        assert pin_release(str(reference), recipe(), store) == reference
+
+    def test_that_is_in_the_store_is_checked_against_this_recipe_too(
+        self, store: Store, fetched: Callable[..., None]
+    ) -> None:
+        """It was stored for another one, and nothing but headers is fetched to see that this one cannot be applied."""
+        fetched()
+        reference = pin_release("owner/model", recipe(), store)
+        fetched(fetch=no_fetch)
+        for source in ("owner/model", str(reference)):
+            with pytest.raises(Refusal, match=r"methods\.trsp\.ratio 0\.95 removes 4 of the model's 4 layers"):
+                pin_release(source, recipe(ratio=0.95), store)
+            with pytest.raises(Refusal, match=r"calibration\.length is 65, and the model reads 64 tokens at most"):
+                pin_release(source, recipe(calibration=65), store)
+            with pytest.raises(Refusal, match="of the axis heads no number near 20% can go"):
+                pin_release(source, recipe(methods={"dress": {"axes": ["heads"], "ratio": 0.2}}), store)
 
 
 class TestAText:

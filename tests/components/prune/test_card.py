@@ -20,13 +20,9 @@ SELECTION = Selection(
 )
 VERIFICATION = {"removed": [1, 3], "layers": 2, "parameters": 8599296, "dtype": "bfloat16", "max_difference": 3.1e-6}
 WIDTHS = Widths(hidden=64, ffn=1024, heads=8, groups=4, head=8)
-CHANNELS = Selection(
-    method="dress", axis="ffn+heads", channels=Channels(ffn=(tuple(range(264)),) * 2, heads=((3,),) * 2)
-)
-BOTH = SELECTION.model_copy(
-    update={"method": "trsp+dress", "axis": "layers+ffn", "channels": Channels(ffn=(tuple(range(264)),) * 4)}
-)
-RECIPE = {"method": "sleb", "target": {"ratio": 0.5}}
+CHANNELS = Selection(method="dress", channels=Channels(ffn=(tuple(range(264)),) * 2, heads=((3,),) * 2))
+BOTH = SELECTION.model_copy(update={"method": "trsp+dress", "channels": Channels(ffn=(tuple(range(264)),) * 4)})
+RECIPE = {"methods": {"sleb": {"ratio": 0.5}}}
 
 
 def card(**changed: Any) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from components.lib.recipe.schema import Target
 from components.lib.transformer.checkpoint import Checkpoint
 from components.lib.transformer.export import VerificationError
 from components.lib.transformer.selection import Channels
@@ -42,8 +41,7 @@ def work(given: Given, out: Path, release: Path | None = None) -> Written:
         given.release,
         given.selection,
         lineage=LINEAGE,
-        method="sleb",
-        target=Target(ratio=0.25),
+        made_by={"methods": {"sleb": {"ratio": 0.25}}},
         out=out,
         journal=journal,
     )

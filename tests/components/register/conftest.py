@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from components.lib.recipe.schema import Recipe
+from components.lib.recipe.loading import parse_recipe
 from components.lib.transformer.layout import Widths
 from components.lib.transformer.selection import Channels, Selection
 from components.register.report import Curves, Report, build, read_curves
@@ -67,8 +67,7 @@ def measurements(layers: int = 9, widths: Widths = WIDTHS) -> dict[str, Any]:
 
 
 RECIPE = """
-method: trsp
-target: {ratio: 0.25}
+methods: {trsp: {ratio: 0.25}}
 calibration: {data: data/wikitext2/calibration.txt, samples: 128, length: 256}
 regularize: {steps: 100}
 evaluate:
@@ -81,6 +80,13 @@ promote:
   parameters_over_dense: 0.8
   prefill_speedup: 1.2
 """
+
+
+def with_methods(**methods: str) -> str:
+    """The recipe of the run with other methods, each with its settings as YAML."""
+    chosen = ", ".join(f"{name}: {settings}" for name, settings in methods.items())
+    return RECIPE.replace("methods: {trsp: {ratio: 0.25}}", f"methods: {{{chosen}}}")
+
 
 RELEASE = {"source": "models/reference-llama", "revision": None, "digest": "sha256:" + "3f9a41c27be0" * 5 + "77d1"}
 REGISTERED = {
@@ -158,14 +164,11 @@ LAYERS = Selection(
 )
 CHANNELS = Selection(
     method="dress",
-    axis="hidden+ffn",
     channels=Channels(
         hidden=tuple(range(0, 256, 4)), ffn=tuple(tuple(range(layer, layer + 3 * 172, 3)) for layer in range(12))
     ),
 )
-BOTH = LAYERS.model_copy(
-    update={"method": "trsp+dress", "axis": "layers+ffn", "channels": Channels(ffn=CHANNELS.channels.ffn)}
-)
+BOTH = LAYERS.model_copy(update={"method": "trsp+dress", "channels": Channels(ffn=CHANNELS.channels.ffn)})
 
 
 def write_run(folder: Path, models: dict[str, Any] | None = None, selection: Selection = LAYERS) -> Path:
@@ -191,7 +194,7 @@ def build_report(folder: Path, recipe: str = RECIPE, **changed: Any) -> Report:
         "registered": REGISTERED,
         "timing": TIMING,
         "environment": ENVIRONMENT,
-        "recipe": Recipe.from_yaml(recipe),
+        "recipe": parse_recipe(recipe),
         "selection": folder / "selection",
         "evaluation": folder / "evaluation",
     }
@@ -204,18 +207,23 @@ NARROWER = {"hidden+ffn": replace(WIDTHS, hidden=192, ffn=512), "layers+ffn": re
 def build_channels(folder: Path, **changed: Any) -> Report:
     """The report of a run that cut hidden and ffn, and no layer."""
     write_run(folder, measurements(12, NARROWER["hidden+ffn"]), CHANNELS)
-    recipe = RECIPE.replace("method: trsp", "method: dress\ndress: {axes: [hidden, ffn]}")
+    recipe = with_methods(dress="{ratio: 0.25, axes: [hidden, ffn]}")
     return build_report(folder, recipe, **changed)
 
 
 def build_both(folder: Path) -> Report:
     """The report of a run that cut layers, and ffn of those that stay."""
     write_run(folder, measurements(9, NARROWER["layers+ffn"]), BOTH)
-    return build_report(folder, RECIPE.replace("method: trsp", "method: [trsp, dress]"))
+    return build_report(folder, with_methods(trsp="{ratio: 0.25}", dress="{ratio: 0.25}"))
 
 
-def curves_of(folder: Path) -> Curves:
-    return read_curves(selection=folder / "selection", regularize=folder / "regularize", recover=folder / "recover")
+def curves_of(folder: Path, recipe: str = RECIPE) -> Curves:
+    return read_curves(
+        parse_recipe(recipe),
+        selection=folder / "selection",
+        regularize=folder / "regularize",
+        recover=folder / "recover",
+    )
 
 
 @pytest.fixture

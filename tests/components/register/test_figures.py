@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from components.lib.methods.trsp.report import Round, gates
 from components.lib.report_parts import Line, Lines, Mark
 from components.register import figures
 from components.register.measured import Measured
-from components.register.method_parts import Round, gates
 from tests.components.register.conftest import measurements, trajectory
 
 MODELS = {name: Measured.model_validate(model) for name, model in measurements().items()}

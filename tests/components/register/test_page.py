@@ -29,6 +29,7 @@ from tests.components.register.conftest import (
     build_report,
     curves_of,
     measurements,
+    with_methods,
     write_run,
 )
 
@@ -127,7 +128,9 @@ class TestChannels:
     """What a run that cut channels shows, with layers and without."""
 
     def test_channels_alone_are_told_axis_by_axis_and_no_layer_is_drawn(self, tmp_path: Path) -> None:
-        page = page_of(build_channels(tmp_path), curves_of(tmp_path))
+        page = page_of(
+            build_channels(tmp_path), curves_of(tmp_path, with_methods(dress="{ratio: 0.25, axes: [hidden, ffn]}"))
+        )
         assert "dress removed 64 of 256 hidden channels and 172 of 684 ffn channels a layer." in page.text
         assert re.search(r"hidden channels of the residual stream[^0-9]+256 192 25 % 64 25 % ffn", page.text)
         assert re.search(r"ffn intermediate [^0-9]+684 512 25\.1 % 172 25 % rounded: a multiple of 8 stays", page.text)
@@ -137,7 +140,9 @@ class TestChannels:
         assert page.tags.count("svg") == 2 + 4 + 1 + 2  # Pareto a text, four training curves, the slices, the recovery
 
     def test_layers_and_channels_are_both_there(self, tmp_path: Path) -> None:
-        page = page_of(build_both(tmp_path), curves_of(tmp_path))
+        page = page_of(
+            build_both(tmp_path), curves_of(tmp_path, with_methods(trsp="{ratio: 0.25}", dress="{ratio: 0.25}"))
+        )
         assert "trsp and dress removed 3 of 12 layers and 172 of 684 ffn channels a layer." in page.text
         assert "layers whole transformer layers 12 9 25 % 3 25 % ffn" in page.text
         assert "in the order of removal: 9, 7, 4" in page.text
@@ -158,9 +163,9 @@ class TestChannels:
         """As in OPT, where only `hidden` was asked for."""
         widths = replace(WIDTHS, hidden=192, heads=6, groups=3)
         channels = Channels(hidden=tuple(range(64)), heads=((3,),) * 12)
-        selection = Selection(method="dress", axis="hidden+heads", channels=channels)
+        selection = Selection(method="dress", channels=channels)
         run = write_run(tmp_path, measurements(12, widths), selection)
-        recipe = RECIPE.replace("method: trsp", "method: dress\ndress: {axes: [hidden], ratio: 0.3}")
+        recipe = with_methods(dress="{axes: [hidden], ratio: 0.3}")
         text = page_of(build_report(run, recipe)).text
         assert "256 192 25 % 64 30 % rounded: a multiple of 8 stays" in text
         assert "4 3 25 % 1 – shrinks with hidden in this family" in text
@@ -169,7 +174,7 @@ class TestChannels:
     def test_thousands_of_channels_are_counted_and_not_listed(self, tmp_path: Path) -> None:
         report = build_channels(tmp_path)
         wide = Channels(ffn=(tuple(range(0, 11008, 4)),) * 32)
-        listed = report.model_copy(update={"selection": Selection(method="dress", axis="ffn", channels=wide)})
+        listed = report.model_copy(update={"selection": Selection(method="dress", channels=wide)})
         assert len(render(listed, Curves())) < 60_000
         assert len(listed.to_json()) > 500_000
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from components.lib.recipe.loading import parse_recipe
 from components.lib.recipe.schema import Recipe
+from components.lib.report_parts import Lines
 from components.register.report import Report, read_curves
 from tests.components.register.conftest import (
     RECIPE,
@@ -19,6 +21,7 @@ from tests.components.register.conftest import (
     build_channels,
     build_report,
     curves_of,
+    with_methods,
     write_lines,
 )
 
@@ -31,7 +34,7 @@ def test_report_json_has_the_fields_that_are_promised(report: Report) -> None:
         "release recipe selection dense candidate champion controls verdict registered timing environment"
     )
     assert told["release"] == RELEASE
-    assert told["selection"]["axis"] == "layers"
+    assert told["selection"]["method"] == "trsp"
     assert told["selection"]["removed"] == [4, 7, 9]
     assert told["selection"]["order"] == [9, 7, 4]
     assert set(told["controls"]) == {"pruned-first", "dense-trained"}
@@ -46,7 +49,7 @@ def test_report_json_has_the_fields_that_are_promised(report: Report) -> None:
 
 def test_the_selection_holds_every_channel_and_each_model_its_widths(tmp_path: Path) -> None:
     told = json.loads(build_channels(tmp_path).to_json())
-    assert told["selection"]["axis"] == "hidden+ffn"
+    assert told["selection"]["method"] == "dress"
     assert told["selection"]["removed"] == []
     assert told["selection"]["channels"]["hidden"] == list(range(0, 256, 4))
     assert [len(layer) for layer in told["selection"]["channels"]["ffn"]] == [172] * 12
@@ -83,24 +86,26 @@ def test_the_champion_is_null_and_controls_are_empty_where_there_are_none(
 
 @pytest.mark.parametrize("method", ["trsp", "sleb", "dress"])
 def test_the_recipe_is_told_with_its_defaults_and_can_be_run_again(run: Path, method: str) -> None:
-    recipe = RECIPE.replace("method: trsp", f"method: {method}")
+    recipe = with_methods(**{method: "{ratio: 0.5}"})
     told = build_report(run, recipe).recipe
-    assert told["regularize"]["learning_rate"] == Recipe.from_yaml(recipe).regularize.learning_rate
-    assert Recipe.model_validate(told) == Recipe.from_yaml(recipe)
-    assert ("gates" in told) == (method == "trsp")
-    assert ("dress" in told) == (method == "dress")
+    assert told["regularize"]["learning_rate"] == parse_recipe(recipe).regularize.learning_rate
+    assert Recipe.model_validate(told) == parse_recipe(recipe)
+    assert [name for name, settings in told["methods"].items() if settings] == [method]
+    assert told["methods"][method]["batch_size"] == 8
 
 
 def test_curves_are_read_by_name_a_repeated_step_once_and_in_order(tmp_path: Path) -> None:
     lines = [{"step": 1, "loss": 4.0}, {"step": 3, "loss": 3.0}, {"step": 2, "loss": 3.5, "kl": math.nan}]
     write_lines(tmp_path / "metrics.jsonl", [*lines, {"step": 3, "loss": 2.5, "kl": 1}])
-    curves = read_curves(selection=tmp_path, regularize=tmp_path)
+    curves = read_curves(parse_recipe(RECIPE), selection=tmp_path, regularize=tmp_path)
     assert curves.regularize == {"loss": [(1, 4.0), (2, 3.5), (3, 2.5)], "kl": [(3, 1.0)]}
-    assert curves.gates == []
+    assert curves.parts == []
     assert curves.recover == {}
 
 
-def test_gates_are_read_with_their_rounds(run: Path) -> None:
-    gates = curves_of(run).gates
-    assert [gates[0].round, gates[-1].round, len(gates)] == [0, 2, 36]
-    assert len(gates[0].gates) == 12
+def test_the_parts_of_the_methods_are_read_from_what_they_left(run: Path) -> None:
+    (gates,) = curves_of(run).parts
+    assert isinstance(gates, Lines)
+    assert gates.summary == "Gates of 12 layers over 36 steps"
+    words = curves_of(run, with_methods(trsp="{ratio: 0.25}", dress="{ratio: 0.25}")).parts
+    assert [part.kind for part in words] == ["lines", "sentence"]

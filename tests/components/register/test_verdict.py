@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 
 from components.lib.errors import Refusal
-from components.lib.recipe.schema import Recipe
+from components.lib.recipe.loading import parse_recipe
 from components.register.measured import Measured, ratio, read_evaluation
 from components.register.verdict import Verdict, judge
 
 BASE = """
-method: trsp
-target: {ratio: 0.25}
+methods: {trsp: {ratio: 0.25}}
 calibration: {data: calibration.txt}
 evaluate:
   perplexity: {near: near.txt, far: far.txt}
@@ -53,7 +52,7 @@ def verdict(rules: str, **changed: Any) -> Verdict:
             del place[leaf]
         else:
             place[leaf] = value
-    recipe = Recipe.from_yaml(BASE.replace("RULES", rules))
+    recipe = parse_recipe(BASE.replace("RULES", rules))
     return judge({name: Measured.model_validate(model) for name, model in models.items()}, recipe)
 
 

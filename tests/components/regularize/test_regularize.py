@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from components.lib.recipe.schema import Regularize
+from components.lib.recipe.training import Regularize
 from components.lib.transformer.checkpoint import Checkpoint
 from components.lib.transformer.surgery import cut_checkpoint
 from components.regularize.regularize import regularize

@@ -10,7 +10,8 @@ from pathlib import Path
 import boto3
 import pytest
 
-from components.lib.recipe.schema import Recipe
+from components.lib.recipe.loading import parse_recipe
+from components.lib.stage.code import Code
 from components.lib.store.runs import Ending
 from components.lib.store.store import Reference, Store
 from components.lib.tracking import client, registry
@@ -22,8 +23,7 @@ from tests.components.lib.transformer.zoo import Specimen
 from tests.components.lib.transformer.zoo import release as make_release
 
 RECIPE = """
-method: shortgpt
-target: {ratio: 0.25}
+methods: {shortgpt: {ratio: 0.25}}
 calibration: {data: TEXT, length: 16}
 regularize: {schedule: none}
 evaluate: {perplexity: {text: TEXT}}
@@ -75,9 +75,28 @@ def test_the_same_question_has_the_same_key(watched: Watched, store: Store) -> N
     assert identify(watched, store) == identify(watched, store)
 
 
-def test_every_part_of_the_key_makes_something_new(
+def on(watched: Watched, *reasons: str) -> Watched:
+    return Watched.model_validate(watched.model_dump() | {"recompress_on": reasons})
+
+
+def test_a_release_is_new_at_another_revision_and_for_no_other_reason_unless_asked(
     watched: Watched, store: Store, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    first = identify(watched, store).key
+    text.write_text("Other words.")
+    assert identify(watched, store).key == first
+    other = watched.model_copy(update={"recipe": watched.recipe.replace("0.25", "0.5")})
+    assert identify(other, store).key == first
+    monkeypatch.setattr(find, "code_of", lambda stage: Code({stage: "other"}, {}))
+    assert identify(watched, store).key == first
+    put(store, "release/config.json", '{"another": "revision"}')
+    assert identify(watched, store).key != first
+
+
+def test_every_part_of_the_key_makes_something_new_if_asked(
+    watched: Watched, store: Store, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = on(watched, "release", "recipe", "code")
     keys = [identify(watched, store).key]
     put(store, "release/config.json", '{"another": "revision"}')
     keys.append(identify(watched, store).key)
@@ -85,19 +104,30 @@ def test_every_part_of_the_key_makes_something_new(
     keys.append(identify(watched, store).key)
     other = watched.model_copy(update={"recipe": watched.recipe.replace("0.25", "0.5")})
     keys.append(identify(other, store).key)
-    monkeypatch.setattr(find, "code_version", lambda stage: f"other code of {stage}")
+    monkeypatch.setattr(find, "code_of", lambda stage: Code({stage: "other"}, {}))
     keys.append(identify(watched, store).key)
     assert len(set(keys)) == len(keys)
 
 
-def test_the_watchers_own_code_is_no_part_of_the_key(
+def test_the_code_is_that_of_the_stages_that_shape_a_version(
     watched: Watched, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(find, "code_version", lambda stage: asked.append(stage) or "code")
-    identify(watched, store)
-    assert {"pin", "learn_gates", "prune", "evaluate", "register"} <= set(asked)
+
+    def code_of(stage: str) -> Code:
+        asked.append(stage)
+        return Code({}, {})
+
+    monkeypatch.setattr(find, "code_of", code_of)
+    identify(on(watched, "release", "code"), store)
+    assert {"learn_gates", "prune", "evaluate"} <= set(asked)
     assert not {"watch", "promote", "finish"} & set(asked)
+
+
+def test_the_policy_always_holds_the_release(watched: Watched) -> None:
+    with pytest.raises(ValueError, match="always holds release"):
+        on(watched, "recipe")
+    assert on(watched, "code", "release").recompress_on == on(watched, "release", "code").recompress_on
 
 
 def test_a_text_is_known_by_its_content_wherever_it_lies(watched: Watched, store: Store, text: Path) -> None:
@@ -114,7 +144,7 @@ def test_a_folder_is_known_by_the_digest_that_it_has_in_the_store(
     folder = make_release(Specimen("llama", "llama").model(layers=4), tmp_path / "model")
     (folder / "pytorch_model.bin").write_text("is no part of a release")
     item = identify(watched.model_copy(update={"release": str(folder)}), store)
-    recipe = Recipe.from_yaml(watched.recipe, ["evaluate.speed.enabled=false"])  # its prompt is too long for this model
+    recipe = parse_recipe(watched.recipe, ["evaluate.speed.enabled=false"])  # its prompt is too long for this model
     assert item.revision == pin_folder(folder, recipe, store).digest
     (folder / "generation_config.json").write_text("{}")
     assert identify(watched.model_copy(update={"release": str(folder)}), store).key != item.key
@@ -177,7 +207,7 @@ def test_what_was_registered_while_it_was_being_claimed_is_left_alone(
     item = identify(watched, store)
     register(item.name, item.key)
     assert take(item, claims) is None
-    assert store.texts(f"claims/{item.name}/{item.key}") == {}
+    assert store.texts(f"claims/{item.name}/{item.claim}") == {}
 
 
 def test_a_version_that_a_person_deleted_is_made_again(watched: Watched, store: Store, claims: Claims) -> None:
@@ -192,7 +222,7 @@ def test_a_lasting_failure_is_told_until_the_recipe_changes(watched: Watched, st
     item = identify(watched, store)
     run = take(item, claims)
     assert run
-    claims.fail(item.name, item.key, run, Ending(succeeded=False, stage="pin", reason="no such family", lasting=True))
+    claims.fail(item.name, item.claim, run, Ending(succeeded=False, stage="pin", reason="no such family", lasting=True))
     assert (look(watched, store, claims).state, look(watched, store, claims).detail) == (
         "failed",
         "pin: no such family",

@@ -17,15 +17,15 @@ from typing import Any
 import pytest
 
 from components.lib.errors import StageFailed
-from components.lib.recipe.schema import Recipe, methods
+from components.lib.methods import known_methods
+from components.lib.recipe.loading import load_recipe
 from pipeline.cli import main as cli
 from pipeline.recipes import RECIPES, find_recipe
 from pipeline.runners.run import Result
 from tests.components.lib.transformer import zoo
 
 RECIPE = """
-method: trsp
-target: {ratio: 0.25}
+methods: {trsp: {ratio: 0.25}}
 calibration: {data: TEXT, samples: 4, length: 32}
 evaluate: {perplexity: {test: TEXT}, speed: {enabled: false}, controls: [pruned-first]}
 """
@@ -106,14 +106,16 @@ class TestBadInput:
         return edit
 
     def test_an_unknown_field_with_the_nearest_known_one(self, refusal: Callable[..., str]) -> None:
-        said = refusal("--set", "target.ratoi=0.5")
-        assert said == "the recipe's field 'target.ratoi' is not known: did you mean 'ratio'?"
+        said = refusal("--set", "methods.trsp.ratoi=0.5")
+        assert said == "the recipe's field 'methods.trsp.ratoi' is not known: did you mean 'ratio'?"
 
     def test_a_recipe_that_is_not_there(self, refusal: Callable[..., str]) -> None:
         assert refusal(recipe="nothing.yaml").startswith("the recipe nothing.yaml cannot be read")
 
     def test_a_ratio_that_removes_every_layer(self, refusal: Callable[..., str]) -> None:
-        assert refusal("--set", "target.ratio=0.95").startswith("target.ratio 0.95 removes 4 of the model's 4 layers")
+        assert refusal("--set", "methods.trsp.ratio=0.95").startswith(
+            "methods.trsp.ratio 0.95 removes 4 of the model's 4 layers"
+        )
 
     def test_a_folder_without_a_config(self, release: Path, refusal: Callable[..., str]) -> None:
         (release / "config.json").unlink()
@@ -245,15 +247,15 @@ class TestARun:
         assert ended.printed.splitlines()[-2:] == ["home/runs/one/report.html", "home/runs/one/report.json"]
 
     def test_is_given_the_recipe_with_its_overrides(self, calls: list[Any], espalier: Espalier, recipe: Path) -> None:
-        overrides = ("--set", "target.ratio=0.5", "--set", "calibration.seed=7")
+        overrides = ("--set", "methods.trsp.ratio=0.5", "--set", "calibration.seed=7")
         espalier("run", recipe, "--model", "owner/model", "--name", "small", *overrides, "--home", "here")
         given, model, name, home, *_ = calls[-1]
-        assert (given.target.ratio, given.calibration.seed) == (0.5, 7)
+        assert (given.methods.chosen[0].asked("layers"), given.calibration.seed) == (0.5, 7)
         assert (model, name, home) == ("owner/model", "small", Path("here"))
 
     def test_takes_a_shipped_recipe_by_its_name(self, calls: list[Any], espalier: Espalier) -> None:
         espalier("run", "sleb", "--model", "owner/model", "--name", "small")
-        assert calls[-1][0] == Recipe.load(RECIPES / "sleb.yaml")
+        assert calls[-1][0] == load_recipe(RECIPES / "sleb.yaml")
 
     def test_whose_stage_broke_says_so_and_that_the_rest_is_kept(
         self, calls: list[Any], espalier: Espalier, recipe: Path
@@ -288,7 +290,7 @@ class TestARecipesName:
     def test_is_listed_with_what_it_does(self, espalier: Espalier) -> None:
         ended = espalier("recipes")
         assert ended.status == 0
-        for method in methods():
+        for method in known_methods():
             assert str(RECIPES / f"{method}.yaml") in ended.printed
 
 

@@ -5,12 +5,11 @@ from pathlib import Path
 import pytest
 
 from components.lib.errors import Refusal
-from components.lib.recipe.schema import Recipe
+from components.lib.recipe.loading import parse_recipe
 from pipeline.cli.sources import load_sources, one_by_one
 
 RECIPE = """
-method: sleb
-target: {ratio: 0.25}
+methods: {sleb: {ratio: 0.25}}
 calibration: {data: {hub: owner/text}}
 regularize: {schedule: none}
 evaluate: {perplexity: {text: {hub: owner/text}}}
@@ -32,7 +31,7 @@ def listed(folder: Path, text: str) -> Path:
 
 def ratios(path: Path, recipe: str | None = None) -> dict[str, float]:
     return {
-        one.release: Recipe.from_yaml(one.recipe).target.ratio
+        one.release: parse_recipe(one.recipe).methods.chosen[0].asked("layers")
         for one in load_sources(path, recipe, lambda name: Path(name))
     }
 
@@ -45,7 +44,7 @@ def test_recipes_lie_beside_the_list_and_a_source_may_have_its_own(folder: Path)
         sources:
           - {release: owner/a, name: a}
           - {release: owner/b, name: b, recipe: half.yaml}
-          - {release: owner/c, name: c, set: [target.ratio=0.75]}
+          - {release: owner/c, name: c, set: [methods.sleb.ratio=0.75]}
         """,
     )
     assert ratios(path) == {"owner/a": 0.25, "owner/b": 0.5, "owner/c": 0.75}
@@ -78,9 +77,11 @@ def test_a_list_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 def test_sources_of_the_command_line_share_name_and_recipe(folder: Path) -> None:
-    found = one_by_one(["owner/a", "owner/b"], "small", "recipe.yaml", ["target.ratio=0.5"], lambda name: folder / name)
+    found = one_by_one(
+        ["owner/a", "owner/b"], "small", "recipe.yaml", ["methods.sleb.ratio=0.5"], lambda name: folder / name
+    )
     assert [(one.release, one.name) for one in found] == [("owner/a", "small"), ("owner/b", "small")]
-    assert Recipe.from_yaml(found[0].recipe).target.ratio == 0.5
+    assert parse_recipe(found[0].recipe).methods.chosen[0].asked("layers") == 0.5
 
 
 @pytest.mark.parametrize(("name", "recipe", "missing"), [(None, "recipe.yaml", "--name"), ("small", None, "--recipe")])

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from components.lib.recipe.schema import Recipe
+from components.lib.methods.trsp import Trsp
+from components.lib.recipe.loading import load_recipe
 from components.lib.training.journal import Silent
-from components.lib.transformer.checkpoint import Checkpoint, layers_to_remove, load_model, load_tokenizer
+from components.lib.transformer.checkpoint import Checkpoint, load_model, load_tokenizer
 from components.lib.transformer.perplexity import perplexity
 from components.lib.transformer.text import consecutive_windows, draw_windows, read_documents, token_stream
 from pipeline.demo import release as demo
@@ -120,11 +121,13 @@ def test_what_is_killed_leaves_nothing_and_what_is_half_there_is_made_anew(tmp_p
 
 
 def test_the_overrides_make_a_recipe_that_the_release_can_serve(release: demo.DemoRelease) -> None:
-    recipe = Recipe.load(TRSP, [*demo.OVERRIDES, *release.overrides()])
+    recipe = load_recipe(TRSP, [*demo.OVERRIDES, *release.overrides()])
     assert [Path(text.path or "").is_file() for _, text in recipe.texts()] == [True, True, True]
     assert recipe.calibration.length <= demo.WINDOW
     assert recipe.evaluate.speed.prompt + recipe.evaluate.speed.generate <= demo.WINDOW
-    assert layers_to_remove(recipe.target.ratio, demo.SHAPE["num_hidden_layers"]) == 2
+    (method,) = recipe.methods.chosen
+    assert isinstance(method, Trsp)
+    assert method.count(demo.SHAPE["num_hidden_layers"]) == 2
 
     stream = token_stream(read_documents(release.text("calibration")), load_tokenizer(release.model))
     windows = draw_windows(stream, recipe.calibration.samples, recipe.calibration.length, recipe.calibration.seed)

@@ -13,7 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 from components.lib.errors import Refusal
-from components.lib.recipe.schema import Recipe
+from components.lib.recipe.loading import parse_recipe
 from pipeline.cli.main import app
 from pipeline.kubeflow import schedule
 from pipeline.kubeflow.client import KubeflowClient
@@ -260,13 +260,13 @@ class TestTheVerbs:
     @pytest.fixture
     def sources(self, tmp_path: Path) -> Path:
         text = {"hub": "owner/text"}
-        recipe = {"method": "sleb", "target": {"ratio": 0.25}, "calibration": {"data": text}}
+        recipe = {"methods": {"sleb": {"ratio": 0.25}}, "calibration": {"data": text}}
         (tmp_path / "recipe.yaml").write_text(
             yaml.safe_dump(recipe | {"evaluate": {"perplexity": {"text": text}}, "regularize": {"schedule": "none"}})
         )
         path = tmp_path / "sources.yaml"
         path.write_text(
-            "recipe: recipe.yaml\nsources:\n  - {release: owner/model, name: small, set: [target.ratio=0.5]}\n"
+            "recipe: recipe.yaml\nsources:\n  - {release: owner/model, name: small, set: [methods.sleb.ratio=0.5]}\n"
         )
         return path
 
@@ -282,7 +282,7 @@ class TestTheVerbs:
         assert server.experiments[0].display_name == "nights"
         (watched,) = kept.runtime_config.parameters["sources"]
         assert (watched["release"], watched["name"]) == ("owner/model", "small")
-        assert Recipe.from_yaml(watched["recipe"]).target.ratio == 0.5
+        assert parse_recipe(watched["recipe"]).methods.chosen[0].asked("layers") == 0.5
         shown = say("show")
         assert NIGHTLY in shown
         assert "enabled" in shown

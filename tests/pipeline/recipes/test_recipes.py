@@ -13,7 +13,11 @@ from pydantic import BaseModel
 
 import pipeline
 from components.lib.errors import Refusal
-from components.lib.recipe.schema import Recipe, Text, methods
+from components.lib.methods import known_methods
+from components.lib.methods.dress import Dress
+from components.lib.recipe.choices import ChosenMethods, ChosenTransfer
+from components.lib.recipe.loading import load_recipe, parse_recipe
+from components.lib.recipe.schema import Recipe, Text
 
 RECIPES = sorted((Path(pipeline.__file__).parent / "recipes").glob("*.yaml"))
 WHOLE = ["trsp", "dress"]
@@ -25,10 +29,14 @@ def settings(path: Path) -> dict[str, Any]:
 
 
 def leaves(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every field that is no section, by its dotted name, with its default (`...` where it has none)."""
+    """Every field that is no section, by its dotted name, with its default (`...` if it has none); the methods' left out."""
     for name, field in kind.model_fields.items():
         annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation is not Text:
+        if isinstance(annotation, type) and issubclass(annotation, ChosenMethods):
+            continue
+        if isinstance(annotation, type) and issubclass(annotation, ChosenTransfer):
+            yield f"{prefix}{name}", "none"
+        elif isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation is not Text:
             yield from leaves(annotation, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", ... if field.is_required() else field.default
@@ -42,11 +50,11 @@ def value(settings: Mapping[str, Any], dotted: str) -> Any:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_shipped_recipe_is_valid_and_named_after_its_method(path: Path) -> None:
-    assert Recipe.load(path).method == path.stem
+    assert [method.name for method in load_recipe(path).methods.chosen] == [path.stem]
 
 
 def test_every_method_ships_a_recipe() -> None:
-    assert {path.stem for path in RECIPES} >= set(methods())
+    assert {path.stem for path in RECIPES} >= set(known_methods())
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -58,9 +66,9 @@ def test_the_first_line_says_what_the_recipe_is(path: Path) -> None:
 
 
 def of(method: str) -> Iterator[tuple[str, Any]]:
-    """Every field that a method has a use for."""
-    foreign = {"trsp": "dress", "dress": "gates"}[method]
-    return (leaf for leaf in leaves(Recipe) if leaf[0].split(".")[0] != foreign)
+    """Every field of the recipe of a method."""
+    yield from leaves(known_methods()[method], f"methods.{method}.")
+    yield from leaves(Recipe)
 
 
 @pytest.mark.parametrize("method", WHOLE)
@@ -79,20 +87,24 @@ def test_a_papers_recipe_ships_the_defaults(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", WHOLE)
-def test_layers_and_channels_are_one_word_away(method: str) -> None:
-    path = RECIPES[0].with_stem(method)
-    assert "[trsp, dress]" in next(line for line in path.read_text().splitlines() if line.startswith("method:"))
-    assert Recipe.load(path, ["method=[trsp, dress]"]).methods == ("trsp", "dress")
+def test_layers_and_channels_are_one_override_away(method: str) -> None:
+    (other,) = {*WHOLE} - {method}
+    recipe = load_recipe(RECIPES[0].with_stem(method), [f"methods.{other}.ratio=0.25"])
+    assert [chosen.name for chosen in recipe.methods.chosen] == ["trsp", "dress"]
 
 
 @pytest.mark.parametrize("path", BASELINES, ids=lambda path: path.stem)
-def test_a_baseline_regularises_nothing_and_learns_no_gates(path: Path) -> None:
-    assert Recipe.load(path).regularize.schedule == "none"
-    assert "gates" not in settings(path)
+def test_a_baseline_regularises_nothing(path: Path) -> None:
+    assert load_recipe(path).regularize.schedule == "none"
 
 
 @pytest.mark.parametrize("path", BASELINES, ids=lambda path: path.stem)
-@pytest.mark.parametrize("section", ["target", "calibration", "recover", "evaluate", "promote"])
+def test_a_baseline_names_every_setting_of_its_method(path: Path) -> None:
+    assert settings(path)["methods"][path.stem].keys() == known_methods()[path.stem].model_fields.keys()
+
+
+@pytest.mark.parametrize("path", BASELINES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("section", ["calibration", "recover", "evaluate", "promote"])
 def test_a_baseline_names_every_field_of_the_sections_it_uses(path: Path, section: str) -> None:
     shipped = settings(path)
     for name, _ in leaves(Recipe):
@@ -102,17 +114,17 @@ def test_a_baseline_names_every_field_of_the_sections_it_uses(path: Path, sectio
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_quality_is_reported_on_another_domain_too(path: Path) -> None:
-    recipe = Recipe.load(path)
+    recipe = load_recipe(path)
     assert any(text.hub != recipe.calibration.data.hub for text in recipe.evaluate.perplexity.values())
 
 
 def test_the_verdicts_of_the_shipped_recipes_compare() -> None:
     """One set of texts, and of rules of quality, or the methods could not be told apart; as fast as fewer layers narrow ones are not."""
-    recipes = [Recipe.load(path) for path in RECIPES]
+    recipes = [load_recipe(path) for path in RECIPES]
     rules = [recipe.promote.model_dump() for recipe in recipes]
     assert len({repr(recipe.evaluate) for recipe in recipes}) == 1
     assert len({repr({name: rule for name, rule in one.items() if "speedup" not in name}) for one in rules}) == 1
-    assert len({repr(one) for one, recipe in zip(rules, recipes, strict=True) if recipe.methods != ("dress",)}) == 1
+    assert len({repr(one) for one, recipe in zip(rules, recipes, strict=True) if recipe.removes_layers}) == 1
 
 
 class TestChannelsOnTheCommandLine:
@@ -123,43 +135,54 @@ class TestChannelsOnTheCommandLine:
     @pytest.mark.parametrize(
         ("override", "ratios"),
         [
-            ("dress.axes=[ffn,hidden]", {"ffn": 0.25, "hidden": 0.25}),
-            ("dress.ratio=0.5", {"ffn": 0.5}),
-            ("dress.ratio={ffn: 0.5}", {"ffn": 0.5}),
-            ("dress.ratio.ffn=0.5", {"ffn": 0.5}),
-            ("dress={axes: [ffn, heads], ratio: {ffn: 0.5, heads: 0.25}}", {"ffn": 0.5, "heads": 0.25}),
+            ("methods.dress.axes=[ffn,hidden]", {"ffn": 0.25, "hidden": 0.25}),
+            ("methods.dress.ratio=0.5", {"ffn": 0.5}),
+            ("methods.dress.ratio={ffn: 0.5}", {"ffn": 0.5}),
+            ("methods.dress.ratio.ffn=0.5", {"ffn": 0.5}),
+            ("methods.dress={axes: [ffn, heads], ratio: {ffn: 0.5, heads: 0.25}}", {"ffn": 0.5, "heads": 0.25}),
         ],
     )
     def test_a_list_or_a_mapping_is_taken(self, override: str, ratios: dict[str, float]) -> None:
-        recipe = Recipe.load(self.DRESS, [override])
-        assert recipe.dress.ratios(recipe.target.ratio) == ratios
-        assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+        recipe = load_recipe(self.DRESS, [override])
+        (dress,) = recipe.methods.chosen
+        assert isinstance(dress, Dress)
+        assert dress.ratios == ratios
+        assert parse_recipe(recipe.to_yaml()) == recipe
 
     @pytest.mark.parametrize(
         ("override", "said"),
         [
-            ("dress.axes=ffn", "the recipe's field 'dress.axes' is 'ffn': input should be a valid list"),
             (
-                "dress.axes=[fnn]",
-                "the recipe's field 'dress.axes.0' is 'fnn': input should be 'hidden', 'ffn' or 'heads'",
-            ),
-            ("dress.ratio={ffn: 2}", "the recipe's field 'dress.ratio.ffn' is 2: input should be less than 1"),
-            (
-                "dress.ratio={fnn: 0.5}",
-                "the recipe's field 'dress.ratio.fnn' is 'fnn': input should be 'hidden', 'ffn' or 'heads'",
+                "methods.dress.axes=ffn",
+                "the recipe's field 'methods.dress.axes' is 'ffn': input should be a valid list",
             ),
             (
-                "dress.ratio={ffn: 0.5, heads: 0.25}",
-                "the recipe's dress: dress.ratio names ['ffn', 'heads'] and dress.axes ['ffn']: name the same axes in both",
+                "methods.dress.axes=[fnn]",
+                "the recipe's field 'methods.dress.axes.0' is 'fnn': input should be 'hidden', 'ffn' or 'heads'",
             ),
-            ("dress.channel=random", "the recipe's field 'dress.channel' is not known: did you mean 'channels'?"),
             (
-                "method=trsp",
-                "the recipe's method 'trsp' chooses no channels: remove the section 'dress', or add dress to method",
+                "methods.dress.ratio={ffn: 2}",
+                "the recipe's field 'methods.dress.ratio.ffn' is 2: input should be less than 1",
             ),
-            ("gates.steps=3", "the recipe's method 'dress' learns no gates: remove the section 'gates'"),
+            (
+                "methods.dress.ratio={fnn: 0.5}",
+                "the recipe's field 'methods.dress.ratio.fnn' is 'fnn': input should be 'hidden', 'ffn' or 'heads'",
+            ),
+            (
+                "methods.dress.ratio={ffn: 0.5, heads: 0.25}",
+                "the recipe's methods.dress: ratio names ['ffn', 'heads'] and axes ['ffn']: name the same axes in both",
+            ),
+            (
+                "methods.dress.channel=random",
+                "the recipe's field 'methods.dress.channel' is not known: did you mean 'channels'?",
+            ),
+            (
+                "methods.dress.shortlist=3",
+                "the recipe's field 'methods.dress.shortlist' is not known: known there are axes, ratio, channels, multiple, batch_size, seed",
+            ),
+            ("methods.dress=null", "the recipe's methods: methods names none: name one of dress, shortgpt, sleb, trsp"),
         ],
     )
     def test_what_is_wrong_is_one_sentence_without_the_types_that_were_tried(self, override: str, said: str) -> None:
         with pytest.raises(Refusal, match=f"^{re.escape(said)}$"):
-            Recipe.load(self.DRESS, [override])
+            load_recipe(self.DRESS, [override])

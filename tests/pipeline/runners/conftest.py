@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from components.lib.recipe.loading import parse_recipe
 from components.lib.recipe.schema import Recipe
 
 RECIPE = """
-method: trsp
-target: {ratio: 0.25}
+methods: {trsp: {ratio: 0.25}}
 calibration: {data: TEXT, samples: 2, length: 8}
 evaluate: {perplexity: {one: TEXT}}
 """
@@ -22,7 +22,7 @@ evaluate: {perplexity: {one: TEXT}}
 def recipe(tmp_path: Path) -> Recipe:
     text = tmp_path / "text.txt"
     text.write_text("a line of text\n" * 50)
-    return Recipe.from_yaml(RECIPE.replace("TEXT", str(text)))
+    return parse_recipe(RECIPE.replace("TEXT", str(text)))
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from components.lib.errors import Refusal, StageFailed
+from components.lib.recipe.loading import parse_recipe
 from components.lib.recipe.schema import Recipe
 from components.lib.store.runs import leave_failure
 from components.lib.store.store import Store
@@ -76,7 +77,7 @@ def test_a_clusters_run_sees_references_alone(
     sent = cluster.runs[0].runtime_config.parameters
     assert set(sent) == {"release", "recipe", "name", "run"}
     assert str(tmp_path) not in json.dumps(sent)
-    for _, text in Recipe.from_yaml(sent["recipe"]).texts():
+    for _, text in parse_recipe(sent["recipe"]).texts():
         assert (text.path or "").startswith("s3://")
 
 

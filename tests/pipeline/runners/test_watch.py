@@ -23,8 +23,7 @@ from pipeline.runners import watch as watch_local
 from pipeline.runners.watch import Outcome, watch_once
 
 RECIPE = """
-method: sleb
-target: {ratio: 0.25}
+methods: {sleb: {ratio: 0.25}}
 calibration: {data: TEXT, length: 16}
 regularize: {schedule: none}
 evaluate: {perplexity: {text: TEXT}}

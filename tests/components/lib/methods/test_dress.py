@@ -9,12 +9,11 @@ import torch
 from transformers import PreTrainedModel
 
 from components.lib.errors import Refusal
-from components.lib.methods import Task, load
-from components.lib.recipe.schema import Dress, Gates, Target
+from components.lib.methods.dress import Dress
 from components.lib.training.journal import Journal, Silent
 from components.lib.transformer.gates import skipped
 from components.lib.transformer.layout import Axis
-from components.lib.transformer.selection import AXES, Channels, Selection
+from components.lib.transformer.selection import AXES, NOTHING, Channels, Selection
 from tests.components.lib.training.tiny import Written, chosen, counting, llama, same, weights
 from tests.components.lib.transformer.zoo import FFN_ONLY, NARROWABLE, Specimen, scale_slices, widths_of
 
@@ -37,15 +36,14 @@ def choose(
     **fields: Any,
 ) -> Selection:
     dress = Dress(**{"channels": channels, "axes": axes, "ratio": 0.5, "multiple": 4} | fields)
-    task = Task(Target(ratio=0.25), Gates(batch_size=8), dress, **({"before": before} if before else {}))
-    return load("dress")(model, counting(), task, journal=journal or Silent(), out=None)
+    return dress.choose(model, counting(), before or NOTHING, journal=journal or Silent(), out=None)
 
 
 @pytest.mark.parametrize("way", WAYS)
 class TestEveryWay:
     def test_chooses_as_many_of_every_layer_as_the_ratios_ask_for(self, model: PreTrainedModel, way: str) -> None:
         selection = choose(model, way, ratio={"hidden": 0.25, "ffn": 0.75, "heads": 0.5})
-        assert (selection.method, selection.axis, selection.removed) == ("dress", "hidden+ffn+heads", ())
+        assert (selection.method, selection.channels.axes, selection.removed) == ("dress", AXES, ())
         assert len(selection.channels.hidden) == 8
         assert [len(gone) for gone in selection.channels.ffn] == [36] * LAYERS
         assert [len(gone) for gone in selection.channels.heads] == [1] * LAYERS
@@ -54,16 +52,12 @@ class TestEveryWay:
 
     def test_chooses_of_the_axes_asked_for_alone(self, model: PreTrainedModel, way: str) -> None:
         selection = choose(model, way, axes=("ffn",))
-        assert selection.axis == "ffn"
         assert selection.channels.axes == ("ffn",)
 
     @pytest.mark.parametrize("specimen", FFN_ONLY, ids=str)
     def test_chooses_ffn_channels_of_a_model_with_tensors_beside_its_layout(self, specimen: Specimen, way: str) -> None:
         selection = choose(specimen.model(LAYERS), way, axes=("ffn",))
         assert [len(set(gone)) for gone in selection.channels.ffn] == [24] * LAYERS
-
-    def test_takes_the_target_s_ratio_where_it_has_none(self, model: PreTrainedModel, way: str) -> None:
-        assert choose(model, way, axes=("ffn",), ratio=None).channels.count("ffn") == 12
 
     def test_leaves_the_model_as_it_was(self, model: PreTrainedModel, way: str) -> None:
         before = weights(model)
@@ -77,7 +71,7 @@ class TestEveryWay:
     def test_keeps_what_was_chosen_before(self, model: PreTrainedModel, way: str) -> None:
         before = Selection(method="trsp", removed=(0, 2), order=(2, 0), scores={"gate": (0.1, 1.0, 0.2)})
         selection = choose(model, way, axes=("ffn",), before=before)
-        assert (selection.method, selection.axis) == ("trsp+dress", "layers+ffn")
+        assert (selection.method, selection.channels.axes) == ("trsp+dress", ("ffn",))
         assert (selection.removed, selection.order, selection.scores) == (before.removed, before.order, before.scores)
         assert len(selection.channels.ffn) == LAYERS
 
@@ -157,6 +151,13 @@ class TestActivation:
         choose(model, journal=journal)
         assert [done for done, _ in journal.done] == [8, 16, 24]
         assert {total for _, total in journal.done} == {24}
+
+    def test_is_measured_in_batches_of_its_own_size(self, model: PreTrainedModel) -> None:
+        """The choice stays the same."""
+        journal = Written()
+        found = choose(model, journal=journal, batch_size=12)
+        assert [done for done, _ in journal.done] == [12, 24]
+        assert found == choose(model)
 
 
 def test_what_cannot_be_cut_is_refused(model: PreTrainedModel) -> None:

@@ -2,51 +2,32 @@
 
 from __future__ import annotations
 
-import itertools
-import json
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from components.lib.methods import Task, load
-from components.lib.recipe.schema import Gates, Objective, Regularize, Target, methods
-from components.lib.training.journal import Silent
-from components.lib.training.regularize import regularize
-from components.lib.transformer.gates import skipped, watched
-from components.lib.transformer.perplexity import perplexity
-from components.lib.transformer.selection import Selection
-from tests.components.lib.training.tiny import Written, chosen, counting, llama, same, weights
-
-LAYERS = 6
+from components.lib.errors import Refusal
+from components.lib.methods import LayerMethod, known_methods
+from components.lib.transformer.checkpoint import PrunableCheckpoint
+from components.lib.transformer.gates import watched
+from components.lib.transformer.removal import Removal
+from tests.components.lib.methods.layers import LAYERS, OF_LAYERS, choose, cost
+from tests.components.lib.training.tiny import Written, counting, same, weights
+from tests.components.lib.transformer.zoo import SPECIMENS, release
 
 
-@pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
-    """A model that counts, and whose layers 1 and 4 it can do without."""
-    objective = Objective(lm=1, kl=0, state=0)
-    settings = Regularize(
-        steps=80, learning_rate=3e-3, precision="fp32", objective=objective, schedule="penalty", strength=1.0, ramp=0.1
-    )
-    return regularize(llama(LAYERS), None, counting(), chosen(1, 4), settings)
+def of_layers(name: str, ratio: float) -> LayerMethod:
+    """A method of layers with its ratio."""
+    made = known_methods()[name](ratio=ratio)
+    assert isinstance(made, LayerMethod)
+    return made
 
 
-def task(count: int, **gates: Any) -> Task:
-    return Task(Target(ratio=count / LAYERS), Gates(batch_size=8, **gates))
-
-
-def choose(model: LlamaForCausalLM, method: str, count: int, **gates: Any) -> Selection:
-    return load(method)(model, counting(), task(count, **gates), journal=Silent(), out=None)
-
-
-def cost(model: LlamaForCausalLM, layers: tuple[int, ...]) -> float:
-    with skipped(model, layers):
-        return perplexity(model, counting())
-
-
-@pytest.mark.parametrize("method", [method for method in methods() if method != "dress"])
+@pytest.mark.parametrize("method", OF_LAYERS)
 class TestEveryMethodOfLayers:
     @pytest.mark.parametrize("count", [1, 3, LAYERS - 1])
     def test_chooses_as_many_layers_as_asked(self, model: LlamaForCausalLM, method: str, count: int) -> None:
@@ -71,16 +52,61 @@ class TestEveryMethodOfLayers:
 
     def test_tells_its_progress_to_the_end(self, model: LlamaForCausalLM, method: str) -> None:
         journal = Written()
-        load(method)(model, counting(), task(2, steps=2), journal=journal, out=None)
+        choose(model, method, 2, journal=journal, steps=2)
         done, total = zip(*journal.done, strict=True)
         assert list(done) == sorted(set(done))
         assert done[-1] == total[-1]
         assert len(set(total)) == 1
 
+    @pytest.mark.parametrize(
+        ("ratio", "layers", "count"), [(0.25, 12, 3), (0.5, 5, 3), (0.2, 32, 6), (0.21, 32, 7), (0.01, 12, 1)]
+    )
+    def test_rounds_its_ratio_to_whole_layers_and_at_least_one(
+        self, method: str, ratio: float, layers: int, count: int
+    ) -> None:
+        assert of_layers(method, ratio).count(layers) == count
 
-def test_an_unknown_method_is_none_of_ours() -> None:
-    with pytest.raises(ModuleNotFoundError):
-        load("none-such")
+    @pytest.mark.parametrize(("ratio", "layers"), [(0.99, 12), (0.5, 1), (0.75, 2)])
+    def test_refuses_a_ratio_that_leaves_no_layer(self, method: str, ratio: float, layers: int) -> None:
+        with pytest.raises(
+            Refusal, match=rf"methods\.{method}\.ratio {ratio} removes {layers} of the model's {layers}"
+        ):
+            of_layers(method, ratio).count(layers)
+
+    def test_refuses_the_checkpoint_before_the_work(self, method: str, tmp_path: Path) -> None:
+        release(SPECIMENS[0].model(layers=4), tmp_path)
+        checkpoint = PrunableCheckpoint.open(tmp_path)
+        of_layers(method, 0.75).check(checkpoint)
+        with pytest.raises(Refusal, match=rf"methods\.{method}\.ratio 0\.9 removes 4 of the model's 4 layers"):
+            of_layers(method, 0.9).check(checkpoint)
+
+    def test_tells_the_part_it_was_asked_for_and_why_another_was_removed(self, method: str) -> None:
+        made = of_layers(method, 0.3)
+        assert (made.asked("layers"), made.asked("ffn")) == (0.3, None)
+        assert made.rounding(Removal("layers", 12, 8)) == "rounded to whole layers"
+
+    def test_explains_the_scores_that_it_leaves(self, model: LlamaForCausalLM, method: str) -> None:
+        assert choose(model, method, 1, steps=2).scores.keys() == known_methods()[method].scores.keys()
+
+
+@pytest.mark.parametrize("name", known_methods())
+def test_a_method_s_name_is_its_file_s_and_its_settings_are_documented(name: str) -> None:
+    kind = known_methods()[name]
+    assert kind.__module__ == f"components.lib.methods.{name}"
+    assert kind.title
+    assert all(field.description for field in kind.model_fields.values())
+
+
+@pytest.mark.parametrize("name", known_methods())
+def test_a_method_has_a_batch_size_of_its_own(name: str) -> None:
+    assert known_methods()[name](ratio=0.5).model_dump()["batch_size"] == 8
+    assert known_methods()[name](ratio=0.5, batch_size=2).model_dump()["batch_size"] == 2
+
+
+def test_settings_are_read_without_torch() -> None:
+    """A recipe is checked on a laptop in the time of a keystroke."""
+    said = "import sys, components.lib.recipe.schema; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", said], check=True)
 
 
 class TestSleb:
@@ -90,6 +116,11 @@ class TestSleb:
         assert cost(model, (first, second)) == min(
             cost(model, (first, other)) for other in range(LAYERS) if other != first
         )
+
+    def test_measures_in_batches_of_its_own_size(self, model: LlamaForCausalLM) -> None:
+        one, other = (choose(model, "sleb", 2, batch_size=size) for size in (5, 8))
+        assert one.order == other.order
+        assert one.scores["perplexity"] == pytest.approx(other.scores["perplexity"], rel=1e-5)
 
 
 class TestShortGPT:
@@ -101,29 +132,9 @@ class TestShortGPT:
         assert selection.scores["block_influence"] == pytest.approx(expected, abs=1e-5)
         assert list(selection.order) == sorted(range(LAYERS), key=expected.__getitem__)[:2]
 
-
-class TestTrsp:
-    @pytest.mark.parametrize("strategy", ["iterative", "one-shot"])
-    @pytest.mark.parametrize("placement", ["branch", "output"])
-    def test_every_strategy_and_placement_chooses_near_the_best(
-        self, model: LlamaForCausalLM, strategy: str, placement: str
-    ) -> None:
-        selection = choose(model, "trsp", 2, strategy=strategy, placement=placement)
-        best = min(cost(model, pair) for pair in itertools.combinations(range(LAYERS), 2))
-        assert cost(model, selection.removed) < 1.05 * best
-
-    def test_a_shortlist_of_every_layer_is_a_greedy_search(self, model: LlamaForCausalLM) -> None:
-        assert choose(model, "trsp", 3, shortlist=LAYERS, steps=1).order == choose(model, "sleb", 3).order
-
-    def test_without_a_shortlist_the_smallest_gate_goes(self, model: LlamaForCausalLM) -> None:
-        selection = choose(model, "trsp", 2, strategy="one-shot", shortlist=0)
-        assert list(selection.order) == sorted(range(LAYERS), key=selection.scores["gate"].__getitem__)[:2]
-        assert set(selection.scores["perplexity"]) == {0.0}
-
-    def test_leaves_where_the_gates_have_been(self, model: LlamaForCausalLM, tmp_path: Path) -> None:
-        selection = load("trsp")(model, counting(), task(2, steps=3), journal=Silent(), out=tmp_path)
-        lines = [json.loads(line) for line in (tmp_path / "trajectory.jsonl").read_text().splitlines()]
-        assert [(line["round"], line["step"]) for line in lines] == [(0, 1), (0, 2), (0, 3), (1, 4), (1, 5), (1, 6)]
-        assert all(line["gates"][selection.order[0]] == 0 for line in lines[3:])
-        assert lines[2]["gates"][selection.order[0]] == pytest.approx(selection.scores["gate"][selection.order[0]])
-        assert "<svg" in (tmp_path / "gates.svg").read_text()
+    def test_measures_in_batches_of_its_own_size(self, model: LlamaForCausalLM) -> None:
+        """And tells its progress by them."""
+        journal = Written()
+        selection = choose(model, "shortgpt", 2, journal=journal, batch_size=12)
+        assert [done for done, _ in journal.done] == [12, 24]
+        assert selection.order == choose(model, "shortgpt", 2).order

@@ -11,7 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from botocore.exceptions import ClientError, ConnectionClosedError
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from components.lib.errors import Refusal, Unavailable
 from components.lib.store.artifacts import MANIFEST, Manifest, Reference, need_space
@@ -190,6 +193,65 @@ class TestPutAndGet:
         for text in ("{}", "größer"):
             store.write_text("runs/one/report.json", text)
             assert store.read_text("runs/one/report.json") == text
+
+
+class TestHeaders:
+    """Enough of an artifact to open its checkpoint, without its tensors."""
+
+    @pytest.fixture
+    def model(self, tmp_path: Path) -> Path:
+        folder = tmp_path / "headed"
+        (folder / "model").mkdir(parents=True)
+        save_file({"w": torch.ones(64, 1024)}, folder / "model/model.safetensors")
+        (folder / "model/config.json").write_text('{"layers": 2}')
+        (folder / "model/empty.json").touch()
+        (folder / "model/README.md").write_text("a card")
+        return folder
+
+    def test_are_json_whole_and_safetensors_without_their_tensors(
+        self, store: Store, model: Path, tmp_path: Path
+    ) -> None:
+        found = store.get_headers(store.put(model, "releases/key"), tmp_path / "headers")
+        assert {path.name for path in (found / "model").iterdir()} == {
+            "model.safetensors",
+            "config.json",
+            "empty.json",
+        }
+        assert (found / "model/config.json").read_text() == '{"layers": 2}'
+        weights = found / "model/model.safetensors"
+        with safe_open(weights, "pt") as opened:
+            assert opened.get_slice("w").get_shape() == [64, 1024]
+            assert not opened.get_tensor("w").any()
+        assert weights.stat().st_size == (model / "model/model.safetensors").stat().st_size
+        assert weights.stat().st_blocks * 512 < 64 * 1024
+
+    def test_of_a_file_that_is_missing_are_refused(self, store: Store, model: Path, tmp_path: Path) -> None:
+        reference = store.put(model, "releases/key")
+        store._client.delete_object(Bucket=store.bucket, Key=f"{store.prefix}/releases/key/model/config.json")
+        with pytest.raises(Refusal, match=r"config\.json"):
+            store.get_headers(reference, tmp_path / "headers")
+        assert not (tmp_path / "headers").exists()
+
+    def test_fill_an_empty_folder_only(self, store: Store, model: Path, tmp_path: Path) -> None:
+        reference = store.put(model, "releases/key")
+        (tmp_path / "headers").mkdir()
+        (tmp_path / "headers/stray").touch()
+        with pytest.raises(Refusal, match="is not an empty folder"):
+            store.get_headers(reference, tmp_path / "headers")
+
+
+class TestNewest:
+    def test_whole_artifacts_come_newest_first(self, store: Store, folder: Path) -> None:
+        for key in ("prune/b", "prune/a", "prune/c"):
+            store.put(folder, key)
+            time.sleep(1.1)  # S3 tells times in whole seconds.
+        store.write_text("prune/half/model/weights", "no manifest yet")
+        store.put(folder, "prune/deep/er")
+        store.put(folder, "prune-not/d")
+        assert store.newest("prune") == ["prune/c", "prune/a", "prune/b"]
+
+    def test_of_nothing_are_none(self, store: Store) -> None:
+        assert store.newest("prune") == []
 
 
 class TestFetch:

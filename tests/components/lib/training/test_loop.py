@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from components.lib.errors import Refusal
-from components.lib.recipe.schema import Optimisation
+from components.lib.recipe.training import Optimisation
 from components.lib.training.journal import NoCheckpoints, Silent
 from components.lib.training.loop import Order, learning_rate, train, with_learning_rate
 from components.lib.training.objective import lm_loss

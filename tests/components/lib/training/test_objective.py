@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from components.lib.recipe.schema import Objective
+from components.lib.recipe.training import Objective
 from components.lib.training.objective import (
     Targets,
     kl_divergence,

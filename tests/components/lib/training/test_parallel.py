@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from components.lib.recipe.schema import Objective, Regularize
+from components.lib.recipe.training import Objective, Regularize
 from components.lib.training.regularize import regularize
 from tests.components.lib.training.tiny import Kept, Written, chosen, counting, llama, weights
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from components.lib.recipe.schema import Lora
+from components.lib.recipe.training import Lora
 from components.lib.training.lora import adapted
 from components.lib.training.penalty import Norm, Slices, annealed, gated_at, penalty, ramped, relative_change
 from components.lib.transformer.gates import skipped, watched

@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from components.lib.errors import Refusal
-from components.lib.recipe.schema import Lora, Recover
+from components.lib.recipe.training import Lora, Recover
 from components.lib.training.recover import recover, split
 from components.lib.transformer.perplexity import perplexity
 from tests.components.lib.training.tiny import Kept, Killed, Written, counting, llama, same, weights

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from components.lib.recipe.schema import Lora, Objective, Regularize
+from components.lib.recipe.training import Lora, Objective, Regularize
 from components.lib.training.regularize import needs_teacher, regularize
 from components.lib.transformer.checkpoint import load_model
 from components.lib.transformer.gates import final_state, skipped, watched

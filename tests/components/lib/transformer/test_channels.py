@@ -113,7 +113,9 @@ class TestARefusal:
 
     def test_of_two_ratios_for_what_shrinks_together_names_both(self) -> None:
         said = refusal("gpt2", GPT2, {"hidden": 0.25, "heads": 0.5})
-        assert said.startswith("dress.ratio is 0.25 for hidden and 0.5 for heads, but GPT-2 states no width of a head")
+        assert said.startswith(
+            "methods.dress.ratio is 0.25 for hidden and 0.5 for heads, but GPT-2 states no width of a head"
+        )
 
     def test_of_a_ratio_that_no_width_is_near_names_those_that_are(self) -> None:
         said = refusal("mistral", LLAMA_7B | {"hidden_size": 96}, {"hidden": 0.5}, multiple=32)

@@ -15,7 +15,6 @@ from components.lib.errors import Refusal
 from components.lib.transformer.checkpoint import (
     Checkpoint,
     PrunableCheckpoint,
-    layers_to_remove,
     load_model,
     load_tokenizer,
     require_loadable,
@@ -216,16 +215,3 @@ def test_the_tokenizer_is_read_or_refused(folder: Path) -> None:
         path.unlink()
     with pytest.raises(Refusal, match="no tokenizer"):
         load_tokenizer(folder)
-
-
-@pytest.mark.parametrize(
-    ("ratio", "layers", "count"), [(0.25, 12, 3), (0.5, 5, 3), (0.2, 32, 6), (0.21, 32, 7), (0.01, 12, 1)]
-)
-def test_a_ratio_is_rounded_to_whole_layers_and_at_least_one(ratio: float, layers: int, count: int) -> None:
-    assert layers_to_remove(ratio, layers) == count
-
-
-@pytest.mark.parametrize(("ratio", "layers"), [(0.99, 12), (0.5, 1), (0.75, 2)])
-def test_a_ratio_that_leaves_no_layer_is_refused(ratio: float, layers: int) -> None:
-    with pytest.raises(Refusal, match=rf"target\.ratio {ratio} removes"):
-        layers_to_remove(ratio, layers)

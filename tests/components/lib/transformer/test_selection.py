@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,6 @@ def test_no_channels_are_false() -> None:
 def test_a_selection_comes_back_from_its_file(tmp_path: Path) -> None:
     selection = Selection(
         method="trsp+dress",
-        axis="layers+hidden+heads",
         removed=(1,),
         order=(1,),
         scores={"gate": (1.0, 0.1)},
@@ -46,10 +46,37 @@ def test_a_selection_comes_back_from_its_file(tmp_path: Path) -> None:
     assert Selection.load(tmp_path) == selection
 
 
-def test_a_selection_of_layers_alone_needs_no_channels() -> None:
-    """As runs before there were channels have left it."""
-    made = Selection.model_validate_json('{"method": "sleb", "axis": "layers", "removed": [1], "order": [1]}')
-    assert made.channels == NO_CHANNELS
+def test_what_is_removed_and_how_it_was_chosen_are_files_apart(tmp_path: Path) -> None:
+    """So that the same layers, chosen otherwise, train nothing again."""
+    for name, order, score in (("sleb", (4, 1), 9.5), ("trsp", (1, 4), 0.2)):
+        (tmp_path / name).mkdir()
+        Selection.of_layers(name, order, {"perplexity": [score] * 6}).save(tmp_path / name)
+    what = [(tmp_path / name / "selection.json").read_bytes() for name in ("sleb", "trsp")]
+    how = [json.loads((tmp_path / name / "choice.json").read_text()) for name in ("sleb", "trsp")]
+    assert what[0] == what[1]
+    assert json.loads(what[0]).keys() == {"removed", "channels"}
+    assert [(one["method"], one["order"]) for one in how] == [("sleb", [4, 1]), ("trsp", [1, 4])]
+
+
+def test_what_is_removed_is_read_without_how_it_was_chosen(tmp_path: Path) -> None:
+    selection = Selection.of_layers("sleb", (4, 1)).with_channels("dress", CHANNELS)
+    selection.save(tmp_path)
+    (tmp_path / "choice.json").unlink()
+    assert Selection.load(tmp_path) == Selection(removed=(1, 4), channels=CHANNELS)
+
+
+def test_layers_are_kept_in_their_order_of_removal_and_ascending() -> None:
+    selection = Selection.of_layers("sleb", [4, 1])
+    assert (selection.method, selection.removed, selection.order) == ("sleb", (1, 4), (4, 1))
+    assert (selection.scores, selection.channels) == ({}, NO_CHANNELS)
+
+
+def test_channels_are_added_to_what_was_chosen_before() -> None:
+    layers = Selection.of_layers("sleb", [4, 1], {"perplexity": [1.0] * 6})
+    both = layers.with_channels("dress", CHANNELS)
+    assert (both.method, both.channels) == ("sleb+dress", CHANNELS)
+    assert (both.removed, both.order, both.scores) == (layers.removed, layers.order, layers.scores)
+    assert NOTHING.with_channels("dress", CHANNELS).method == "dress"
 
 
 def test_a_selection_is_immutable() -> None:

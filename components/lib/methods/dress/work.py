@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from components.lib.methods import Task, sample
+from components.lib.methods import sample
 from components.lib.training.journal import Journal
 from components.lib.transformer.channels import channels_to_remove, layout_of
 from components.lib.transformer.families import family_named
@@ -23,18 +23,20 @@ from components.lib.transformer.gates import blocks, bypassed
 from components.lib.transformer.layout import Axis, axis_of
 from components.lib.transformer.selection import Channels, Selection
 
+if TYPE_CHECKING:
+    from components.lib.methods.dress import Dress
+
 Scores = Mapping[Axis, Tensor]
 """Axis → a score for each channel, (layers, channels); of hidden, which all layers share, (1, channels). Small ones go."""
 
 
-def choose(model: PreTrainedModel, windows: Tensor, task: Task, *, journal: Journal, out: Path | None) -> Selection:
-    """Choose as many channels of every layer as the ratios ask for; layers that were chosen before go whole, and lose none."""
-    before = task.before
+def choose(
+    settings: Dress, model: PreTrainedModel, windows: Tensor, before: Selection, *, journal: Journal
+) -> Selection:
+    """Choose as many channels of every layer as the ratios ask for; layers that were chosen before lose none."""
     family = family_named(model.config.model_type)
-    removed = channels_to_remove(
-        family, model.config.to_dict(), task.dress.ratios(task.target.ratio), task.dress.multiple
-    )
-    scores = _SCORES[task.dress.channels](model, windows, task, journal)
+    removed = channels_to_remove(family, model.config.to_dict(), settings.ratios, settings.multiple)
+    scores = _SCORES[settings.channels](settings, model, windows, before, journal)
 
     def smallest(axis: Axis) -> tuple[tuple[int, ...], ...]:
         count = removed.get(axis, 0)
@@ -45,14 +47,7 @@ def choose(model: PreTrainedModel, windows: Tensor, task: Task, *, journal: Jour
         return tuple(rows) if count else ()
 
     chosen = Channels(hidden=next(iter(smallest("hidden")), ()), ffn=smallest("ffn"), heads=smallest("heads"))
-    layers = ["layers"] if before.removed else []
-    return before.model_copy(
-        update={
-            "method": f"{before.method}+dress" if layers else "dress",
-            "axis": "+".join([*layers, *chosen.axes]),
-            "channels": chosen,
-        }
-    )
+    return before.with_channels(settings.name, chosen)
 
 
 class _Tally:
@@ -85,14 +80,14 @@ class _Tally:
         self.scores[axis][layer] += by_channel / by_channel.sum().clamp(min=1e-30)
 
 
-def _random(model: PreTrainedModel, windows: Tensor, task: Task, journal: Journal) -> Scores:
+def _random(settings: Dress, model: PreTrainedModel, windows: Tensor, before: Selection, journal: Journal) -> Scores:
     """Score channels at random."""
-    draw = torch.Generator().manual_seed(task.dress.seed)
+    draw = torch.Generator().manual_seed(settings.seed)
     return {axis: torch.rand(scores.shape, generator=draw) for axis, scores in _Tally(model).scores.items()}
 
 
 @torch.no_grad()
-def _magnitude(model: PreTrainedModel, windows: Tensor, task: Task, journal: Journal) -> Scores:
+def _magnitude(settings: Dress, model: PreTrainedModel, windows: Tensor, before: Selection, journal: Journal) -> Scores:
     """Score a channel by ‖W‖² of its slice of every matrix that it runs through, relative to the matrix's.
 
     Biases and norms are left out: a handful of numbers, they would have the say of a whole matrix.
@@ -107,7 +102,9 @@ def _magnitude(model: PreTrainedModel, windows: Tensor, task: Task, journal: Jou
 
 
 @torch.no_grad()
-def _activation(model: PreTrainedModel, windows: Tensor, task: Task, journal: Journal) -> Scores:
+def _activation(
+    settings: Dress, model: PreTrainedModel, windows: Tensor, before: Selection, journal: Journal
+) -> Scores:
     """Score a channel by Σ_j ‖W_·j‖² · E[x_j²] over its inputs j of every projection that reads it, relative to the projection's."""
     tally = _Tally(model)
     measured = sample(windows)
@@ -125,9 +122,9 @@ def _activation(model: PreTrainedModel, windows: Tensor, task: Task, journal: Jo
             segments = tally.layout.segments(name)
             if segments and len(segments) == 2 and not isinstance(module, nn.Embedding):
                 stack.callback(module.register_forward_pre_hook(keep(name)).remove)
-        stack.enter_context(bypassed(model, task.before.removed))
+        stack.enter_context(bypassed(model, before.removed))
         done = 0
-        for batch in measured.split(task.gates.batch_size):
+        for batch in measured.split(settings.batch_size):
             model(input_ids=batch.long().to(model.device), use_cache=False)
             done += len(batch)
             journal.progress(done, len(measured))
@@ -139,7 +136,7 @@ def _activation(model: PreTrainedModel, windows: Tensor, task: Task, journal: Jo
     return tally.scores
 
 
-_SCORES: Mapping[str, Callable[[PreTrainedModel, Tensor, Task, Journal], Scores]] = {
+_SCORES: Mapping[str, Callable[[Dress, PreTrainedModel, Tensor, Selection, Journal], Scores]] = {
     "random": _random,
     "magnitude": _magnitude,
     "activation": _activation,

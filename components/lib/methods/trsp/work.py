@@ -7,22 +7,25 @@ its removals decides: the cost of a few forward passes a round, against a pass f
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from components.learn_gates.trajectory import Step, draw, save
-from components.lib.methods import Task, sample
-from components.lib.recipe.schema import Gates
-from components.lib.training.gates import learn_gates
+from components.lib.methods import sample
+from components.lib.methods.trsp.gates import learn_gates
+from components.lib.methods.trsp.trajectory import Step, draw, save
 from components.lib.training.journal import Journal
 from components.lib.transformer.gates import blocks, bypassed
 from components.lib.transformer.perplexity import perplexity
 from components.lib.transformer.selection import Selection
 
+if TYPE_CHECKING:
+    from components.lib.methods.trsp import Trsp
 
-def choose(model: PreTrainedModel, windows: Tensor, task: Task, *, journal: Journal, out: Path | None) -> Selection:
+
+def choose(settings: Trsp, model: PreTrainedModel, windows: Tensor, *, journal: Journal, out: Path | None) -> Selection:
     """Choose layers, and leave `trajectory.jsonl` and `gates.svg` in `out`.
 
     Iterative: after each round the least needed layer goes, and the gates of the others are learned on from where they stand.
@@ -31,27 +34,23 @@ def choose(model: PreTrainedModel, windows: Tensor, task: Task, *, journal: Jour
     `scores["gate"]` is each layer's gate when it went, or at the end; `scores["perplexity"]` the perplexity without it when it
     was last measured, and 0 where it never was on a shortlist.
     """
-    gates, count = task.gates, task.layers(model)
-    search = _Search(model, windows, count, gates, journal)
+    count = settings.count(len(blocks(model)))
+    search = _Search(model, windows, count, settings, journal)
     for number in range(count):
-        if number == 0 or gates.strategy == "iterative":
+        if number == 0 or settings.strategy == "iterative":
             search.learn(number)
         search.remove()
     if out is not None:
         save(search.trajectory, out / "trajectory.jsonl")
         draw(search.trajectory, out / "gates.svg")
-    return Selection(
-        method="trsp",
-        removed=tuple(sorted(search.order)),
-        order=tuple(search.order),
-        scores={"gate": tuple(search.gates.tolist()), "perplexity": tuple(search.perplexity)},
-    )
+    scores = {"gate": tuple(search.gates.tolist()), "perplexity": tuple(search.perplexity)}
+    return Selection.of_layers(settings.name, search.order, scores)
 
 
 class _Search:
     """What is known so far: the gates, where they have been, what was measured and what went."""
 
-    def __init__(self, model: PreTrainedModel, windows: Tensor, count: int, settings: Gates, journal: Journal) -> None:
+    def __init__(self, model: PreTrainedModel, windows: Tensor, count: int, settings: Trsp, journal: Journal) -> None:
         self.model, self.windows, self.settings, self.journal = model, windows, settings, journal
         self.measured = sample(windows)
         self.rounds = count if settings.strategy == "iterative" else 1

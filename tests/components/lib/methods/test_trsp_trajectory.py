@@ -1,4 +1,4 @@
-"""What learn_gates leaves beside its choice feeds the keys of later stages: the same steps give the same bytes."""
+"""What TRSP leaves beside its choice feeds the keys of later stages: the same steps give the same bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from components.learn_gates.trajectory import Step, draw, save
+from components.lib.methods.trsp.trajectory import Step, draw, save
 
 STEPS = [
     Step(round=0, step=1, gates=[0.9, 0.8, 0.7]),
@@ -20,7 +20,7 @@ STEPS = [
 ELSEWHERE = """
 import sys
 from pathlib import Path
-from tests.components.learn_gates.test_trajectory import STEPS, draw
+from tests.components.lib.methods.test_trsp_trajectory import STEPS, draw
 draw(STEPS, Path(sys.argv[1]))
 """
 

@@ -9,13 +9,13 @@ import torch
 from transformers import LlamaForCausalLM
 
 from components.lib.errors import Refusal
-from components.lib.recipe.schema import Gates
-from components.lib.training.gates import learn_gates
+from components.lib.methods.trsp import Trsp
+from components.lib.methods.trsp.gates import learn_gates
 from tests.components.lib.training.tiny import chosen, counting, llama, same, weights
 
 
-def settings(**fields: Any) -> Gates:
-    return Gates(**{"batch_size": 8, "learning_rate": 0.05} | fields)
+def settings(**fields: Any) -> Trsp:
+    return Trsp(**{"ratio": 0.25, "batch_size": 8, "learning_rate": 0.05} | fields)
 
 
 def learn(model: LlamaForCausalLM, removed: tuple[int, ...] = (), steps: int = 20, **fields: Any) -> list[torch.Tensor]:
@@ -27,7 +27,7 @@ def learn(model: LlamaForCausalLM, removed: tuple[int, ...] = (), steps: int = 2
 @pytest.fixture(scope="module")
 def idle() -> LlamaForCausalLM:
     """A model whose layer 2 does harm and whose other layers have been trained to count without it."""
-    from components.lib.recipe.schema import Objective, Regularize
+    from components.lib.recipe.training import Objective, Regularize
     from components.lib.training.regularize import regularize
 
     objective = Objective(lm=1, kl=0, state=0)
@@ -79,5 +79,5 @@ def test_a_loss_that_is_not_finite_names_the_cure() -> None:
     model = llama()
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(Refusal, match=r"loss is nan at step 1 with gates.learning_rate 0.05: lower it"):
+    with pytest.raises(Refusal, match=r"loss is nan at step 1 with methods.trsp.learning_rate 0.05: lower it"):
         learn(model)

@@ -12,16 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from components.lib.errors import Refusal
-from components.lib.recipe.schema import Gates
 from components.lib.training.loop import Order
 from components.lib.training.objective import lm_loss
 from components.lib.transformer.gates import blocks, gated, skipped
+
+if TYPE_CHECKING:
+    from components.lib.methods.trsp import Trsp
 
 
 def learn_gates(
@@ -29,7 +32,7 @@ def learn_gates(
     windows: Tensor,
     start: Tensor,
     removed: Collection[int],
-    settings: Gates,
+    settings: Trsp,
     *,
     steps: int,
     first: int = 0,
@@ -64,8 +67,8 @@ def learn_gates(
             yield loss, gates.detach().clone()
 
 
-def _backward(model: PreTrainedModel, batch: Tensor, gates: Tensor, left: Tensor, settings: Gates) -> float:
-    """Add the loss's gradient to the gates', and return L_LM. The whole batch's activations are held: `gates.batch_size` bounds them."""
+def _backward(model: PreTrainedModel, batch: Tensor, gates: Tensor, left: Tensor, settings: Trsp) -> float:
+    """Add the loss's gradient to the gates', and return L_LM. The whole batch's activations are held: `batch_size` bounds them."""
     removed = torch.nonzero(~left).flatten().tolist()
     # A skipped layer is the identity under a gate of 1 in either placement; a gate of 0 on the output would end the residual.
     applied = torch.where(left, gates, 1.0)
@@ -77,10 +80,10 @@ def _backward(model: PreTrainedModel, batch: Tensor, gates: Tensor, left: Tensor
     return lm.item()
 
 
-def _refuse_unless_finite(loss: float, step: int, settings: Gates) -> None:
+def _refuse_unless_finite(loss: float, step: int, settings: Trsp) -> None:
     if not torch.isfinite(torch.tensor(loss)):
         raise Refusal(
-            f"the gates' loss is {loss} at step {step + 1} with gates.learning_rate {settings.learning_rate:g}: lower it"
+            f"the gates' loss is {loss} at step {step + 1} with methods.trsp.learning_rate {settings.learning_rate:g}: lower it"
         )
 
 

@@ -1,0 +1,56 @@
+"""Evaluate: measure every model of the run in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from components.lib.recipe.schema import Recipe
+from components.lib.stage.declaration import MODEL, Job, References, Stage, reads
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The models by name, and the texts by their names in `evaluate.perplexity`."""
+
+    models: Mapping[str, Path] = reads(*MODEL)
+    texts: Mapping[str, Path] = reads()
+
+
+def work(inputs: Inputs, recipe: Recipe, job: Job) -> None:
+    """Measure."""
+    from components.evaluate.evaluate import evaluate
+
+    evaluate(
+        inputs.models,
+        inputs.texts,
+        evaluate=recipe.evaluate,
+        out=job.out,
+        journal=job.journal,
+        model_digests=job.digests["models"],
+        text_digests=job.digests["texts"],
+    )
+
+
+def _complete(given: References, recipe: Recipe) -> References:
+    """Add the texts, and drop a champion that is the very candidate.
+
+    A candidate is not measured against itself, so that an evaluation stands when its candidate becomes champion.
+    """
+    models = given["models"]
+    assert isinstance(models, Mapping)
+    digest = {name: reference.rpartition("@")[2] for name, reference in models.items()}
+    # A Kubeflow parameter keeps no order: the dense model and the candidate come first.
+    order = sorted(models, key=lambda name: (name != "dense", name != "candidate", name))
+    others = {name: models[name] for name in order if name != "champion" or digest[name] != digest["candidate"]}
+    texts = {name: text.path or "" for name, text in recipe.evaluate.perplexity.items()}
+    return {"models": others, "texts": texts}
+
+
+def _unused(recipe: Recipe) -> tuple[str, ...]:
+    """Without tasks, lm-eval and its version change nothing."""
+    return () if recipe.evaluate.tasks else ("components.evaluate.tasks",)
+
+
+STAGE = Stage("evaluate", Inputs, work, sections=("evaluate",), complete=_complete, unused=_unused)

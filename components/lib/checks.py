@@ -1,0 +1,24 @@
+"""The checks of a release against a recipe, made once, before any work."""
+
+from __future__ import annotations
+
+from components.lib.errors import Refusal
+from components.lib.recipe.schema import Recipe
+from components.lib.transformer.checkpoint import PrunableCheckpoint
+
+
+def check_release(checkpoint: PrunableCheckpoint, recipe: Recipe) -> None:
+    """Refuse a checkpoint that the recipe cannot be applied to.
+
+    Raises:
+        Refusal: a method cannot remove what it is asked to, the transfer does not hold for the family, or the model reads
+            fewer tokens than the recipe asks for.
+    """
+    for method in recipe.methods.chosen:
+        method.check(checkpoint)
+    if recipe.regularize.transfer.chosen:
+        recipe.regularize.transfer.chosen.check(checkpoint)
+    most = checkpoint.longest_context
+    for field, length in recipe.lengths().items():
+        if most is not None and length > most:
+            raise Refusal(f"{field} is {length}, and the model reads {most} tokens at most: set it to {most} or less")

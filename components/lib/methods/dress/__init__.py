@@ -1,0 +1,110 @@
+"""DReSS's choice of channels (arXiv 2501.17905): a fixed part of each axis, chosen before the training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from components.lib.methods import BatchSize, Method
+from components.lib.recipe.section import Count, Fraction
+from components.lib.report_parts import Part, Sentence
+from components.lib.training.journal import Journal
+from components.lib.transformer.channels import ALIGNED, check_channels
+from components.lib.transformer.checkpoint import PrunableCheckpoint
+from components.lib.transformer.layout import Axis
+from components.lib.transformer.removal import Along, Removal
+from components.lib.transformer.selection import Selection
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from components.lib.recipe.training import Regularize
+
+
+_CHOSEN = {
+    "random": "drawn at random",
+    "magnitude": "those of the smallest weights",
+    "activation": "those of the smallest weights × activations on the calibration windows",
+}
+
+
+class Dress(Method):
+    """DReSS's choice of channels, made before the training."""
+
+    name: ClassVar[str] = "dress"
+    title: ClassVar[str] = "DReSS"
+    removes: ClassVar[Literal["layers", "channels"]] = "channels"
+
+    axes: Annotated[tuple[Axis, ...], Field(min_length=1)] = Field(
+        ("ffn",),
+        description="What is narrowed: hidden (the residual stream, the paper's), ffn (intermediate channels), heads (key-value groups with their query heads).",
+    )
+    ratio: Fraction | dict[Axis, Fraction] = Field(
+        description="The part of every axis to remove, or one for each ({ffn: 0.5, heads: 0.25}).",
+    )
+    channels: Literal["random", "magnitude", "activation"] = Field(
+        "activation",
+        description="Which are removed: drawn from the seed, those of the smallest weights, or those of the smallest weights × activations on the calibration windows.",
+    )
+    multiple: Count | None = Field(
+        None,
+        description="hidden and ffn keep a multiple of this; 8 when absent, or more if the family asks for it.",
+    )
+    batch_size: BatchSize = 8
+    seed: int = Field(0, description="Seed of the draw.")
+
+    @model_validator(mode="after")
+    def _axes(self) -> Dress:
+        if len(set(self.axes)) < len(self.axes):
+            raise ValueError(f"axes {list(self.axes)} names an axis twice: name each once")
+        if isinstance(self.ratio, dict) and set(self.ratio) != set(self.axes):
+            raise ValueError(
+                f"ratio names {sorted(self.ratio)} and axes {sorted(self.axes)}: name the same axes in both"
+            )
+        return self
+
+    @property
+    def ratios(self) -> dict[Axis, float]:
+        """The part of each axis that is removed."""
+        return {axis: self.ratio[axis] if isinstance(self.ratio, dict) else self.ratio for axis in self.axes}
+
+    def asked(self, axis: Along) -> float | None:
+        """Return the part of the axis that is asked for; None for one that shrinks only with another."""
+        return self.ratios.get(axis) if axis != "layers" else None
+
+    def rounding(self, removal: Removal) -> str:
+        """Say what the width was rounded to."""
+        multiple = self.multiple or ALIGNED
+        if removal.axis in ("hidden", "ffn") and removal.after % multiple == 0:
+            return f"rounded: a multiple of {multiple} stays"
+        whole = {"heads": "key-value groups"}.get(removal.axis, "heads, with which it shrinks")
+        return f"rounded to whole {whole}"
+
+    def parts(self, selection: Selection, folder: Path) -> Sequence[Part]:
+        """Say which channels are removed."""
+        said = f"The removed channels are {_CHOSEN[self.channels]}. Their indices are in report.json, under selection.channels."
+        return [Sentence(said)]
+
+    def check(self, checkpoint: PrunableCheckpoint) -> None:
+        """Refuse a checkpoint from which these channels cannot be cut."""
+        check_channels(checkpoint, self.ratios, self.multiple)
+
+    def check_training(self, regularize: Regularize) -> None:
+        """Refuse the penalty on adapters: it takes slices of the weights to 0, which adapters do not train."""
+        if regularize.schedule == "penalty" and regularize.trainable == "lora":
+            raise ValueError(
+                "regularize.schedule penalty takes dress's slices of the weights to 0, which adapters do not train: "
+                "set regularize.trainable to all, or the schedule to anneal"
+            )
+
+    def choose(
+        self, model: PreTrainedModel, windows: Tensor, before: Selection, *, journal: Journal, out: Path | None
+    ) -> Selection:
+        """Choose as many channels of every layer as the ratios ask for; layers that were chosen before lose none."""
+        from components.lib.methods.dress.work import choose
+
+        return choose(self, model, windows, before, journal=journal)

@@ -1,0 +1,63 @@
+"""TRSP (arXiv 2505.18232): learn one gate a layer, and remove the layers that need theirs the least."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from components.lib.methods import BatchSize, LayerMethod
+from components.lib.recipe.section import Count, Rate, Weight
+from components.lib.report_parts import Part
+from components.lib.training.journal import Journal
+from components.lib.transformer.selection import Selection
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+class Trsp(LayerMethod):
+    """TRSP's first regularisation: learn one gate a layer, the weights frozen, and remove the layers of small gates."""
+
+    name: ClassVar[str] = "trsp"
+    title: ClassVar[str] = "TRSP"
+    scores = {  # noqa: RUF012  # a class variable of the base
+        "gate": "the layer's gate, when the layer was removed or at the end",
+        "perplexity": "perplexity on the calibration text without the layer, when last measured",
+    }
+
+    strategy: Literal["iterative", "one-shot"] = Field(
+        "iterative",
+        description="Remove one layer a round and learn the other gates on, or learn once and take the smallest.",
+    )
+    placement: Literal["branch", "output"] = Field(
+        "branch",
+        description="Gate what the layer adds, x + g·(f(x) − x), or its whole output, g·f(x), as the paper does.",
+    )
+    strength: Weight = Field(0.1, description="λ1, the weight of Σ|g|.")
+    steps: Count = Field(12, description="Optimizer steps a round (one-shot: steps × the number of layers to remove).")
+    batch_size: BatchSize = 8
+    learning_rate: Rate = Field(0.05, description="Adam's learning rate for the gates.")
+    shortlist: Annotated[int, Field(ge=0)] = Field(
+        4,
+        description="How many of the smallest gates are measured by removing them, the cheapest first; 0 trusts the gates alone, as the paper does.",
+    )
+    seed: int = Field(0, description="Seed of the batches' order.")
+
+    def parts(self, selection: Selection, folder: Path) -> Sequence[Part]:
+        """Show the gates while they were learned."""
+        from components.lib.methods.trsp.report import gates, read_trajectory
+
+        rounds = read_trajectory(folder)
+        return [gates(rounds, selection.removed)] if rounds else []
+
+    def choose(
+        self, model: PreTrainedModel, windows: Tensor, before: Selection, *, journal: Journal, out: Path | None
+    ) -> Selection:
+        """Choose layers by their gates, and leave `trajectory.jsonl` and `gates.svg` in `out`."""
+        from components.lib.methods.trsp.work import choose
+
+        return choose(self, model, windows, journal=journal, out=out)

@@ -1,0 +1,110 @@
+"""The sections of the recipe that every training reads."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from components.lib.recipe.choices import Transfers
+from components.lib.recipe.section import Count, Fraction, Rate, Section, Weight
+
+
+class Objective(Section):
+    """The weights of what is minimised. LM loss alone is the paper's objective."""
+
+    lm: Weight = Field(0.5, description="Cross-entropy of the next token, on every token of the window.")
+    kl: Weight = Field(0.5, description="KL divergence from the dense model's next-token distribution.")
+    state: Weight = Field(3.0, description="Relative squared distance to the dense model's final hidden state.")
+
+    @model_validator(mode="after")
+    def _something(self) -> Objective:
+        if self.lm + self.kl + self.state == 0:
+            raise ValueError("lm, kl and state are all 0, so there is nothing to minimise: give one of them a weight")
+        return self
+
+
+class Lora(Section):
+    """Low-rank adapters, merged into the weights at the end."""
+
+    rank: Count = Field(16, description="Rank of the adapters.")
+    alpha: Rate = Field(32, description="Scale of the adapters; the update is multiplied by alpha / rank.")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Dropout on the adapters' input.")
+
+
+class Optimisation(Section):
+    """What every training stage has."""
+
+    steps: Count = Field(100, description="Optimizer steps.")
+    batch_size: Count = Field(8, description="Windows an optimizer step.")
+    micro_batch_size: Count | None = Field(
+        None, description="Windows a forward pass; fewer than batch_size accumulates gradients. All when absent."
+    )
+    learning_rate: Rate | None = Field(
+        None,
+        description="AdamW's peak learning rate. When absent 1e-4 for adapters, and 0.08 / hidden width for whole weights: 2e-5 at the width of the papers' 7B models.",
+    )
+    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.03, description="The part of the steps over which the learning rate rises; it then falls linearly to 0."
+    )
+    weight_decay: Weight = Field(0.0, description="AdamW's weight decay.")
+    clip: Rate = Field(1.0, description="Gradients are scaled down to this norm.")
+    optimizer: Literal["adamw", "adamw-8bit"] = Field(
+        "adamw", description="adamw-8bit (bitsandbytes, CUDA) keeps the optimizer's state in a quarter of the memory."
+    )
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="auto is bf16 where the hardware computes in it, else fp32."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: slower, far less memory."
+    )
+    checkpoint_every: Count = Field(50, description="Optimizer steps between two checkpoints to the store.")
+    seed: int = Field(0, description="Seed of the batches' order and of the adapters.")
+
+    @model_validator(mode="after")
+    def _whole_batches(self) -> Optimisation:
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            )
+        return self
+
+
+class Regularize(Optimisation):
+    """The second regularisation: what the chosen layers and channels knew moves to the others before the cut."""
+
+    transfer: Transfers = Field(
+        Transfers(),
+        description="How knowledge moves in closed form before the training: none, a transfer's name, or {name: {its settings}}. The controls do without.",
+    )
+    schedule: Literal["anneal", "penalty", "none"] = Field(
+        "anneal",
+        description="anneal: the gates of what was chosen go from 1 to 0 while the rest trains; penalty: the papers' norms, of f(x) − x for layers and of the weights' slices for channels; none: no regularisation.",
+    )
+    anneal: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None,
+        description="The part of the steps over which the gates are annealed. 0 closes them before the first step. When absent 0 after a transfer, else 0.15, and 0.05 if channels are removed and no layers.",
+    )
+    norm: Literal["l1", "l2"] = Field(
+        "l2",
+        description="Norm of the penalty, relative to the same norm of the layer's input, or of the slice before the training.",
+    )
+    strength: Weight = Field(1.0, description="λ2, the weight of the penalty.")
+    ramp: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.5, description="The part of the steps over which λ2 rises from 0."
+    )
+    objective: Objective = Field(Objective(), description="What is minimised beside the penalty.")
+    trainable: Literal["all", "lora"] = Field(
+        "all", description="Train every parameter, or adapters that are merged before the cut."
+    )
+    lora: Lora = Field(Lora(), description="The adapters, where trainable is lora.")
+
+
+class Recover(Optimisation):
+    """LoRA recovery fine-tuning (RFT) of the pruned model."""
+
+    enabled: bool = Field(False, description="Whether the pruned model is fine-tuned.")
+    lora: Lora = Field(Lora(), description="The adapters.")
+    validation: Fraction = Field(0.1, description="The part of the windows that is held out to stop early.")
+    evaluate_every: Count = Field(20, description="Optimizer steps between two looks at the held-out windows.")
+    patience: Count = Field(3, description="Looks without improvement before it stops.")

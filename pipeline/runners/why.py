@@ -1,0 +1,142 @@
+"""Why a stage would run: which part of its key differs from the newest output of that stage.
+
+Nothing is fetched, stored or started; the store and MLflow are only asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from components.lib.recipe.schema import Recipe
+from components.lib.stage.run import Opened
+from components.lib.store.store import Store
+from components.lib.tracking import registry
+from components.pin.pin import find_release, find_text
+from pipeline.recompress import recompress
+from pipeline.runners.graph import Output, Task, tasks_of
+
+State = Literal["made", "skipped", "to make", "unknown"]
+
+LOOKED_AT = 20
+"""The newest outputs of a stage that are looked through for one of the same variant."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer for one stage."""
+
+    stage: str
+    state: State
+    reasons: tuple[str, ...] = ()
+
+
+def why(recipe: Recipe, release: str, name: str, store: Store) -> list[Answer]:
+    """Say for each stage whether its output is in the store, and if not, how its key differs from the newest output.
+
+    Args:
+        recipe: the recipe, its texts as the person named them.
+        release: a folder, an s3:// prefix, a Hub id with an optional @revision, or models:/name@alias.
+        name: the registered model's name; its champion is an input of the evaluation.
+
+    Raises:
+        Refusal: the release or a text is not to be had, or the recipe cannot be applied to the release.
+    """
+    dense = find_release(release, recipe, store)
+    texts = {dotted: find_text(text, store) for dotted, text in recipe.texts()}
+    if dense is None or None in texts.values():
+        missing = [dotted for dotted, text in texts.items() if text is None] + ([] if dense else ["the release"])
+        reason = f"not in the store yet: {', '.join(missing)}"
+        return [Answer(task.name, "to make", (reason,)) for task in tasks_of(recompress) if task.stage]
+    champion = registry.aliased(name, "champion")
+    pinned = recipe.with_texts({dotted: str(text) for dotted, text in texts.items()})
+    outputs: dict[Output, str | None] = {
+        Output("pin", "release"): str(dense),
+        Output("pin", "champion"): str(champion.reference) if champion else "",
+    }
+    return [_answer(task, pinned, outputs, store) for task in tasks_of(recompress) if task.stage]
+
+
+def _answer(task: Task, recipe: Recipe, outputs: dict[Output, str | None], store: Store) -> Answer:
+    """Answer for one task, and note its output for those that read it."""
+    stage = task.stage
+    assert stage is not None
+    own = Output(task.name, "Output")
+    waited = sorted({output.task for output in _outputs(task.inputs) if outputs.get(output, "") is None})
+    given = {
+        name: value
+        for name, value in task.resolved({key: value or "" for key, value in outputs.items()}).items()
+        if name not in ("run", "recipe", "kind")
+    }
+    if not stage.asked(recipe, task.variant):
+        passed = task.inputs.get(stage.passes)
+        outputs[own] = outputs.get(passed, "") if isinstance(passed, Output) else ""
+        return Answer(task.name, "skipped")
+    if waited:
+        outputs[own] = None
+        return Answer(task.name, "unknown", (f"it reads the output of {', '.join(waited)}, which is still to be made",))
+    opened = Opened(stage, "", recipe, task.variant, given, store)
+    outputs[own] = opened.found
+    if opened.found:
+        return Answer(task.name, "made")
+    return Answer(task.name, "to make", tuple(_differences(opened, store)))
+
+
+def _outputs(value: Any) -> Iterator[Output]:
+    if isinstance(value, Output):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _outputs(part)
+
+
+def _differences(opened: Opened[Any], store: Store) -> Iterator[str]:
+    """Yield how the key differs from that of the newest output of the same stage and variant."""
+    for prefix in store.newest(f"stages/{opened.stage.name}")[:LOOKED_AT]:
+        found = store.find(prefix)
+        before = store.manifest(found).metadata.get("made_of") if found else None
+        if before and before["variant"] == opened.variant:
+            yield from differences(before, opened.made_of)
+            return
+    yield "there is no output of this stage yet"
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the parts of a key that differ, one sentence each.
+
+    Args:
+        before: what an earlier output was made of (`Opened.made_of`).
+        now: what the output in question would be made of.
+    """
+    for name, one, other in _changed(before["inputs"], now["inputs"]):
+        if one is None or other is None:
+            yield f"input {name}: {'added' if one is None else 'absent now'}"
+        else:
+            yield f"input {name}: other content"
+    for name, one, other in _changed(_flat(before["settings"]), _flat(now["settings"])):
+        yield f"setting {name}: {_shown(one)} → {_shown(other)}"
+    for name, one, other in _changed(before["modules"], now["modules"]):
+        yield f"code {name}: {'added' if one is None else 'no longer used' if other is None else 'changed'}"
+    for name, one, other in _changed(before["libraries"], now["libraries"]):
+        yield f"library {name}: {_shown(one)} → {_shown(other)}"
+    if before["salt"] != now["salt"]:
+        yield f"salt: {before['salt']} → {now['salt']}"
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name):
+            yield name, before.get(name), now.get(name)
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested settings into dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value)

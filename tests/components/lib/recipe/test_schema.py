@@ -1,0 +1,164 @@
+"""The recipe: what it takes, which fields go together, and that nothing is lost on the way to a stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from components.lib.methods import known_methods
+from components.lib.recipe.loading import parse_recipe
+from components.lib.recipe.schema import Text
+from tests.components.lib.recipe.smallest import REFERENCE, recipe, refusal
+
+HALF = {"ratio": 0.5}
+
+
+class TestTheSmallestRecipe:
+    def test_is_three_fields_and_the_defaults_of_the_rest(self) -> None:
+        made = recipe()
+        assert made.calibration.samples == 128
+        assert made.regularize.schedule == "anneal"
+        assert not made.recover.enabled
+        assert made.evaluate.controls == ()
+
+    def test_is_evaluated_at_the_length_it_is_calibrated_at(self) -> None:
+        assert recipe().evaluate.length == 2048
+        assert recipe(calibration__length=256).evaluate.length == 256
+        assert recipe(calibration__length=256, evaluate__length=512).evaluate.length == 512
+
+
+class TestFieldsThatDoNotGoTogether:
+    def test_controls_compare_with_a_training(self) -> None:
+        said = refusal(regularize__schedule="none", evaluate__controls=["dense-trained"])
+        assert said.endswith("regularize.schedule is none: set evaluate.controls to []")
+
+    def test_a_rule_on_a_control_needs_the_control(self) -> None:
+        rule = {"promote__perplexity_over_control": 1.0}
+        assert refusal(**rule, evaluate__controls=["dense-trained"]).endswith("add pruned-first to evaluate.controls")
+        assert recipe(**rule, evaluate__controls=["pruned-first"]).promote.perplexity_over_control == 1.0
+
+
+class TestMethods:
+    @pytest.mark.parametrize("layers", ["trsp", "sleb", "shortgpt"])
+    def test_are_one_of_layers_one_of_channels_or_one_of_each(self, layers: str) -> None:
+        for names in ([layers], ["dress"], [layers, "dress"]):
+            made = recipe(methods=dict.fromkeys(names, HALF))
+            assert [method.name for method in made.methods.chosen] == names
+            assert made.removes_layers == (layers in names)
+
+    def test_choose_layers_before_channels_however_they_are_written(self) -> None:
+        made = recipe(methods={"dress": HALF, "trsp": HALF})
+        assert [method.removes for method in made.methods.chosen] == ["layers", "channels"]
+
+    def test_of_which_two_remove_the_same_are_refused(self) -> None:
+        said = refusal(methods={"trsp": HALF, "sleb": HALF, "dress": HALF})
+        assert said == "the recipe's methods: methods sleb and trsp both remove layers: name one of them"
+
+    def test_that_are_none_are_refused_with_those_there_are(self) -> None:
+        said = refusal(methods={})
+        assert said == "the recipe's methods: methods names none: name one of dress, shortgpt, sleb, trsp"
+
+    def test_that_are_a_list_are_refused(self) -> None:
+        assert refusal(methods=["trsp", "dress"]).startswith("the recipe's field 'methods' is ['trsp', 'dress']: ")
+
+    @pytest.mark.parametrize("method", ["trsp", "sleb", "shortgpt", "dress"])
+    def test_have_a_batch_size_each_of_its_own(self, method: str) -> None:
+        made = recipe(methods={method: HALF | {"batch_size": 2}})
+        assert made.methods.chosen[0].model_dump()["batch_size"] == 2
+
+    def test_come_back_from_their_yaml(self) -> None:
+        dress = {"axes": ["ffn", "heads"], "ratio": {"ffn": 0.5, "heads": 0.25}}
+        made = recipe(methods={"trsp": {"ratio": 0.25, "shortlist": 0}, "dress": dress})
+        assert parse_recipe(made.to_yaml()) == made
+
+    def test_have_a_field_for_each_file_of_the_methods_folder(self) -> None:
+        assert list(known_methods()) == ["dress", "shortgpt", "sleb", "trsp"]
+        assert list(type(recipe().methods).model_fields) == list(known_methods())
+
+
+class TestDress:
+    def test_takes_one_ratio_or_one_for_each_axis(self) -> None:
+        axes = {"axes": ["hidden", "ffn"]}
+        for ratio, asked in ((0.25, (0.25, 0.25)), ({"hidden": 0.1, "ffn": 0.6}, (0.1, 0.6))):
+            (method,) = recipe(methods={"dress": axes | {"ratio": ratio}}).methods.chosen
+            assert (method.asked("hidden"), method.asked("ffn")) == asked
+            assert (method.asked("heads"), method.asked("layers")) == (None, None)
+
+    def test_names_an_axis_once(self) -> None:
+        said = refusal(methods={"dress": {"ratio": 0.5, "axes": ["ffn", "ffn"]}})
+        assert said == "the recipe's methods.dress: axes ['ffn', 'ffn'] names an axis twice: name each once"
+
+    @pytest.mark.parametrize("ratio", [{"ffn": 0.5}, {"ffn": 0.5, "hidden": 0.5, "heads": 0.5}, {}])
+    def test_names_the_same_axes_in_axes_and_ratio(self, ratio: dict[str, float]) -> None:
+        said = refusal(methods={"dress": {"axes": ["ffn", "hidden"], "ratio": ratio}})
+        assert said.startswith("the recipe's methods.dress: ")
+        assert said.endswith(f"ratio names {sorted(ratio)} and axes ['ffn', 'hidden']: name the same axes in both")
+
+    def test_of_a_penalty_needs_weights_that_train(self) -> None:
+        penalty = {"regularize__schedule": "penalty", "regularize__trainable": "lora"}
+        said = refusal(methods={"trsp": HALF, "dress": HALF}, **penalty)
+        assert "which adapters do not train: set regularize.trainable to all, or the schedule to anneal" in said
+        assert recipe(**penalty).regularize.trainable == "lora"
+        assert recipe(methods={"dress": HALF}, regularize__trainable="lora").regularize.schedule == "anneal"
+
+
+class TestTransfer:
+    @pytest.mark.parametrize("written", ["none", {}])
+    def test_is_none_unless_one_is_named(self, written: Any) -> None:
+        assert recipe(regularize__transfer=written).regularize.transfer.chosen is None
+        assert recipe().regularize.transfer.chosen is None
+
+
+class TestAText:
+    def test_that_is_a_string_is_a_path(self) -> None:
+        assert Text.model_validate("a.txt") == Text(path="a.txt")
+        assert Text.model_validate(Path("a.txt")) == Text(path="a.txt")
+
+    @pytest.mark.parametrize("data", [{}, {"path": "a.txt", "hub": "owner/name"}, {"field": "body"}])
+    def test_has_exactly_one_source(self, data: dict[str, str]) -> None:
+        assert refusal(calibration__data=data).endswith("name exactly one of 'path' and 'hub'")
+
+    def test_is_listed_under_its_dotted_name(self) -> None:
+        made = recipe(evaluate__perplexity={"test": "test.txt", "web": {"hub": "owner/web"}})
+        assert [(dotted, text.path or text.hub) for dotted, text in made.texts()] == [
+            ("calibration.data", "train.txt"),
+            ("evaluate.perplexity.test", "test.txt"),
+            ("evaluate.perplexity.web", "owner/web"),
+        ]
+
+    def test_is_replaced_by_its_reference_and_keeps_its_field(self) -> None:
+        data = {"hub": "owner/web", "split": "test", "field": "body"}
+        made = recipe(calibration__data=data).with_texts({"calibration.data": REFERENCE})
+        assert made.calibration.data == Text(path=REFERENCE, field="body")
+        assert made.evaluate.perplexity["test"] == Text(path="test.txt")
+
+    @given(
+        st.dictionaries(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,9}", fullmatch=True), st.just("a.txt"), min_size=1)
+    )
+    def test_of_any_name_can_be_replaced(self, texts: dict[str, str]) -> None:
+        made = recipe(evaluate__perplexity=texts)
+        pinned = made.with_texts({dotted: REFERENCE for dotted, _ in made.texts()})
+        assert {text.path for _, text in pinned.texts()} == {REFERENCE}
+        assert pinned.evaluate.perplexity.keys() == texts.keys()
+
+
+def test_the_lengths_that_a_model_must_read_are_told_by_their_fields() -> None:
+    speed = {"prompt": 30, "generate": 5}
+    made = recipe(calibration__length=16, evaluate__length=24, evaluate__speed=speed)
+    assert made.lengths() == {
+        "calibration.length": 16,
+        "evaluate.length": 24,
+        "evaluate.speed.prompt + generate": 35,
+    }
+    quiet = recipe(calibration__length=16, evaluate__speed=speed | {"enabled": False})
+    assert quiet.lengths() == {"calibration.length": 16, "evaluate.length": 16}
+
+
+def test_a_recipe_is_immutable() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe().calibration.samples = 5  # type: ignore[misc]

@@ -1,0 +1,57 @@
+"""A release is checked once against the whole recipe: its methods, and every length that the model must read."""
+
+from __future__ import annotations
+
+import pytest
+
+from components.lib.checks import check_release
+from components.lib.errors import Refusal
+from components.lib.transformer.checkpoint import PrunableCheckpoint
+from tests.components.lib.recipe.smallest import recipe
+from tests.components.lib.transformer import zoo
+
+FITS = {"calibration__length": 64, "evaluate__speed": {"prompt": 60, "generate": 4}}
+"""The model reads 64 tokens."""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> PrunableCheckpoint:
+    folder = zoo.release(zoo.SPECIMENS[0].model(layers=4), tmp_path_factory.mktemp("release"))
+    return PrunableCheckpoint.open(folder)
+
+
+def test_a_recipe_that_can_be_applied_passes(checkpoint: PrunableCheckpoint) -> None:
+    check_release(checkpoint, recipe(**FITS))
+    check_release(checkpoint, recipe(**FITS, methods={"trsp": {"ratio": 0.5}, "dress": {"ratio": 0.5}}))
+
+
+@pytest.mark.parametrize("method", ["trsp", "sleb", "shortgpt"])
+def test_a_method_that_leaves_no_layer_is_refused_by_its_own_field(checkpoint: PrunableCheckpoint, method: str) -> None:
+    with pytest.raises(Refusal, match=rf"^methods\.{method}\.ratio 0\.9 removes 4 of the model's 4 layers"):
+        check_release(checkpoint, recipe(**FITS, methods={method: {"ratio": 0.9}, "dress": {"ratio": 0.5}}))
+
+
+def test_the_second_method_is_checked_too(checkpoint: PrunableCheckpoint) -> None:
+    dress = {"axes": ["heads"], "ratio": 0.2}
+    with pytest.raises(Refusal, match="of the axis heads no number near 20% can go"):
+        check_release(checkpoint, recipe(**FITS, methods={"trsp": {"ratio": 0.5}, "dress": dress}))
+
+
+@pytest.mark.parametrize(
+    ("changed", "field"),
+    [
+        ({"calibration__length": 65, "evaluate__length": 8}, "calibration.length"),
+        ({"evaluate__length": 65}, "evaluate.length"),
+        ({"evaluate__speed": {"prompt": 60, "generate": 5}}, "evaluate.speed.prompt + generate"),
+    ],
+)
+def test_a_length_beyond_what_the_model_reads_is_refused_by_its_field(
+    checkpoint: PrunableCheckpoint, changed: dict[str, object], field: str
+) -> None:
+    with pytest.raises(Refusal) as refused:
+        check_release(checkpoint, recipe(**FITS | changed))
+    assert str(refused.value) == f"{field} is 65, and the model reads 64 tokens at most: set it to 64 or less"
+
+
+def test_the_length_of_a_speed_that_is_not_measured_does_not_count(checkpoint: PrunableCheckpoint) -> None:
+    check_release(checkpoint, recipe(**FITS | {"evaluate__speed": {"enabled": False, "prompt": 512}}))
