@@ -9,7 +9,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from components.lib.errors import Refusal
 from components.lib.transformer.channels import kept_rows, layout_of
 from components.lib.transformer.families import FAMILIES
+from components.lib.transformer.gates import watched
 from components.lib.transformer.layout import LLAMA, Layout, Part, Widths, axis_of
+from tests.components.lib.transformer.zoo import MODERN, SPECIMENS, Specimen, logits
 
 DENSE = [model_type for model_type, family in FAMILIES.items() if family.layout]
 WIDTHS = Widths(hidden=32, ffn=48, heads=4, groups=2, head=8)
@@ -53,6 +55,27 @@ def test_every_axis_is_in_every_block(model_type: str) -> None:
         for segment in dimension
     }
     assert axes >= {"hidden", "ffn", "heads"}
+
+
+@pytest.mark.parametrize(
+    "specimen", [specimen for specimen in (*SPECIMENS, *MODERN) if specimen.model_type in DENSE], ids=str
+)
+@torch.no_grad()
+def test_a_branch_is_linear_in_its_last_projection_unless_a_norm_stands_behind_it(specimen: Specimen) -> None:
+    model = specimen.model()
+    rows = layout(specimen.model_type)
+    writers = [module for name, module in model.named_modules() if rows.segments(name) == [["hidden"], ["ffn"]]]
+    written = [parameter for writer in writers for parameter in writer.parameters()]
+    found = []
+    for factor in (2.0, 0.5, 0.0):  # of the weights as they then are: doubled, as they were, none
+        for parameter in written:
+            parameter *= factor
+        with watched(model, [0]) as seen:
+            logits(model)
+            found.append(seen[0][1])
+    twice, once, none = found
+    linear = torch.allclose(twice - none, 2 * (once - none), atol=1e-4)
+    assert linear != rows.norms_after(model.config.to_dict())
 
 
 class TestWidths:
