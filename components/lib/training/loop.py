@@ -17,17 +17,21 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from components.lib.errors import Refusal
@@ -247,27 +251,39 @@ class _Loop:
     def save(self, checkpoints: Checkpoints, step: int) -> None:
         """Keep the trained weights, the optimizer's state and the callback's as the checkpoint of `step`.
 
-        The main process gathers the whole state and writes one safetensors file. The default writer of
-        torch.distributed.checkpoint would save shards, but it stores their metadata as a pickle, which is never loaded here.
+        Every process writes its own shards, as safetensors: the default writer of torch.distributed.checkpoint stores the metadata
+        as a pickle, which is never loaded here. The processes of one machine share the folder.
         """
-        weights, state = get_state_dict(self.model, self.optimizer.optimizer, options=_options())
-        if self.accelerator.is_main_process:
-            tensors = dict(_under("model", weights)) | dict(_under("optimizer", _flat(state["state"])))
-            if self.callback:
-                tensors |= dict(_under("callback", self.callback.state()))
-            with tempfile.TemporaryDirectory() as folder:
-                save_file(dict(_unshared(tensors)), Path(folder) / "state.safetensors")
-                (Path(folder) / "state.json").write_text(json.dumps({"groups": state["param_groups"]}))
-                checkpoints.save(Path(folder), step)
-        self.accelerator.wait_for_everyone()
+        tensors, groups = self._state()
+        with self._shared_folder() as folder:
+            with _quiet():
+                dcp.save(
+                    tensors,
+                    storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
+                    no_dist=self.accelerator.num_processes == 1,
+                )
+            if self.accelerator.is_main_process:
+                if self.callback:
+                    save_file(self.callback.state(), folder / "callback.safetensors")
+                (folder / "state.json").write_text(json.dumps({"groups": groups}))
+                checkpoints.save(folder, step)
+            self.accelerator.wait_for_everyone()
 
     def resume(self, checkpoints: Checkpoints) -> int:
-        """Take up the newest checkpoint, and return how many steps it has behind it: 0 where there is none."""
+        """Take up the newest checkpoint, and return how many steps it has behind it: 0 if there is none."""
         with tempfile.TemporaryDirectory() as folder:
             step = checkpoints.latest(Path(folder))
             if step is None:
                 return 0
-            tensors = load_file(Path(folder) / "state.safetensors")
+            held = load_file(Path(folder) / "callback.safetensors") if self.callback else {}
+            (Path(folder) / "callback.safetensors").unlink(missing_ok=True)
+            tensors, _ = self._state()
+            with _quiet():
+                dcp.load(
+                    tensors,
+                    storage_reader=HuggingFaceStorageReader(folder),
+                    no_dist=self.accelerator.num_processes == 1,
+                )
             groups = json.loads((Path(folder) / "state.json").read_text())["groups"]
         set_state_dict(
             self.model,
@@ -277,13 +293,38 @@ class _Loop:
             options=_options(),
         )
         if self.callback:
-            self.callback.restore(_of("callback", tensors))
+            self.callback.restore(held)
         return step
+
+    def _state(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+        """Return this process's part of the trained weights and the optimizer's state, and the optimizer's groups."""
+        weights, state = get_state_dict(self.model, self.optimizer.optimizer, options=_options())
+        tensors = dict(_under("model", weights)) | dict(_under("optimizer", _flat(state["state"])))
+        return dict(_unshared(tensors)), state["param_groups"]
+
+    @contextmanager
+    def _shared_folder(self) -> Iterator[Path]:
+        """Give every process the same empty folder, which is removed at the end."""
+        made = [tempfile.mkdtemp(prefix="espalier-") if self.accelerator.is_main_process else ""]
+        folder = Path(broadcast_object_list(made)[0])
+        try:
+            yield folder
+        finally:
+            if self.accelerator.is_main_process:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from warning that one process saves alone: that is what is asked for."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 def _options() -> StateDictOptions:
-    """State dicts whole on the CPU under any parallelism, of the trained weights only, the optimizer's by weight's name."""
-    return StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+    """State dicts on the CPU, each process its own shards, of the trained weights only, the optimizer's by weight's name."""
+    return StateDictOptions(cpu_offload=True, ignore_frozen_params=True, strict=False)
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
