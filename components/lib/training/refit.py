@@ -137,21 +137,23 @@ def runs_of(removed: Sequence[int]) -> list[tuple[int, int]]:
 
 
 @torch.no_grad()
-def run_blocks(model: PreTrainedModel, windows: Tensor, through: int) -> Iterator[Tensor]:
+def run_blocks(model: PreTrainedModel, windows: Tensor, through: int, batch_size: int = BATCH) -> Iterator[Tensor]:
     """Run the model through block `through` on each batch of windows, without its head; yield the batch when it is done."""
     with bypassed(model, range(through + 1, len(blocks(model)))):
-        for batch in windows.split(BATCH):
+        for batch in windows.split(batch_size):
             model.base_model(input_ids=batch.long().to(model.device), use_cache=False)
             yield batch
 
 
 @torch.no_grad()
-def streams(model: PreTrainedModel, windows: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+def streams(
+    model: PreTrainedModel, windows: Tensor, layers: Sequence[int], batch_size: int = BATCH
+) -> dict[int, Tensor]:
     """Return the residual stream behind each of `layers`: (windows, length, hidden), in the model's type, on the CPU."""
     found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     if layers:
         with watched(model, layers) as seen:
-            for _ in run_blocks(model, windows, max(layers)):
+            for _ in run_blocks(model, windows, max(layers), batch_size):
                 for layer in layers:
                     found[layer].append(seen[layer][1].cpu())
     return {layer: torch.cat(parts) for layer, parts in found.items()}
@@ -215,6 +217,7 @@ def sums_at_seam(
     without: Sequence[int] = (),
     channels: Channels = NO_CHANNELS,
     side: Side = "input",
+    batch_size: int = BATCH,
 ) -> Sums:
     """Return the sums for a re-fit of a layer's ffn projection, so that the stream behind the layer becomes `target`.
 
@@ -226,6 +229,7 @@ def sums_at_seam(
         without: layers that are removed.
         channels: channels that are removed.
         side: fit the projection itself (input), or a matrix behind it (output).
+        batch_size: windows a forward pass.
     """
     writer = writer_of(model, layer, "ffn")
     inputs, outputs = writer.weight.shape
@@ -237,7 +241,7 @@ def sums_at_seam(
         stack.enter_context(narrowed(model, channels))
         seen = stack.enter_context(seen_by(writer.module, side))
         at = stack.enter_context(watched(model, [layer]))
-        for batch in run_blocks(model, windows, layer):
+        for batch in run_blocks(model, windows, layer, batch_size):
             goal = target[done : done + len(batch)].to(model.device)
             done += len(batch)
             missing = (goal.float() - at[layer][1].float()) / scale
@@ -267,6 +271,7 @@ def fit_seams(
     selection: Selection,
     strength: float,
     done: Callable[[], None] = lambda: None,
+    batch_size: int = BATCH,
 ) -> None:
     """Re-fit the ffn projection before each run of removed layers, in place, so that it also adds what the run added.
 
@@ -277,13 +282,20 @@ def fit_seams(
         selection: what is removed. A run that begins with layer 0 has no layer before it, and nothing is fitted for it.
         strength: λ relative to the mean diagonal.
         done: called after each run.
+        batch_size: windows a forward pass.
     """
     for first, last in runs_of(selection.removed):
         if first == 0:
             continue
         layer, writer = first - 1, writer_of(model, first - 1, "ffn")
         sums = sums_at_seam(
-            model, windows, targets[last], layer, without=selection.removed, channels=selection.channels
+            model,
+            windows,
+            targets[last],
+            layer,
+            without=selection.removed,
+            channels=selection.channels,
+            batch_size=batch_size,
         )
         kept = kept_inputs(model, selection.channels, layer, "ffn")
         writer.change(*sums.solve(strength, kept, writer.bias is not None))

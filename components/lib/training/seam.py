@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from components.lib.errors import Refusal
 from components.lib.training.journal import Journal
 from components.lib.training.refit import (
+    BATCH,
     Sums,
     branch_scale,
     fit_seams,
@@ -68,6 +68,7 @@ def runs_with_costs(
     longest: int,
     strength: float,
     done: Callable[[int, int], None] = lambda number, total: None,
+    batch_size: int = BATCH,
 ) -> list[Run]:
     """Return every run of 1 … `longest` layers that does not begin with layer 0, with its costs.
 
@@ -81,9 +82,10 @@ def runs_with_costs(
         longest: the longest run.
         strength: λ of the fit, relative to the mean diagonal.
         done: called with the number of layers that are done, and of all.
+        batch_size: windows a forward pass.
     """
     layers = len(blocks(model))
-    states, inputs = _record(model, torch.cat([fitted, probed]))
+    states, inputs = _record(model, torch.cat([fitted, probed]), batch_size)
     dense = _log_probabilities(model, probed)
     count = len(fitted)
     runs = []
@@ -106,7 +108,7 @@ def runs_with_costs(
     return runs
 
 
-def _record(model: PreTrainedModel, windows: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def _record(model: PreTrainedModel, windows: Tensor, batch_size: int) -> tuple[list[Tensor], list[Tensor]]:
     """Return the streams behind all layers (windows, length, hidden), and the inputs of their last projections (…, ffn)."""
     layers = range(len(blocks(model)))
     states: list[list[Tensor]] = [[] for _ in layers]
@@ -114,7 +116,7 @@ def _record(model: PreTrainedModel, windows: Tensor) -> tuple[list[Tensor], list
     with ExitStack() as stack:
         seen = [stack.enter_context(seen_by(writer_of(model, layer, "ffn").module, "input")) for layer in layers]
         at = stack.enter_context(watched(model, layers))
-        for batch in run_blocks(model, windows, len(layers) - 1):
+        for batch in run_blocks(model, windows, len(layers) - 1, batch_size):
             for layer in layers:
                 states[layer].append(at[layer][1].cpu())
                 inputs[layer].append(seen[layer][0].reshape(*batch.shape, -1).cpu())
@@ -149,7 +151,9 @@ def _log_probabilities(
 
 def _divergence(dense: Tensor, other: Tensor) -> float:
     """Return KL(dense ‖ other), nats a token, of log-probabilities (windows, length, vocabulary); first tokens are left out."""
-    return (dense.exp() * (dense - other)).sum(-1)[:, 1:].mean().item()
+    # A window at a time: the vocabulary is large.
+    tokens = [(p.exp() * (p - q)).sum(-1)[1:] for p, q in zip(dense, other, strict=True)]
+    return torch.cat(tokens).mean().item()
 
 
 def cheapest_sets(runs: Sequence[Run], layers: int, count: int, keep: int) -> list[tuple[int, ...]]:
@@ -194,13 +198,16 @@ def divergence_after_fit(
     targets: dict[int, Tensor],
     removed: Sequence[int],
     strength: float,
+    batch_size: int = BATCH,
 ) -> float:
     """Return KL(p_dense ‖ p_cut), nats a token, of the model without `removed` and with its seams fitted; the model is left as it was."""
     dense = _log_probabilities(model, probed)
     seams = [writer_of(model, first - 1, "ffn") for first, _ in runs_of(removed) if first > 0]
     kept = [(seam, seam.weight.clone(), None if seam.bias is None else seam.bias.clone()) for seam in seams]
     try:
-        fit_seams(model, fitted, targets, Selection(method="seam", removed=tuple(removed)), strength)
+        fit_seams(
+            model, fitted, targets, Selection(method="seam", removed=tuple(removed)), strength, batch_size=batch_size
+        )
         with bypassed(model, removed):
             return _divergence(dense, _log_probabilities(model, probed))
     finally:
@@ -219,8 +226,9 @@ def choose_runs(
     strength: float = 0.1,
     longest: int = 8,
     shortlist: int = 6,
-    fitted: int = 16,
-    probed: int = 4,
+    fit_tokens: int = 4096,
+    measure_tokens: int = 1024,
+    batch_size: int = BATCH,
 ) -> tuple[tuple[int, ...], list[Run]]:
     """Return the `count` layers to remove, ascending, and the costs of all runs that were compared.
 
@@ -230,31 +238,47 @@ def choose_runs(
         count: how many layers are removed.
         journal: takes progress.
         strength: λ of the fit, relative to the mean diagonal.
-        longest: the longest run that is compared.
+        longest: the longest run that is compared; longer ones if no set of such runs has `count` layers.
         shortlist: how many sets of runs are measured whole; 0 takes the set of least summed cost.
-        fitted: how many windows are fitted on, from the first.
-        probed: how many windows the divergence is measured on, from the last.
+        fit_tokens: how many tokens the runs are fitted on, from the first windows.
+        measure_tokens: how many the divergence is measured on, from the last windows, at most a quarter of all.
+        batch_size: windows a forward pass.
 
     Raises:
-        Refusal: a family whose projections do not write the stream, or no set of such runs has `count` layers.
+        Refusal: the model's projections do not write the stream.
     """
     layers = len(blocks(model))
     total = layers - 1 + shortlist
-    measured = windows[: max(1, min(fitted, len(windows) - probed))]
-    others = windows[-probed:]
-    runs = runs_with_costs(
-        model, measured, others, min(longest, count), strength, lambda number, _: journal.progress(number, total)
+    fitted, probed = _parted(windows, fit_tokens, measure_tokens)
+    # Of n layers in runs of at most k, each with a layer before it, n − ⌈n / (k + 1)⌉ can be removed.
+    while layers - -(-layers // (longest + 1)) < count:
+        longest += 1
+    costs = runs_with_costs(
+        model,
+        fitted,
+        probed,
+        min(longest, count),
+        strength,
+        lambda number, _: journal.progress(number, total),
+        batch_size,
     )
-    sets = cheapest_sets(runs, layers, count, max(1, shortlist))
-    if not sets:
-        raise Refusal(
-            f"no {count} of {layers} layers lie in runs of at most {longest} with a layer between them: remove fewer layers or allow longer runs"
-        )
+    sets = cheapest_sets(costs, layers, count, max(1, shortlist))
     if shortlist == 0 or len(sets) == 1:
-        return sets[0], runs
-    targets = streams(model, measured, sorted({last for chosen in sets for _, last in runs_of(chosen)}))
-    costs = []
-    for number, chosen in enumerate(sets, layers):
-        costs.append(divergence_after_fit(model, measured, others, targets, chosen, strength))
-        journal.progress(number, total, divergence=costs[-1])
-    return sets[costs.index(min(costs))], runs
+        if shortlist:
+            journal.progress(total, total)
+        return sets[0], costs
+    targets = streams(model, fitted, sorted({last for chosen in sets for _, last in runs_of(chosen)}), batch_size)
+    measured = []
+    for number, chosen in enumerate(sets, 1):
+        measured.append(divergence_after_fit(model, fitted, probed, targets, chosen, strength, batch_size))
+        done = total if number == len(sets) else layers - 1 + number
+        journal.progress(done, total, divergence=measured[-1])
+    return sets[measured.index(min(measured))], costs
+
+
+def _parted(windows: Tensor, fit_tokens: int, measure_tokens: int) -> tuple[Tensor, Tensor]:
+    """Return the windows to fit on and others to measure on; one window serves for both if there is no other."""
+    count, length = windows.shape
+    probed = min(max(1, measure_tokens // length), max(1, count // 4))
+    fitted = min(max(1, fit_tokens // length), max(1, count - probed))
+    return windows[:fitted], windows[-probed:]

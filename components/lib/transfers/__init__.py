@@ -46,8 +46,13 @@ class Transfer(Section):
         raise NotImplementedError
 
 
-def check_writers(checkpoint: PrunableCheckpoint, name: str) -> None:
-    """Refuse, for the transfer `name`, a family whose blocks do not add a projection's output to the residual stream as it is.
+def check_writers(checkpoint: PrunableCheckpoint, asked: str, cure: str = "use merge or none") -> None:
+    """Refuse a family whose blocks do not add a projection's output to the residual stream as it is.
+
+    Args:
+        checkpoint: the release.
+        asked: the field and its value that ask for it, for the refusal.
+        cure: what to do instead.
 
     Raises:
         Refusal: the family has no layout, as mixtures of experts have none, or its branches pass a norm before the stream.
@@ -59,7 +64,7 @@ def check_writers(checkpoint: PrunableCheckpoint, name: str) -> None:
         reason = "has norms between its projections and the residual stream"
     else:
         return
-    raise Refusal(f"regularize.transfer is {name}, but {family.title} {reason}: use merge or none")
+    raise Refusal(f"{asked}, but {family.title} {reason}: {cure}")
 
 
 @cache

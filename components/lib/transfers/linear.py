@@ -41,7 +41,7 @@ class Linear(Transfer):
 
     def check(self, checkpoint: PrunableCheckpoint) -> None:
         """Refuse families whose last projection does not write the residual stream itself."""
-        check_writers(checkpoint, self.name)
+        check_writers(checkpoint, f"regularize.transfer is {self.name}")
 
     def apply(self, model: PreTrainedModel, windows: Tensor, selection: Selection, *, journal: Journal) -> None:
         """Multiply the projection before each run of removed layers by its matrix T, in place, from the first run to the last."""

@@ -56,7 +56,7 @@ class Ridge(Transfer):
 
     def check(self, checkpoint: PrunableCheckpoint) -> None:
         """Refuse families whose last projection does not write the residual stream itself."""
-        check_writers(checkpoint, self.name)
+        check_writers(checkpoint, f"regularize.transfer is {self.name}")
 
     def apply(self, model: PreTrainedModel, windows: Tensor, selection: Selection, *, journal: Journal) -> None:
         """Re-fit the projections that read removed channels, then those before the runs of removed layers, in place."""

@@ -45,7 +45,7 @@ class Scale(Transfer):
 
     def check(self, checkpoint: PrunableCheckpoint) -> None:
         """Refuse families whose blocks read the stream through no norm, or write it through one, or have unknown matrices."""
-        check_writers(checkpoint, self.name)
+        check_writers(checkpoint, f"regularize.transfer is {self.name}")
         layout = checkpoint.family.layout
         for name, tensor in checkpoint.tensors.items():
             if len(tensor.shape) > 1 and layout is not None and layout.segments(name.rpartition(".")[0]) is None:

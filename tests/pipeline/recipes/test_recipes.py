@@ -21,7 +21,7 @@ from components.lib.recipe.schema import Recipe, Text
 
 RECIPES = sorted((Path(pipeline.__file__).parent / "recipes").glob("*.yaml"))
 WHOLE = ["trsp", "dress"]
-BASELINES = [path for path in RECIPES if path.stem in ("sleb", "shortgpt")]
+BASELINES = [path for path in RECIPES if path.stem in ("seam", "sleb", "shortgpt")]
 
 
 def settings(path: Path) -> dict[str, Any]:
@@ -180,7 +180,10 @@ class TestChannelsOnTheCommandLine:
                 "methods.dress.shortlist=3",
                 "the recipe's field 'methods.dress.shortlist' is not known: known there are axes, ratio, channels, multiple, batch_size, seed",
             ),
-            ("methods.dress=null", "the recipe's methods: methods names none: name one of dress, shortgpt, sleb, trsp"),
+            (
+                "methods.dress=null",
+                "the recipe's methods: methods names none: name one of dress, seam, shortgpt, sleb, trsp",
+            ),
         ],
     )
     def test_what_is_wrong_is_one_sentence_without_the_types_that_were_tried(self, override: str, said: str) -> None:

@@ -84,6 +84,6 @@ def test_runs_are_chosen_around_a_layer_that_is_needed() -> None:
     for layer in (1, 2, 4, 5):
         for projection in (model.model.layers[layer].self_attn.o_proj, model.model.layers[layer].mlp.down_proj):
             projection.weight.data *= 1e-3
-    chosen, runs = choose_runs(model, torch.cat([FITTED, PROBED]), count=4, journal=Silent(), fitted=24, probed=3)
+    chosen, runs = choose_runs(model, torch.cat([FITTED, PROBED]), count=4, journal=Silent())
     assert chosen == (1, 2, 4, 5)
     assert all(run.divergence > 0.01 for run in runs if run.first <= 3 <= run.last)
