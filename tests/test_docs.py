@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 import types
@@ -13,11 +14,13 @@ from components.lib.methods import Method
 from components.lib.training.journal import Silent
 from components.lib.transformer.selection import NOTHING, Channels, Selection
 from components.lib.transformer.surgery import cut_checkpoint
+from pipeline.recompress import recompress
+from pipeline.runners.graph import tasks_of
 from tests.components.lib.training.tiny import counting
 from tests.components.lib.transformer import zoo
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def methods() -> list[str]:
@@ -64,3 +67,30 @@ def test_the_methods_that_are_shown_choose_what_they_say(tmp_path: Path) -> None
 def test_what_a_page_points_to_is_there(page: Path) -> None:
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def named_files(page: str) -> list[str]:
+    """The paths between backticks that begin with a folder of the repository."""
+    folders = "|".join(sorted(path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")))
+    return re.findall(rf"`((?:{folders})/[^`\s]*)`", page)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_names_only_files_that_exist(page: Path) -> None:
+    """A placeholder, such as <stage>, stands for one name at least."""
+    wildcards = {name: re.sub(r"<\w+>", "*", name) for name in named_files(page.read_text())}
+    assert [name for name, wildcard in wildcards.items() if not any(ROOT.glob(wildcard))] == []
+
+
+def test_architecture_names_the_rooms() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    assert {"components/lib/methods/", "components/lib/transfers/", "pipeline/recompress.py"} <= set(named_files(page))
+
+
+def test_the_diagram_of_a_run_shows_every_task_and_no_arrow_that_the_pipeline_does_not_have() -> None:
+    diagram = (ROOT / "docs" / "architecture.md").read_text().split("```mermaid\n")[1].split("```")[0]
+    chains = [re.split(r"\s*-->\s*", line.strip()) for line in diagram.splitlines() if "-->" in line]
+    drawn = {arrow for chain in chains for arrow in itertools.pairwise(chain)}
+    tasks = {task.name: task for task in tasks_of(recompress)}
+    assert {name for arrow in drawn for name in arrow} == set(tasks) - {"finish"}
+    assert [(source, target) for source, target in drawn if source not in tasks[target].reads] == []

@@ -39,6 +39,11 @@ class Task:
         """The variant of the stage that it runs."""
         return str(self.inputs.get("kind", ""))
 
+    @property
+    def reads(self) -> set[str]:
+        """The names of the tasks whose outputs it reads."""
+        return _needs(self.inputs)
+
     def resolved(self, outputs: Mapping[Output, str]) -> dict[str, Any]:
         """Return the inputs with the values of other tasks' outputs."""
         return {name: _resolved(value, outputs) for name, value in self.inputs.items()}
@@ -89,7 +94,7 @@ def _filled(value: Any, channels: Mapping[str, Any]) -> Any:
 def _in_order(tasks: Mapping[str, Task]) -> Iterator[Task]:
     done: set[str] = set()
     while len(done) < len(tasks):
-        ready = [task for name, task in tasks.items() if name not in done and _needs(task.inputs) <= done]
+        ready = [task for name, task in tasks.items() if name not in done and task.reads <= done]
         if not ready:
             raise ValueError("the pipeline's tasks read each other's outputs in a circle")
         yield from ready
