@@ -36,7 +36,7 @@ class Linear(Transfer):
         default=0.1, description="Weight of the distance to the identity, relative to the mean squared output."
     )
     windows: Count = Field(
-        default=64, description="Calibration windows that are measured on; all of them if there are fewer."
+        default=128, description="Calibration windows that are measured on; all of them if there are fewer."
     )
 
     def check(self, checkpoint: PrunableCheckpoint) -> None:

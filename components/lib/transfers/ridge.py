@@ -51,7 +51,7 @@ class Ridge(Transfer):
         description="Weight of the distance to the weights so far, relative to the mean squared activation.",
     )
     windows: Count = Field(
-        default=64, description="Calibration windows that are measured on; all of them if there are fewer."
+        default=128, description="Calibration windows that are measured on; all of them if there are fewer."
     )
 
     def check(self, checkpoint: PrunableCheckpoint) -> None:
