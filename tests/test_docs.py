@@ -94,3 +94,10 @@ def test_the_diagram_of_a_run_shows_every_task_and_no_arrow_that_the_pipeline_do
     tasks = {task.name: task for task in tasks_of(recompress)}
     assert {name for arrow in drawn for name in arrow} == set(tasks) - {"finish"}
     assert [(source, target) for source, target in drawn if source not in tasks[target].reads] == []
+
+
+def test_every_test_of_make_quick_is_there() -> None:
+    for line in (ROOT / "tests" / "quick.txt").read_text().splitlines():
+        file, *names = line.partition("[")[0].split("::")
+        assert (ROOT / file).exists(), line
+        assert all(re.search(rf"\b(def|class) {name}\b", (ROOT / file).read_text()) for name in names), line
