@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import sys
+import tomllib
 import types
 from pathlib import Path
 
@@ -101,3 +102,8 @@ def test_every_test_of_make_quick_is_there() -> None:
         file, *names = line.partition("[")[0].split("::")
         assert (ROOT / file).exists(), line
         assert all(re.search(rf"\b(def|class) {name}\b", (ROOT / file).read_text()) for name in names), line
+
+
+def test_the_changelog_has_the_version_that_is_installed_from_here() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
