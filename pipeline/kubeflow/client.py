@@ -1,4 +1,4 @@
-"""Kubeflow Pipelines as this machine sees it: upload a pipeline once, start a run of it, follow the run to its end.
+"""A client of Kubeflow Pipelines: upload a pipeline once, start a run of it, follow the run to its end.
 
 server = KubeflowClient(profile.kubeflow)
 version = server.upload("recompress", text)
@@ -30,19 +30,19 @@ from pipeline.kubeflow.profile import Profile, Server
 
 ENDED = {"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"}
 EVENTS = {"RUNNING": "opened", "SUCCEEDED": "done", "SKIPPED": "skipped"}
-"""What a follower is told of a task's state. A failed task is left to the end of the run: it may be tried again."""
+"""The event of each task state. FAILED has none: the task may be retried, so a failure counts only at the end of the run."""
 
 PATIENCE = 600.0
-"""Seconds that a server may be away while a run is followed; the run does not mind."""
+"""Seconds that a server may be unreachable while a run is followed; the run itself continues."""
 
 _UNREACHABLE = (urllib3.exceptions.HTTPError, TimeoutError, OSError)
 
 TaskSink = Callable[[str, str, float | None], None]
-"""Takes a task's name, what became of it (opened, done or skipped) and how many seconds it took."""
+"""Takes a task's name, its event (opened, done or skipped) and the seconds it took, None while it runs."""
 
 
 @dataclass(frozen=True)
-class Version:
+class PipelineVersion:
     """An uploaded version of a pipeline."""
 
     pipeline_id: str
@@ -52,19 +52,19 @@ class Version:
 
 
 @dataclass(frozen=True)
-class Run:
+class PipelineRun:
     """A run on the server."""
 
     run_id: str
     address: str
-    """Where a person looks at it."""
+    """Its page in the web interface."""
 
 
 class _KfpClient(kfp.Client):
-    """kfp's client, which says at once what is wrong: the original asks for half a minute, and logs each traceback."""
+    """kfp's client, which reports an error at once: the original retries for half a minute and logs each traceback."""
 
     def get_kfp_healthz(self, sleep_duration: int = 5) -> V2beta1GetHealthzResponse:
-        """Ask once."""
+        """Ask for the server's health once, without retries."""
         return self._healthz_api.healthz_service_get_healthz()
 
 
@@ -74,10 +74,10 @@ class KubeflowClient:
     def __init__(self, server: Server) -> None:
         """Connect.
 
-        The token in KF_PIPELINES_TOKEN goes along where it is set.
+        Send the token in KF_PIPELINES_TOKEN if it is set.
 
         Raises:
-            Unavailable: it does not answer, or not to this person.
+            Unavailable: the server does not answer, or does not accept the token.
         """
         self.server = server
         settings = KubeflowSettings()
@@ -87,8 +87,8 @@ class KubeflowClient:
             self.client = _KfpClient(host=self.host or None, existing_token=settings.token)
             self.client.get_kfp_healthz()
 
-    def upload(self, name: str, text: str) -> Version:
-        """Upload a compiled pipeline as a version that its digest names; one that is there already is taken.
+    def upload(self, name: str, text: str) -> PipelineVersion:
+        """Upload a compiled pipeline as a version named after its digest, or return the version that is there already.
 
         Raises:
             Unavailable: the server does not take it.
@@ -99,16 +99,18 @@ class KubeflowClient:
             path.write_text(text)
             pipeline_id = self.client.get_pipeline_id(name)
             if pipeline_id is None:
-                # The first upload makes the pipeline, and a version with the pipeline's name; ours is the one below.
+                # The first upload makes the pipeline and a version with the pipeline's name; our version is uploaded below.
                 made = self.client.upload_pipeline(str(path), name, namespace=self.server.namespace)
                 pipeline_id = made.pipeline_id
             found = self._version(pipeline_id, version)
             if found is None:
                 made = self.client.upload_pipeline_version(str(path), version, pipeline_id=pipeline_id)
                 found = made.pipeline_version_id
-            return Version(pipeline_id, found, version)
+            return PipelineVersion(pipeline_id, found, version)
 
-    def start(self, version: Version, label: str, arguments: Mapping[str, str], profile: Profile) -> Run:
+    def start(
+        self, version: PipelineVersion, label: str, arguments: Mapping[str, str], profile: Profile
+    ) -> PipelineRun:
         """Start a run of the version.
 
         Raises:
@@ -125,23 +127,23 @@ class KubeflowClient:
                 pipeline_root=profile.pipeline_root,
                 service_account=profile.service_account,
             )
-        return Run(run.run_id, self.address(run.run_id))
+        return PipelineRun(run.run_id, self.address(run.run_id))
 
     def address(self, run_id: str) -> str:
-        """Where a person looks at the run."""
+        """Return the run's page in the web interface."""
         ui = self.server.ui or KubeflowSettings().ui_endpoint or self.host or self.client._existing_config.host
         return f"{ui.rstrip('/')}/#/runs/details/{run_id}"
 
-    def follow(self, run: Run, on_event: TaskSink, pause: float = 5.0) -> V2beta1Run:
-        """Wait for the run's end, telling of each task that begins or ends, and return the run as it ended.
+    def follow(self, run: PipelineRun, on_event: TaskSink, pause: float = 5.0) -> V2beta1Run:
+        """Wait until the run ends, report each task that begins or ends, and return the run in its final state.
 
         Args:
-            run: what `start` returned.
-            on_event: called once with each thing that a task comes to.
-            pause: seconds between two looks.
+            run: the run that `start` returned.
+            on_event: called once for each event of a task.
+            pause: seconds between two requests for the run's state.
 
         Raises:
-            Unavailable: the server has been away for ten minutes; the run goes on.
+            Unavailable: the server has not answered for ten minutes; the run goes on.
         """
         told: set[tuple[str, str]] = set()
         answered = time.monotonic()
@@ -163,14 +165,14 @@ class KubeflowClient:
             time.sleep(pause)
 
     def _version(self, pipeline_id: str, name: str) -> str | None:
-        """The id of the pipeline's version with this name, or None."""
+        """Return the id of the pipeline's version with this name, or None."""
         predicates = {"predicates": [{"operation": "EQUALS", "key": "display_name", "string_value": name}]}
         found = self.client.list_pipeline_versions(pipeline_id, filter=json.dumps(predicates)).pipeline_versions or []
         return next((one.pipeline_version_id for one in found if one.display_name == name), None)
 
     @contextlib.contextmanager
     def asked(self, more: str = "") -> Iterator[None]:
-        """Put what the server or the network says into a sentence, and keep kfp's own words to itself."""
+        """Turn an error of the server or the network into an Unavailable of one sentence, and suppress what kfp prints."""
         where = f"Kubeflow Pipelines at {self.host or 'the address that the kubeconfig gives'}"
         try:
             with contextlib.redirect_stdout(io.StringIO()):
@@ -187,13 +189,13 @@ class KubeflowClient:
 
 
 def failed_task(run: V2beta1Run) -> str:
-    """The name of the task that the run failed in, as far as the server says; empty where it does not."""
+    """Return the name of the task that failed, or an empty string if the server does not report one."""
     failed = [task.display_name for task in _tasks(run) if task.state == "FAILED" and not task.child_tasks]
     return failed[0] if failed else ""
 
 
 def succeeded(run: V2beta1Run) -> bool:
-    """Whether the run ended well."""
+    """Return True if the run succeeded."""
     return run.state == "SUCCEEDED"
 
 
@@ -210,7 +212,7 @@ def _tasks(run: V2beta1Run) -> list[V2beta1PipelineTaskDetail]:
 
 
 def _said(error: ApiException) -> str:
-    """What the server says, out of its JSON where it is JSON."""
+    """Return the message in the server's answer, or the HTTP reason if the answer is not JSON."""
     try:
         body: Any = json.loads(error.body or "")
         return str(body.get("message") or body.get("error") or error.reason)

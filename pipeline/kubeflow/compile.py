@@ -1,8 +1,8 @@
-"""The pipeline as the YAML that Kubeflow takes.
+"""Compile the pipeline to the YAML that Kubeflow takes.
 
     text = compile_pipeline(recompress, profile)
 
-The same pipeline runs on this machine and on a cluster; what differs is what its tasks are dressed in.
+The same pipeline runs on this machine and on a cluster; only the image and the resources of its tasks differ.
 """
 
 from __future__ import annotations
@@ -20,42 +20,42 @@ from kfp.dsl.graph_component import GraphComponent
 from pipeline.kubeflow.profile import Profile
 
 
-def dressed(graph: GraphComponent, dress: Callable[[PipelineTask], object]) -> GraphComponent:
-    """The same pipeline, `dress` called with each of its tasks, the exit handler's among them."""
+def configured(graph: GraphComponent, configure: Callable[[PipelineTask], object]) -> GraphComponent:
+    """Return the same pipeline with `configure` applied to each of its tasks, the exit handler's included."""
 
     @functools.wraps(graph.pipeline_func)
-    def in_dress(*inputs: object) -> object:
+    def configured_pipeline(*inputs: object) -> object:
         outputs = graph.pipeline_func(*inputs)
         for task in pipeline_context.Pipeline.get_default_pipeline().tasks.values():
-            dress(task)
+            configure(task)
         return outputs
 
-    return pipeline(in_dress, name=graph.name, description=graph.description)
+    return pipeline(configured_pipeline, name=graph.name, description=graph.description)
 
 
-def for_cluster(graph: GraphComponent, profile: Profile, mutable: bool = False) -> GraphComponent:
-    """The pipeline in the profile's image, each task with what the profile gives its stage.
+def configured_for_cluster(graph: GraphComponent, profile: Profile, mutable: bool = False) -> GraphComponent:
+    """Return the pipeline in the profile's image, each task with the resources that the profile gives its stage.
 
     Raises:
-        Refusal: the profile names no image, or one by a tag and `mutable` does not allow it.
+        Refusal: the profile names no image, or names one by a tag and `mutable` is False.
     """
     image = profile.pinned_image(mutable)
 
-    def dress(task: PipelineTask) -> None:
+    def configure(task: PipelineTask) -> None:
         task.set_container_image(image)
-        profile.dress(task)
+        profile.configure(task)
 
-    return dressed(graph, dress)
+    return configured(graph, configure)
 
 
 def compile_pipeline(graph: GraphComponent, profile: Profile, mutable: bool = False) -> str:
-    """The pipeline's YAML: PipelineSpec, then PlatformSpec. Raises what `for_cluster` raises."""
+    """Return the pipeline's YAML: PipelineSpec, then PlatformSpec. Raises what `configured_for_cluster` raises."""
     with tempfile.TemporaryDirectory(prefix="espalier-compile-") as folder:
         path = Path(folder) / "pipeline.yaml"
-        compiler.Compiler().compile(for_cluster(graph, profile, mutable), str(path))
+        compiler.Compiler().compile(configured_for_cluster(graph, profile, mutable), str(path))
         return path.read_text()
 
 
 def digest(text: str) -> str:
-    """sha256 of a compiled pipeline (hex)."""
+    """Return the sha256 of a compiled pipeline (hex)."""
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,9 +1,9 @@
-"""What a cluster gives the stages: one profile, applied to every task of a pipeline.
+"""Cluster profiles: the image, resources, secrets and placement of the stages, applied to every task of a pipeline.
 
     profile = Profile.load("nvidia", image="registry.example/espalier@sha256:…")
-    profile.dress(task)
+    profile.configure(task)
 
-A profile is a YAML; the shipped ones in `pipeline/profiles` are commented and ready to copy. It names secrets and holds none.
+A profile is a YAML file; the shipped ones in `pipeline/profiles` are commented and ready to copy. It names secrets and holds none.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ PROFILES = Path(__file__).parents[1] / "profiles"
 COMPONENTS = Path(__file__).parents[2] / "components"
 
 SCRATCH = "/scratch"
-"""Where the image keeps what it works on: ESPALIER_SCRATCH there."""
+"""The folder for temporary files in the image: the value of ESPALIER_SCRATCH there."""
 
 LONGEST = 7 * 24 * 3600
-"""Seconds that one try of a stage is thought to take at most, where the profile sets it no timeout."""
+"""Seconds assumed as the longest try of a stage if the profile sets no timeout for it."""
 
 _SECRET = re.compile(r"(SECRET|TOKEN|PASSWORD|ACCESS_KEY|CREDENTIALS)(_ID|_KEY)?$")
 _PINNED = re.compile(r"^\S+@sha256:[0-9a-f]{64}$")
@@ -38,13 +38,13 @@ Bytes = Annotated[str, BeforeValidator(str), Field(pattern=r"^[0-9]+([EPTGMK]i?)
 Seconds = Annotated[int, Field(ge=1)]
 
 
-class Section(BaseModel):
-    """A part of the profile: immutable, and no field beside the named ones."""
+class ProfileSection(BaseModel):
+    """A part of the profile: immutable, and unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Gpu(Section):
+class Gpu(ProfileSection):
     """The accelerators of one task."""
 
     type: str = "nvidia.com/gpu"
@@ -52,8 +52,8 @@ class Gpu(Section):
     count: Annotated[int, Field(ge=1)] = 1
 
 
-class Toleration(Section):
-    """A taint that the task's pod may stand on."""
+class Toleration(ProfileSection):
+    """A taint that the task's pod tolerates."""
 
     key: str | None = None
     operator: Literal["Equal", "Exists"] = "Equal"
@@ -61,76 +61,76 @@ class Toleration(Section):
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
 
 
-class Retries(Section):
-    """How often, and after how many seconds, a task that failed is started again; each wait is `factor` times the last."""
+class Retries(ProfileSection):
+    """How often, and after how many seconds, a failed task is retried; each wait is `factor` times the last."""
 
     times: Annotated[int, Field(ge=1)]
     wait: Seconds = 60
     factor: Annotated[float, Field(ge=1)] = 2.0
 
     def window(self, timeout: int) -> int:
-        """Seconds from the first start in which all tries of at most `timeout` seconds, and the waits between them, fit.
+        """Return the seconds from the first start to the end of the last try, if each try takes `timeout` seconds.
 
-        Argo counts the work itself, and kfp's own window is an hour: a stage that trains for two would be killed after one.
+        Argo counts the tries as well as the waits, and kfp's default is an hour: a stage that trains for two would be killed after one.
         """
         waits = sum(self.wait * self.factor**number for number in range(self.times))
         return round((self.times + 1) * timeout + waits)
 
 
-class Secret(Section):
-    """A Kubernetes Secret by its name, and which environment variable takes which of its keys."""
+class Secret(ProfileSection):
+    """A Kubernetes Secret by its name, and the key of it for each environment variable."""
 
     name: str
     keys: dict[str, str]
     optional: bool = False
 
 
-class Needs(Section):
-    """What one stage is given."""
+class Needs(ProfileSection):
+    """The resources, placement and retries of one stage."""
 
     cpu: Cpu | None = None
-    """Requested; there is no limit, since a stage that is throttled gains nobody anything."""
+    """Requested, without a limit: throttling a stage has no use."""
     memory: Bytes | None = None
     """Requested and limited."""
     gpu: Gpu | None = None
     node_selector: dict[str, str] = {}
     tolerations: list[Toleration] = []
     shared_memory: Bytes | None = None
-    """The size of /dev/shm, which Kubernetes otherwise leaves at 64 MB; what is in it counts as memory of the task."""
+    """The size of /dev/shm, by default 64 MB on Kubernetes; its content counts as memory of the task."""
     scratch: Bytes | None = None
-    """The most that may lie in the scratch folder: twice the release and the checkpoints of its training."""
+    """The size limit of the scratch folder: allow twice the release and the checkpoints of its training."""
     timeout: Seconds | None = None
     retries: Retries | None = None
 
 
-class Server(Section):
-    """Where Kubeflow Pipelines answers. Both may be left to KF_PIPELINES_ENDPOINT and KF_PIPELINES_UI_ENDPOINT."""
+class Server(ProfileSection):
+    """The Kubeflow Pipelines server. KF_PIPELINES_ENDPOINT and KF_PIPELINES_UI_ENDPOINT replace an absent host and ui."""
 
     host: str | None = None
     ui: str | None = None
-    """The address a browser takes, where it is another than the host."""
+    """The address for a browser, if it differs from the host."""
     namespace: str | None = None
-    """The namespace of the person's profile in a multi-user installation; absent in one for a single user."""
+    """The user's namespace in a multi-user installation; absent in a single-user one."""
     experiment: str = "espalier"
 
 
-class Profile(Section):
-    """What a cluster gives the pipeline."""
+class Profile(ProfileSection):
+    """A cluster's settings for the pipeline."""
 
     image: str | None = None
-    """The stages' image with its digest; `--image` and ESPALIER_IMAGE name another."""
+    """The stages' image with its digest; `--image` or ESPALIER_IMAGE takes precedence."""
     image_pull_secrets: list[str] = []
     kubeflow: Server = Server()
     service_account: str | None = None
-    """The account that the stages run as; the installation's own where absent."""
+    """The account that the stages run as; the installation's default if absent."""
     pipeline_root: str | None = None
-    """Where Kubeflow keeps its small artifacts; the installation's own place where absent."""
+    """The location of Kubeflow's small artifacts; the installation's default if absent."""
     environment: dict[str, str]
     """Variables of every stage: ESPALIER_BUCKET at least."""
     secrets: list[Secret] = []
     defaults: Needs = Needs()
     stages: dict[str, Needs] = {}
-    """What single stages are given instead, field by field."""
+    """The fields that differ from `defaults`, by stage."""
 
     @field_validator("environment")
     @classmethod
@@ -153,7 +153,7 @@ class Profile(Section):
 
     @classmethod
     def load(cls, name: str, image: str | None = None) -> Profile:
-        """Read a profile's file, or the shipped profile of that name, with another image where one is given.
+        """Read a profile's file, or the shipped profile of that name, and replace its image if one is given.
 
         Raises:
             Refusal: there is none, or a field is wrong.
@@ -176,32 +176,32 @@ class Profile(Section):
             raise Refusal(_sentence(path, error)) from None
 
     def needs(self, stage: str) -> Needs:
-        """What the stage is given: the defaults, with the stage's own fields in their places."""
+        """Return the defaults with the stage's own fields in their places."""
         own = self.stages.get(stage, Needs())
         return Needs.model_validate(self.defaults.model_dump(exclude_unset=True) | own.model_dump(exclude_unset=True))
 
     def pinned_image(self, mutable: bool = False) -> str:
-        """The image, by its digest.
+        """Return the image, which must have a digest.
 
         Args:
-            mutable: take a tag too, which may come to name other code than the pipeline was compiled for.
+            mutable: accept a tag too, although it may later name other code than the pipeline was compiled for.
 
         Raises:
-            Refusal: none is named, or one by a tag.
+            Refusal: the profile names no image, or names it by a tag and `mutable` is False.
         """
         if not self.image:
             raise Refusal("the profile's field 'image' is missing: name one with --image registry/espalier@sha256:…")
         if not mutable and not _PINNED.match(self.image):
             raise Refusal(
-                f"the image {self.image!r} has no digest, so what runs could change: name it as registry/espalier@sha256:…, "
+                f"the image {self.image!r} has no digest, so the code that runs could change: name it as registry/espalier@sha256:…, "
                 "or allow it with --mutable-image"
             )
         return self.image
 
-    def dress(self, task: PipelineTask) -> None:
-        """Give a task of a pipeline its stage's needs. The image is set where the pipeline is compiled."""
+    def configure(self, task: PipelineTask) -> None:
+        """Give a task of a pipeline the needs of its stage. `configured_for_cluster` sets the image."""
         needs = self.needs(task.component_spec.name.replace("-", "_"))
-        # What a stage has made is found in the store, by its content; Kubeflow's cache knows neither code nor content.
+        # Finished outputs are found in the store by their keys; Kubeflow's cache knows neither code nor content.
         task.set_caching_options(False)
         for variable, value in self.environment.items():
             task.set_env_variable(variable, value)
@@ -248,24 +248,24 @@ def _patience(task: PipelineTask, needs: Needs) -> None:
 
 
 def find_profile(name: str) -> Path:
-    """The profile's file: one that is there, or the shipped profile of that name."""
+    """Return the profile's file: the named file if it exists, else the shipped profile of that name."""
     shipped = PROFILES / f"{Path(name).name.removesuffix('.yaml')}.yaml"
     return shipped if not Path(name).is_file() and shipped.exists() else Path(name)
 
 
 def stage_names() -> list[str]:
-    """The stages there are: the folders of components that have a Kubeflow face."""
+    """Return the names of the stages: the folders of `components` with a Kubeflow face."""
     return sorted(path.parent.name for path in COMPONENTS.glob("*/component.py"))
 
 
 def _sentence(path: Path, error: ValidationError) -> str:
-    """Put the first fault into one sentence, and say how many more there are."""
+    """Return the first fault as one sentence, with the number of the others."""
     faults = error.errors(include_url=False)
     fault = faults[0]
     place = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
-        # A stage's name stands in the place of a field's, so look among all the fields there are.
-        known = {name for model in Section.__subclasses__() for name in model.model_fields}
+        # In `stages` the name of a stage precedes the field, so compare with the fields of every section.
+        known = {name for model in ProfileSection.__subclasses__() for name in model.model_fields}
         said = f"the field {place!r} is not known{_nearest(str(fault['loc'][-1]), sorted(known))}"
     elif fault["type"] == "missing":
         said = f"the field {place!r} is missing: add it"
@@ -283,9 +283,10 @@ def _nearest(word: str, known: list[str]) -> str:
 
 
 def variables(profile: Profile, environment: Mapping[str, str]) -> dict[str, Any]:
-    """The part of the profile's environment that this machine needs to find the store, where it names nothing else itself.
+    """Return the part of the profile's environment that this machine needs to find the store.
 
-    The bucket is the profile's in any case: what this machine puts there is what the stages read.
+    A variable that `environment` sets already is left out, except the bucket, which is always the profile's: the stages read
+    there the release and the texts that this machine uploads.
     """
     names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_REGION")
     found = {name: profile.environment[name] for name in names if name in profile.environment}

@@ -1,7 +1,7 @@
-"""The watcher's recurring run on Kubeflow: made, shown, paused, resumed and deleted by its name.
+"""The watcher's recurring run on Kubeflow: create, show, pause, resume and delete it by its name.
 
-Kubeflow does not keep a recurring run's name unique and cannot change one. So a name is looked up first: the same schedule
-again is left as it is, and another schedule under the name takes its place.
+Kubeflow neither keeps the names of recurring runs unique nor changes a recurring run. So `create` looks the name up first: it
+keeps an equal schedule and replaces a different one.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from kfp.dsl import PipelineTask
 from kfp_server_api import V2beta1RecurringRun as RecurringRun
 
 from components.lib.errors import Refusal
-from pipeline.kubeflow.client import KubeflowClient, Version
-from pipeline.kubeflow.compile import dressed, for_cluster
+from pipeline.kubeflow.client import KubeflowClient, PipelineVersion
+from pipeline.kubeflow.compile import configured, configured_for_cluster
 from pipeline.kubeflow.profile import Profile
 from pipeline.recompress import recompress
 from pipeline.watch import watch_pipeline
@@ -45,7 +45,7 @@ _PART = re.compile(r"[*?]|(\d+|[a-z]{3})(-(\d+|[a-z]{3}))?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recurring run is to be."""
+    """The settings of a recurring run."""
 
     name: str
     cron: str
@@ -58,7 +58,7 @@ def check_cron(text: str) -> str:
     """Return the expression of six fields (second, minute, hour, day of month, month, day of week), single-spaced.
 
     Raises:
-        Refusal: it has another number of fields, or one that Kubeflow's scheduler does not read.
+        Refusal: it has another number of fields, or a field that Kubeflow's scheduler does not read.
     """
     fields = text.split()
     if len(fields) != len(_FIELDS):
@@ -77,7 +77,7 @@ def check_cron(text: str) -> str:
 
 
 def _is_read(part: str, position: int) -> bool:
-    """Whether both croniter and Kubeflow's scheduler, robfig/cron, read this part of the field at `position`.
+    """Return True if both croniter and Kubeflow's scheduler, robfig/cron, read this part of the field at `position`.
 
     croniter also reads L, W, #, ranges that wrap around and 7 as Sunday, which robfig/cron refuses.
     """
@@ -94,7 +94,7 @@ def _is_read(part: str, position: int) -> bool:
 
 
 def _values(part: str, position: int) -> list[Any]:
-    """The numbers that the part stands for in the field at `position`. Raises ValueError if croniter does not read it."""
+    """Return the numbers that the part stands for in the field at `position`. Raises ValueError if croniter does not read it."""
     fields = ["*"] * len(_FIELDS)
     fields[position] = part
     expanded = croniter.expand(" ".join(fields), second_at_beginning=True)[0]
@@ -103,20 +103,20 @@ def _values(part: str, position: int) -> list[Any]:
 
 
 def compile_watch(profile: Profile, at_most: int, mutable: bool = False) -> str:
-    """The watcher's pipeline as YAML, every task of it, and of the pipeline inside it, dressed as the profile says.
+    """Return the watcher's pipeline as YAML, its tasks and those of the pipeline inside it configured by the profile.
 
     Raises:
-        Refusal: the profile names no image, or one by a tag and `mutable` does not allow it.
+        Refusal: the profile names no image, or names one by a tag and `mutable` is False.
     """
     image = profile.pinned_image(mutable)
 
-    def dress(task: PipelineTask) -> None:
-        # The task that is a whole pipeline has been dressed from inside.
+    def configure(task: PipelineTask) -> None:
+        # The tasks of the inner pipeline are configured already.
         if task.container_spec is not None:
             task.set_container_image(image)
-            profile.dress(task)
+            profile.configure(task)
 
-    outer = dressed(watch_pipeline(at_most, for_cluster(recompress, profile, mutable)), dress)
+    outer = configured(watch_pipeline(at_most, configured_for_cluster(recompress, profile, mutable)), configure)
     with tempfile.TemporaryDirectory(prefix="espalier-compile-") as folder:
         path = Path(folder) / "watch.yaml"
         compiler.Compiler().compile(outer, str(path))
@@ -124,27 +124,27 @@ def compile_watch(profile: Profile, at_most: int, mutable: bool = False) -> str:
 
 
 def create(kubeflow: KubeflowClient, plan: Plan, package: str) -> tuple[RecurringRun, bool]:
-    """Make the recurring run that the plan says, unless it is there. Returns it, and whether it was made.
+    """Make the recurring run of the plan unless it exists, and return it with True if it was made.
 
-    One run at a time, and none to make up for missed ones: a watcher that looks once sees all that is new.
+    Runs do not overlap, and missed runs are not made up for: one run of the watcher finds every new release.
 
     Args:
-        kubeflow: where.
-        plan: what.
+        kubeflow: the server.
+        plan: the settings of the recurring run.
         package: the watcher's pipeline, compiled.
 
     Raises:
-        Refusal: the cron expression is wrong, or Kubeflow does not do it.
+        Refusal: the cron expression is wrong, or Kubeflow refuses the request.
     """
     check_cron(plan.cron)
     version = kubeflow.upload(PIPELINE, package)
     with kubeflow.asked():
         server = kubeflow.server
-        within = kubeflow.client.create_experiment(server.experiment, namespace=server.namespace).experiment_id
-        known = _named(kubeflow, plan.name, within)
+        experiment_id = kubeflow.client.create_experiment(server.experiment, namespace=server.namespace).experiment_id
+        known = _named(kubeflow, plan.name, experiment_id)
         description = f"plan {_digest(plan, version)}"
         same = [one for one in known if one.description == description]
-        made = same[0] if same else _make(kubeflow, plan, within, version, description)
+        made = same[0] if same else _make(kubeflow, plan, experiment_id, version, description)
         # Create before deleting: a crash leaves two schedules, not none.
         for other in known:
             if other.recurring_run_id != made.recurring_run_id:
@@ -152,10 +152,12 @@ def create(kubeflow: KubeflowClient, plan: Plan, package: str) -> tuple[Recurrin
     return made, not same
 
 
-def _make(kubeflow: KubeflowClient, plan: Plan, within: str, version: Version, description: str) -> RecurringRun:
-    # No enable_caching: Kubeflow ignores it beside a pipeline's version, so the pipeline itself says what is not cached.
+def _make(
+    kubeflow: KubeflowClient, plan: Plan, experiment_id: str, version: PipelineVersion, description: str
+) -> RecurringRun:
+    # No enable_caching: Kubeflow ignores it for a pipeline's version, so the pipeline itself disables caching.
     return kubeflow.client.create_recurring_run(
-        experiment_id=within,
+        experiment_id=experiment_id,
         job_name=plan.name,
         description=description,
         cron_expression=check_cron(plan.cron),
@@ -170,7 +172,7 @@ def _make(kubeflow: KubeflowClient, plan: Plan, within: str, version: Version, d
 
 
 def find(kubeflow: KubeflowClient, name: str) -> list[RecurringRun]:
-    """Every recurring run of that name, newest first: more than one where a replacement was broken off.
+    """Return every recurring run of that name, newest first; there are several if a replacement was interrupted.
 
     Raises:
         Refusal: there is none.
@@ -178,12 +180,12 @@ def find(kubeflow: KubeflowClient, name: str) -> list[RecurringRun]:
     server = kubeflow.server
     with kubeflow.asked():
         try:
-            within = kubeflow.client.get_experiment(experiment_name=server.experiment, namespace=server.namespace)
+            experiment = kubeflow.client.get_experiment(experiment_name=server.experiment, namespace=server.namespace)
         except ValueError:
-            # That is how kfp says that there is no such experiment.
+            # kfp raises ValueError if there is no such experiment.
             found = []
         else:
-            found = _named(kubeflow, name, within.experiment_id)
+            found = _named(kubeflow, name, experiment.experiment_id)
     if not found:
         raise Refusal(
             f"Kubeflow has no schedule {name!r} in the experiment {server.experiment!r}: make it (espalier schedule create)"
@@ -192,31 +194,31 @@ def find(kubeflow: KubeflowClient, name: str) -> list[RecurringRun]:
 
 
 def pause(kubeflow: KubeflowClient, name: str) -> None:
-    """Start no more runs; one that is running goes on. Raises Refusal where there is no schedule of that name."""
+    """Start no more runs; a run in progress continues. Raises Refusal if there is no schedule of that name."""
     for run in find(kubeflow, name):
         with kubeflow.asked():
             kubeflow.client.disable_recurring_run(run.recurring_run_id)
 
 
 def resume(kubeflow: KubeflowClient, name: str) -> None:
-    """Start runs again, from the next time on. Raises Refusal where there is no schedule of that name."""
+    """Start runs again, from the next due time on. Raises Refusal if there is no schedule of that name."""
     with kubeflow.asked():
         kubeflow.client.enable_recurring_run(find(kubeflow, name)[0].recurring_run_id)
 
 
 def delete(kubeflow: KubeflowClient, name: str) -> None:
-    """Delete every recurring run of that name. Raises Refusal where there is none."""
+    """Delete every recurring run of that name. Raises Refusal if there is none."""
     for run in find(kubeflow, name):
         with kubeflow.asked():
             kubeflow.client.delete_recurring_run(run.recurring_run_id)
 
 
-def _named(kubeflow: KubeflowClient, name: str, within: str) -> list[RecurringRun]:
-    """Every recurring run of that name in the experiment with this id, newest first."""
+def _named(kubeflow: KubeflowClient, name: str, experiment_id: str) -> list[RecurringRun]:
+    """Return every recurring run of that name in the experiment with this id, newest first."""
     wanted = json.dumps({"predicates": [{"key": "display_name", "operation": "EQUALS", "string_value": name}]})
     found = _all(
         lambda token: kubeflow.client.list_recurring_runs(
-            page_token=token, page_size=100, sort_by="created_at desc", experiment_id=within, filter=wanted
+            page_token=token, page_size=100, sort_by="created_at desc", experiment_id=experiment_id, filter=wanted
         ),
         "recurring_runs",
     )
@@ -224,7 +226,7 @@ def _named(kubeflow: KubeflowClient, name: str, within: str) -> list[RecurringRu
 
 
 def _all(page: Callable[[str], Any], field: str) -> Iterator[Any]:
-    """Every entry of a list that the server hands out in pages."""
+    """Yield every entry of a list that the server returns in pages."""
     token = ""
     while True:
         answer = page(token)
@@ -234,7 +236,7 @@ def _all(page: Callable[[str], Any], field: str) -> Iterator[Any]:
             return
 
 
-def _digest(plan: Plan, version: Version) -> str:
-    """Names a plan, so that it is known again: the server gives parameters back in a form of its own."""
+def _digest(plan: Plan, version: PipelineVersion) -> str:
+    """Return a digest that identifies a plan; parameters that the server returns differ in form and cannot be compared."""
     made_of = [plan.cron.split(), dict(plan.parameters), plan.service_account, plan.pipeline_root, version.version_id]
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]

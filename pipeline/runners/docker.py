@@ -16,9 +16,9 @@ from components.lib.stage.code import code_of_everything
 from pipeline.runners.local import LocalRunner, run_here
 
 IMAGE = "espalier:cpu"
-"""What `make images` calls the image for CPUs."""
+"""The name that `make images` gives to the image for CPUs."""
 
-_HANDED_IN = ("AWS_", "MLFLOW_", "ESPALIER_", "HF_", "OMP_", "http_proxy", "https_proxy", "no_proxy")
+_PASSED_IN = ("AWS_", "MLFLOW_", "ESPALIER_", "HF_", "OMP_", "http_proxy", "https_proxy", "no_proxy")
 """Prefixes, in either case, of the environment variables that a container receives."""
 
 _OF_THIS_MACHINE = {"ESPALIER_HOME", "ESPALIER_SCRATCH", "ESPALIER_IMAGE", "HF_HOME", "AWS_CA_BUNDLE"}
@@ -33,14 +33,14 @@ class DockerRunner:
     embeds: ClassVar[bool] = True
 
     def services(self, home: Path) -> AbstractContextManager[Mapping[str, str]]:
-        """The embedded services unless the environment names others: the containers share this machine's network."""
+        """Start the embedded services unless the environment names others: the containers share this machine's network."""
         return LocalRunner().services(home)
 
     def run(self, arguments: Mapping[str, str], log: Path, console: Console) -> None:
         """Run each stage in a container of the image."""
         from kfp import local
 
-        from pipeline.kubeflow.compile import dressed
+        from pipeline.kubeflow.compile import configured
         from pipeline.recompress import recompress
 
         options = self._engine(console)
@@ -52,7 +52,7 @@ class DockerRunner:
             shm_size="1g",
             **options,
         )
-        in_image = dressed(recompress, lambda task: task.set_container_image(self.image))
+        in_image = configured(recompress, lambda task: task.set_container_image(self.image))
         run_here(in_image, runner, arguments, log, console)
 
     def _engine(self, console: Console) -> dict[str, Any]:
@@ -79,13 +79,13 @@ class DockerRunner:
 
 
 def container_environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """The part of this machine's environment that a container receives: services, credentials and proxies, no paths."""
-    handed = {
+    """Return the part of this machine's environment that a container receives: services, credentials and proxies, no paths."""
+    passed = {
         name: value
         for name, value in variables.items()
-        if name.lower().startswith(tuple(start.lower() for start in _HANDED_IN))
+        if name.lower().startswith(tuple(start.lower() for start in _PASSED_IN))
         and name not in _OF_THIS_MACHINE
         and not name.endswith("_FILE")
     }
     # kfp decodes a container's output in pieces and fails if a piece ends inside a character, so the output is ASCII.
-    return handed | {"PYTHONIOENCODING": "ascii:backslashreplace"}
+    return passed | {"PYTHONIOENCODING": "ascii:backslashreplace"}

@@ -18,7 +18,7 @@ from google.protobuf import json_format
 from kfp.pipeline_spec import pipeline_spec_pb2
 
 from components.lib.errors import Refusal
-from pipeline.kubeflow.compile import compile_pipeline, for_cluster
+from pipeline.kubeflow.compile import compile_pipeline, configured_for_cluster
 from pipeline.kubeflow.profile import Profile
 from pipeline.recompress import recompress
 
@@ -154,7 +154,7 @@ def test_a_mutable_tag_is_refused_and_can_be_allowed() -> None:
     profile = Profile.load("plain", "espalier:cpu")
     with pytest.raises(Refusal, match="'espalier:cpu' has no digest"):
         compile_pipeline(recompress, profile)
-    executors = for_cluster(recompress, profile, mutable=True).pipeline_spec.deployment_spec["executors"]
+    executors = configured_for_cluster(recompress, profile, mutable=True).pipeline_spec.deployment_spec["executors"]
     assert {one["container"]["image"] for one in executors.values()} == {"espalier:cpu"}
 
 
