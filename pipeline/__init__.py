@@ -1,1 +1,1 @@
-"""What the person holds: the command line, the DAGs, and where they run."""
+"""The user's side: the command line, the pipelines, and the runners and services that run them."""

@@ -1,9 +1,9 @@
-"""The pipeline: a model release goes in, a smaller model that was measured against it comes out, registered.
+"""The pipeline: recompress a model release into a smaller model, measure both, and register the result.
 
     release ─▶ pin ─▶ calibrate ─▶ learn gates ─▶ regularize ─▶ prune ─▶ LoRA-RFT ─▶ evaluate ─▶ register
 
-The stages hand on references (a URI and a digest), never files, and a stage whose output is in the store does nothing: the
-same pipeline started again takes up where the last one ended, here or on a cluster.
+The stages pass references (a URI and a digest), never files. A stage whose output is in the store does nothing, so the same
+pipeline started again continues where the last run ended, on this machine or on a cluster.
 """
 
 from kfp import dsl

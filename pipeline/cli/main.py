@@ -60,7 +60,7 @@ def run(
     mutable_image: Mutable = False,
     home: Home = HOME,
 ) -> None:
-    """Recompress a release, measure it and register it. Exit status 0: the rules hold; 3: they do not; 1: an error."""
+    """Recompress a release, measure it and register it. Exit status 0: the rules hold; 3: a rule fails; 1: an error."""
     runner = _runner(on, image, profile, mutable_image)
     _run(load_recipe(find_recipe(recipe), set_ or ()), model, name, home, runner)
 
@@ -89,7 +89,7 @@ def compile_(
 
 @app.command()
 def demo(home: Home = HOME) -> None:
-    """Make a small release of text that this machine has, and recompress it."""
+    """Train a small release on text of this machine, and recompress it."""
     from pipeline.demo.release import OVERRIDES, make_release
     from pipeline.runners.progress import bar
 
@@ -106,7 +106,7 @@ def promote(
     force: Annotated[bool, typer.Option("--force", help="Promote a version whose verdict was fail.")] = False,
     home: Home = HOME,
 ) -> None:
-    """Make a registered version champion, after its files were read again and match their digests."""
+    """Make a registered version champion after checking its files against their digests."""
     from pipeline.runners.run import check_name, check_services, in_environment
     from pipeline.services.embedded import services
 
@@ -129,7 +129,7 @@ def recipes() -> None:
 
 @services_app.command("up")
 def services_up(home: Home = HOME) -> None:
-    """Start them, and print the environment that names them."""
+    """Start the services, and print the environment that names them."""
     from pipeline.services.embedded import Services
 
     for variable, value in Services(home).up().items():
@@ -138,7 +138,7 @@ def services_up(home: Home = HOME) -> None:
 
 @services_app.command("down")
 def services_down(home: Home = HOME) -> None:
-    """Stop them."""
+    """Stop the services."""
     from pipeline.services.embedded import Services
 
     Services(home).down()
@@ -146,7 +146,7 @@ def services_down(home: Home = HOME) -> None:
 
 @services_app.command("status")
 def services_status(home: Home = HOME) -> None:
-    """Show which run, and where."""
+    """Show which services run, and their addresses."""
     from pipeline.services.embedded import Services
 
     table = Table("service", "address", "pid", "running")
@@ -188,7 +188,7 @@ def _run(recipe: Recipe, model: str, name: str, home: Path, runner: Runner) -> N
 
 
 def main() -> None:
-    """Run a verb; put a refusal into one sentence on standard error."""
+    """Run a verb; print a refusal as one sentence on standard error."""
     try:
         app(standalone_mode=True)
     except Refusal as refusal:
@@ -196,7 +196,8 @@ def main() -> None:
         raise SystemExit(ERROR) from None
     except StageFailed as failure:
         print(
-            f"espalier: {failure}; what was finished is kept, and the same command goes on from there", file=sys.stderr
+            f"espalier: {failure}; finished outputs are kept, and the same command continues from there",
+            file=sys.stderr,
         )
         raise SystemExit(ERROR) from None
 

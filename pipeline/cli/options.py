@@ -1,4 +1,4 @@
-"""What several verbs of the command line share: options, exit statuses and the console."""
+"""Options, exit statuses and the console that several verbs of the command line share."""
 
 from __future__ import annotations
 

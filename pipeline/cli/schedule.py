@@ -31,12 +31,12 @@ def schedule_create(
     schedule: Schedule = "espalier-watch",
     recipe: RecipeName = None,
     at_most: AtMost = 2,
-    lease_hours: Annotated[float, typer.Option(min=0.1, help="How long a claim on an item is believed.")] = 48.0,
+    lease_hours: Annotated[float, typer.Option(min=0.1, help="Hours until a claim on an item expires.")] = 48.0,
     profile: Cluster = "plain",
     image: Image = None,
     mutable_image: Mutable = False,
 ) -> None:
-    """Upload the watcher and start it on a schedule. The same again changes nothing; another one takes its place."""
+    """Upload the watcher and start it on a schedule. An equal schedule is kept; a different one of that name is replaced."""
     from pipeline.kubeflow import schedule as schedules
     from pipeline.kubeflow.client import KubeflowClient
     from pipeline.kubeflow.profile import Profile
@@ -71,7 +71,7 @@ def schedule_show(schedule: Schedule = "espalier-watch", profile: Cluster = "pla
 
 @schedule_app.command("pause")
 def schedule_pause(schedule: Schedule = "espalier-watch", profile: Cluster = "plain") -> None:
-    """Start no more runs; the one that is running goes on."""
+    """Start no more runs; a run in progress continues."""
     from pipeline.kubeflow import schedule as schedules
 
     schedules.pause(_connected(profile), schedule)
@@ -89,7 +89,7 @@ def schedule_resume(schedule: Schedule = "espalier-watch", profile: Cluster = "p
 
 @schedule_app.command("delete")
 def schedule_delete(schedule: Schedule = "espalier-watch", profile: Cluster = "plain") -> None:
-    """Delete the schedule; what it made stays."""
+    """Delete the schedule; the versions that it registered stay."""
     from pipeline.kubeflow import schedule as schedules
 
     schedules.delete(_connected(profile), schedule)
@@ -104,7 +104,7 @@ def _connected(profile: str) -> KubeflowClient:
 
 
 def _cluster_sources(watched: Sequence[Watched], profile: Profile) -> list[Watched]:
-    """The sources as a cluster can read them: no folder of this machine, and their texts put into the store."""
+    """Return the sources with their texts in the store. Raises Refusal if a release is a folder of this machine."""
     from components.lib.store.store import Store
     from pipeline.kubeflow.profile import variables
     from pipeline.runners.run import in_environment, is_local, texts_to_store

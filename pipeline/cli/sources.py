@@ -1,4 +1,4 @@
-"""The list of watched sources: a YAML a person writes, and what the watcher is told.
+"""The list of watched sources: a YAML file, parsed into the watcher's arguments.
 
 recipe: trsp.yaml             # of every source that names none
 sources:
@@ -47,8 +47,8 @@ def load_sources(path: Path, recipe: str | None, find: FindRecipe) -> list[Watch
     """Read a list of sources and the recipes it names.
 
     Args:
-        path: the list. A recipe's path is taken from the folder it lies in.
-        recipe: the recipe of every source that names none, where the list names none.
+        path: the list. The paths of recipes are relative to its folder.
+        recipe: the recipe of every source that names none, if the list names none either.
         find: turns the name of a recipe into its file.
 
     Raises:
@@ -61,7 +61,7 @@ def load_sources(path: Path, recipe: str | None, find: FindRecipe) -> list[Watch
 def one_by_one(
     releases: Sequence[str], name: str | None, recipe: str | None, overrides: Sequence[str], find: FindRecipe
 ) -> list[Watched]:
-    """Sources that are named on the command line. Raises Refusal where the name or the recipe is missing."""
+    """Return the sources that the command line names. Raises Refusal if the name or the recipe is missing."""
     if not name or not recipe:
         missing = "--name" if not name else "--recipe"
         raise Refusal(f"--source {releases[0]} has no {missing}: give it, or write a list of sources")

@@ -57,7 +57,7 @@ def _rows(models: Mapping[str, Measured]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _beside(values: list[float | None], shown: Callable[[float], str], digits: int = 3) -> list[str]:
-    """Each number with its ratio to the first, the dense model's."""
+    """Format each number with its ratio to the first, the dense model's."""
     return [
         shown(value) + (f" [dim]{times(ratio(value, values[0]), digits)}[/]" if index else "")
         if value is not None

@@ -46,7 +46,7 @@ def watch(
     ] = False,
     home: Home = HOME,
 ) -> None:
-    """Recompress the releases that are new. Exit status 0: nothing is amiss; 3: a candidate failed its rules; 1: an error."""
+    """Recompress the releases that are new. Exit status 0: no failure; 3: a candidate failed its rules; 1: an error."""
     watched = watched_sources(sources, source, recipe, name, set_ or ())
     if dry_run:
         from pipeline.runners.watch import look_once
@@ -63,7 +63,7 @@ def watch(
 
 
 def status(outcomes: Sequence[Outcome]) -> int:
-    """The exit status. A failure of an earlier watch does not count: it was reported then."""
+    """Return the exit status. A failure of an earlier watch does not count: it was reported then."""
     if any(outcome.state == "refused" or (outcome.state == "failed" and outcome.tried) for outcome in outcomes):
         return ERROR
     return FAIL if any(outcome.state == "fail" for outcome in outcomes) else PASS
@@ -87,7 +87,7 @@ def _show(outcomes: Sequence[Outcome]) -> None:
 def watched_sources(
     sources: Path | None, source: Sequence[str] | None, recipe: str | None, name: str | None, overrides: Sequence[str]
 ) -> list[Watched]:
-    """The sources of the list, or those given one by one. Raises Refusal unless exactly one of the two is given."""
+    """Return the sources of the list, or those given one by one. Raises Refusal unless exactly one of the two is given."""
     from pipeline.cli.sources import load_sources, one_by_one
 
     if (sources is None) == (not source):

@@ -1,4 +1,4 @@
-"""The release of the demonstration: a small Llama with its own tokenizer, trained in about a minute on text every machine has.
+"""The release of the demonstration: a small Llama with its own tokenizer, trained in about a minute on text of this machine.
 
 release = make_release(Path("demo"), journal=Silent())
 """
@@ -25,7 +25,7 @@ VOCABULARY = 2048
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 WINDOW = 128
 CHARACTERS = 2_200_000
-"""Of the training text: what the steps below see about once."""
+"""Length of the training text: the training steps read it about once."""
 
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -56,29 +56,29 @@ OVERRIDES: tuple[str, ...] = (
     "promote.prefill_speedup=null",
     "promote.decode_speedup=null",
 )
-"""How the shipped recipe is cut to this release's size."""
+"""Overrides that fit the shipped recipe to this release's size."""
 
 
 @dataclass(frozen=True)
 class DemoRelease:
-    """A whole release: its checkpoint, its texts, and how good it is."""
+    """A complete release: its checkpoint, its texts and its perplexity."""
 
     folder: Path
     seed: int
     perplexity: float
-    """On the test text, by the standard protocol at `WINDOW` tokens; a model that knows nothing has `VOCABULARY`."""
+    """On the test text, by the standard protocol at `WINDOW` tokens; that of a uniform distribution is `VOCABULARY`."""
 
     @property
     def model(self) -> Path:
-        """A plain Hugging Face checkpoint."""
+        """Return the folder of the Hugging Face checkpoint."""
         return self.folder / "model"
 
     def text(self, name: str) -> Path:
-        """One of its texts: `train`, `calibration`, `test` or `other`."""
+        """Return the file of a text: `train`, `calibration`, `test` or `other`."""
         return self.folder / f"{name}.txt"
 
     def overrides(self) -> tuple[str, ...]:
-        """What a recipe must say to be calibrated and evaluated on its texts."""
+        """Return the overrides that make a recipe calibrate and evaluate on its texts."""
         path = {name: json.dumps(str(self.text(name).resolve())) for name in TEXTS}
         return (
             f"calibration.data={path['calibration']}",
@@ -87,12 +87,12 @@ class DemoRelease:
 
 
 def make_release(folder: Path, *, seed: int = 0, journal: Journal) -> DemoRelease:
-    """Make the release in `folder`, or take the one that is there whole.
+    """Make the release in `folder`, or return the complete one that is there.
 
     Args:
         folder: gets `model/`, `train.txt`, `calibration.txt`, `test.txt` (the Python documentation, held out), `other.txt`
             (text of another kind) and, last, `release.json`.
-        seed: of the texts' draw, the first weights and the batches' order. The same seed and packages make the same release.
+        seed: seed of the texts' draw, the initial weights and the batches' order. The same seed and packages make the same release.
         journal: takes the training's loss and progress.
     """
     release = _made(folder)
@@ -106,13 +106,13 @@ def make_release(folder: Path, *, seed: int = 0, journal: Journal) -> DemoReleas
 
 
 def _made(folder: Path) -> DemoRelease | None:
-    """The release that the folder holds whole, if it does."""
+    """Return the release in the folder, or None if it is not complete."""
     file = folder / "release.json"
     return DemoRelease(folder, **json.loads(file.read_text())) if file.is_file() else None
 
 
 def _make(folder: Path, seed: int, journal: Journal) -> DemoRelease:
-    """Write everything into a folder that is not there yet."""
+    """Make the release in a folder that does not exist yet."""
     from components.lib.transformer.perplexity import perplexity
 
     (folder / "model").mkdir(parents=True)
@@ -130,7 +130,7 @@ def _make(folder: Path, seed: int, journal: Journal) -> DemoRelease:
 
 
 def _tokenizer(text: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: no text is outside its vocabulary."""
+    """Train a byte-level BPE tokenizer, which can encode every text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -148,14 +148,14 @@ def _tokenizer(text: str) -> PreTrainedTokenizerFast:
 
 
 def _windows(text: str, tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    """The text as windows one after the other: (windows, WINDOW)."""
+    """Cut the text into consecutive windows: (windows, WINDOW)."""
     from components.lib.transformer.text import consecutive_windows, token_stream
 
     return consecutive_windows(token_stream([text], tokenizer), WINDOW)
 
 
 def _trained(tokenizer: PreTrainedTokenizerFast, windows: Tensor, seed: int, journal: Journal) -> LlamaForCausalLM:
-    """Train a new model on the windows (windows, length), and return it in bf16, the type that releases come in."""
+    """Train a new model on the windows (windows, length), and return it in bf16, the usual dtype of releases."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -183,10 +183,10 @@ def _trained(tokenizer: PreTrainedTokenizerFast, windows: Tensor, seed: int, jou
 
 
 def _optimizers(model: LlamaForCausalLM) -> list[tuple[Optimizer, float]]:
-    """Muon for the blocks' matrices, AdamW for the rest; with each the factor on its learning rate.
+    """Return Muon for the blocks' matrices and AdamW for the rest, each with the factor on its learning rate.
 
-    From nothing, in as few steps as there is time for, Muon (Jordan et al., 2024) comes to half of AdamW's perplexity, and to
-    a model whose deeper layers do something. That is why the stages' loop, which trains grown models, is not used here.
+    From random weights, in this few steps, Muon (Jordan et al., 2024) reaches half of AdamW's perplexity, and the deeper layers
+    contribute. The stages' training loop has no Muon, because it trains models that are trained already.
     """
     from torch.optim import AdamW, Muon
 

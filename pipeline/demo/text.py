@@ -1,9 +1,8 @@
-"""English text that every machine with Python has, for the release that the demonstration makes.
+"""English text from the Python installation, for the release of the demonstration.
 
-Trained on, calibrated on and tested on is technical prose: the Python documentation's topics, the docstrings of the standard
-library, and for training those of a few packages too. The other text is of another kind: what packages say of themselves on
-their front page. What is not prose (signatures, tables, examples) is left out, and no twelve words in a row stand in two of
-the texts.
+The texts for training, calibration and test are technical prose: the Python documentation's topics, the docstrings of the
+standard library, and for training also those of a few packages. The text `other` is of another kind: the descriptions of
+installed packages. Signatures, tables and examples are left out, and no two texts share twelve consecutive words.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 PACKAGES = ("numpy", "scipy", "networkx", "pandas")
-"""Packages whose docstrings are trained on: long ones, in prose, of packages that this one cannot be installed without."""
+"""Packages whose docstrings are training text: they are long, in prose, and dependencies of this package."""
 
 HELD_OUT = {"test": 80_000, "other": 80_000, "calibration": 300_000}
-"""Characters of the texts that the release is not trained on."""
+"""Characters of each held-out text."""
 
 TEXTS = (*HELD_OUT, "train")
 """The texts' names, in the order in which they choose their documents."""
 
 SHINGLE = 12
-"""Words in a row that two texts may not share: fewer are common turns of phrase, more let a copied sentence through."""
+"""Consecutive words that two texts may not share: fewer are common phrases, more would miss a copied sentence."""
 
 # A docstring's place is after the line that opens a block, or at the top of the file.
 _DOCSTRING = re.compile(r'(?:\A(?:#[^\n]*\n|\s)*|:[ \t]*\n\s*)[rRuU]?"""(.+?)"""', re.DOTALL)
@@ -40,7 +39,7 @@ _NO_LIBRARY = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-pac
 def texts(characters: int, seed: int) -> dict[str, str]:
     """Return the four texts by name: `test`, `other`, `calibration`, and `train` of about so many characters.
 
-    Documents are parted by a blank line, and each of their paragraphs is a line. The same packages and seed give the same
+    A blank line separates documents, and each paragraph is one line. The same packages and seed give the same
     texts.
     """
     shuffle = random.Random(seed)
@@ -52,7 +51,7 @@ def texts(characters: int, seed: int) -> dict[str, str]:
         name: list(_take(descriptions if name == "other" else documentation, length, seen))
         for name, length in HELD_OUT.items()
     }
-    # The documentation first, and of the packages as much as is missing; then in any order.
+    # Fill up with the packages after the documentation, then shuffle.
     rest = _take(_chained(documentation, packages), characters, seen)
     return {
         name: "\n\n".join(documents) for name, documents in (*held_out.items(), ("train", _shuffled(rest, shuffle)))
@@ -62,7 +61,7 @@ def texts(characters: int, seed: int) -> dict[str, str]:
 def docstrings(folder: Path) -> Iterator[str]:
     """Yield the docstrings of a folder's modules, tests and other packages' folders left out.
 
-    They are found by their place, without parsing: a docstring in another place (after a comment, in single quotes) is missed.
+    They are found by their position, without parsing: a docstring elsewhere (after a comment, in single quotes) is missed.
     """
     for path in sorted(folder.rglob("*.py")):
         if not _NO_LIBRARY.intersection(path.relative_to(folder).parts):
@@ -78,14 +77,14 @@ def paragraphs(document: str) -> Iterator[str]:
 
 
 def _is_prose(words: list[str]) -> bool:
-    """Eight words at least, from a capital letter to a full stop, three of four of them plain."""
+    """Return True for at least eight words from a capital letter to a full stop, three quarters of them without symbols."""
     if len(words) < 8 or not words[0][0].isupper() or words[-1][-1] not in ".:!?)":
         return False
     return sum(bool(_WORD.fullmatch(word)) for word in words) >= 0.75 * len(words)
 
 
 def _take(documents: Iterator[str], characters: int, seen: set[int]) -> Iterator[str]:
-    """Yield cleaned documents until there are so many characters, without what `seen` holds; add to it what is taken."""
+    """Yield cleaned documents until there are so many characters, without paragraphs that share a shingle with `seen`; add their shingles to it."""
     taken = 0
     while taken < characters and (document := next(documents, None)) is not None:
         new = [part for part in paragraphs(document) if not seen.intersection(_shingles(part))]
@@ -97,21 +96,21 @@ def _take(documents: Iterator[str], characters: int, seen: set[int]) -> Iterator
 
 
 def _shingles(paragraph: str) -> Iterator[int]:
-    """Yield a hash for every twelve words in a row (or for all the words where there are fewer)."""
+    """Yield a hash for every twelve consecutive words, or one for all words if there are fewer."""
     words = re.findall("[a-z]+", paragraph.lower())
     for start in range(max(1, len(words) - SHINGLE + 1)):
         yield hash(tuple(words[start : start + SHINGLE]))
 
 
 def _descriptions() -> Iterator[str]:
-    """Yield what each installed package says of itself."""
+    """Yield the description of each installed package."""
     found = {each.name: each.metadata.json.get("description", "") for each in metadata.distributions()}
     for name in sorted(found):
         yield str(found[name])
 
 
 def _folder(package: str) -> Path:
-    """Where a package lies, found without importing it."""
+    """Return the folder of a package, found without importing it."""
     spec = util.find_spec(package)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"{package} is not installed, which this package depends on: make setup")

@@ -1,6 +1,6 @@
-"""The pipeline's tasks as the compiled pipeline has them: which stage each is, and which outputs it reads.
+"""The tasks of the compiled pipeline: the stage of each, and the outputs that it reads.
 
-`pipeline/recompress.py` alone says how the stages are wired; the estimate of the disk and `espalier why` read it here.
+Only `pipeline/recompress.py` connects the stages; the disk estimate and `espalier why` read the connections here.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Task:
 
     @property
     def variant(self) -> str:
-        """The variant of the stage that it runs."""
+        """Return the variant of the stage that it runs."""
         return str(self.inputs.get("kind", ""))
 
     @property

@@ -36,7 +36,7 @@ class KubeflowRunner:
 
     @contextmanager
     def services(self, home: Path) -> Iterator[Mapping[str, str]]:
-        """The store of the profile. Nothing is embedded: a cluster cannot reach this machine's loopback."""
+        """Return the environment that names the profile's store. No service is embedded: a cluster cannot reach this machine's loopback."""
         from pipeline.kubeflow.profile import variables
 
         self.profile.pinned_image(self.mutable)
@@ -68,7 +68,7 @@ class KubeflowRunner:
 
 
 def _failure(label: str, state: str, address: str) -> Refusal | StageFailed:
-    """The error that the failed stage left in the store; if it left none, the state that Kubeflow reports."""
+    """Return the error that the failed stage left in the store, or else the state that Kubeflow reports."""
     left = failure(label, Store.from_environment())
     if left and left.lasting:
         return Refusal(left.reason)

@@ -26,7 +26,7 @@ class LocalRunner:
     embeds: ClassVar[bool] = True
 
     def services(self, home: Path) -> AbstractContextManager[Mapping[str, str]]:
-        """The embedded services, unless the environment names others."""
+        """Start the embedded services unless the environment names others."""
         from pipeline.services.embedded import services
 
         return services(home)

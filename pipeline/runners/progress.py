@@ -140,16 +140,16 @@ def _numbers(shown: Mapping[str, float]) -> str:
 
 
 def _event(line: str) -> dict[str, Any] | None:
-    """The event in the line, or None. kfp's indent or a framework's unfinished bar may precede it."""
-    _, marked, told = line.partition(EVENT)
+    """Return the event in the line, or None. kfp's indent or a framework's unfinished bar may precede it."""
+    _, marked, text = line.partition(EVENT)
     try:
-        return json.JSONDecoder().raw_decode(told)[0] if marked else None
+        return json.JSONDecoder().raw_decode(text)[0] if marked else None
     except ValueError:
         return None
 
 
 def _held(console: Console) -> Console:
-    """A copy of the console, bound to its present stream: the original looks up `sys.stdout`, which is about to be replaced."""
+    """Return a copy of the console bound to its present stream: the original looks up `sys.stdout`, which is about to be replaced."""
     held = copy.copy(console)
     held.file = console.file
     return held

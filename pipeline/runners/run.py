@@ -29,7 +29,7 @@ from pipeline.runners.runner import Runner
 
 @dataclass(frozen=True)
 class Result:
-    """What a run leaves for the person."""
+    """The report of a run, and the folder of its files on this machine."""
 
     report: Report
     folder: Path
@@ -48,22 +48,22 @@ def run(
     """Recompress `release` as the recipe says and register it under `name`.
 
     Args:
-        recipe: the recipe, its texts as the person named them.
+        recipe: the recipe, with its texts not yet in the store.
         release: a folder, an s3:// prefix, a Hub id with an optional @revision, or models:/name@alias.
         name: the registered model's name.
-        home: where all state lies.
-        console: where progress is shown.
-        label: the run's label, where a watcher chose it.
-        on: where the stages run.
+        home: the folder of all state.
+        console: shows the progress.
+        label: the run's label if a watcher chose it; a new one if it is empty.
+        on: the runner of the stages.
 
     Raises:
-        Refusal: something the person can put right, most of it found before any work.
-        StageFailed: a stage broke; what was finished before it is kept.
+        Refusal: an error that the user can correct, usually found before any work.
+        StageFailed: a stage broke; the outputs finished before it are kept.
     """
     check(recipe, release, name)
     if on.embeds:
         check_room(recipe, release, home)
-        # What the environment names is asked before what it does not name is started.
+        # Check external services before starting embedded ones.
         check_services()
     label = label or f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     folder = home / "runs" / label
@@ -81,7 +81,7 @@ def run(
 
 
 def check(recipe: Recipe, release: str, name: str) -> None:
-    """Refuse, before anything is started, what is wrong with the name, or with a release or a text on this machine."""
+    """Check the name, and a release and texts on this machine. Raises Refusal before anything is started."""
     check_name(name)
     if is_local(release):
         check_checkpoint(Path(release).expanduser(), recipe)
@@ -91,15 +91,15 @@ def check(recipe: Recipe, release: str, name: str) -> None:
 
 
 def check_name(name: str) -> None:
-    """Refuse a registered model's name that MLflow, its filters or a path would take for something else."""
+    """Raise Refusal if MLflow, its filters or a path could misread the registered model's name."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise Refusal(f"the registered model's name is {name!r}: use letters, digits, '.', '_' and '-'")
 
 
 def check_room(recipe: Recipe, release: str, home: Path) -> None:
-    """Refuse, where the store is the embedded one, a disk that has not room for every checkpoint that the run leaves there.
+    """Raise Refusal if the store is embedded and its disk has no room for every checkpoint that the run leaves there.
 
-    What the home holds already is counted as a part of it, so that a run that is started again is not asked to make room twice.
+    Files that are in the home already reduce the space needed, so that a resumed run does not need it twice.
     """
     if StoreSettings().bucket or not is_local(release):
         return
@@ -112,16 +112,16 @@ def check_room(recipe: Recipe, release: str, home: Path) -> None:
 def _bytes_below(folder: Path) -> int:
     total = 0
     for path in folder.rglob("*"):
-        # A run beside this one may drop a file in between.
+        # A concurrent run may delete a file between listing and reading its size.
         with suppress(FileNotFoundError):
             total += path.stat().st_size
     return total
 
 
 def check_services() -> None:
-    """Ask the store and MLflow, as far as the environment names them, whether they answer.
+    """Check that the store and MLflow answer, if the environment names them.
 
-    A cluster's stages may reach an MLflow that this machine knows nothing of.
+    A cluster's stages may use an MLflow that this machine does not know.
     """
     if StoreSettings().bucket:
         Store.from_environment().check()
@@ -130,17 +130,17 @@ def check_services() -> None:
 
 
 def is_local(release: str) -> bool:
-    """Whether the release is a folder of this machine: there is one, or it is written as only a path is."""
+    """Return True if the release is a folder of this machine, or is written as only a path can be."""
     return Path(release).expanduser().is_dir() or release.startswith((".", "/", "~"))
 
 
 def to_store(release: str, recipe: Recipe, store: Store) -> str:
-    """Put a release that is a folder into the store and return its reference; name every other release as it is."""
+    """Put a release that is a folder into the store and return its reference; return every other release unchanged."""
     return str(pin_folder(Path(release).expanduser(), recipe, store)) if is_local(release) else release
 
 
 def texts_to_store(recipe: Recipe, store: Store) -> Recipe:
-    """Put the recipe's local texts into the store, and references in their places."""
+    """Put the recipe's local texts into the store, and return the recipe with references in their places."""
     return recipe.with_texts(
         {dotted: str(pin_text(text, store)) for dotted, text in recipe.texts() if _is_local_text(text)}
     )

@@ -1,4 +1,4 @@
-"""A place where the pipeline runs: processes of this machine, containers of this machine, or a Kubeflow cluster.
+"""Runners of the pipeline: processes of this machine, containers of this machine, or a Kubeflow cluster.
 
 The pipeline is the same in each of them. An output is complete if its manifest is in the store, and a run is complete if its
 report is: success requires the report, and a runner's exit code is not trusted.
@@ -15,11 +15,11 @@ from rich.console import Console
 
 
 class Runner(Protocol):
-    """A place where the pipeline runs."""
+    """Runs the pipeline in one kind of place."""
 
     @property
     def embeds(self) -> bool:
-        """Whether the pipeline can reach the embedded services."""
+        """Return True if the pipeline can reach the embedded services."""
 
     def services(self, home: Path) -> AbstractContextManager[Mapping[str, str]]:
         """Start or find the store and MLflow for the block, and return the environment that names them."""
@@ -28,13 +28,13 @@ class Runner(Protocol):
         """Run the pipeline to its end, showing its progress.
 
         Raises:
-            Refusal: a stage found something that the user can correct.
+            Refusal: a stage found an error that the user can correct.
             StageFailed: a stage broke.
         """
 
 
 def task_names(pipeline: Any) -> set[str]:
-    """The names of the pipeline's tasks, including those inside its exit handler."""
+    """Return the names of the pipeline's tasks, including those inside its exit handler."""
     spec = pipeline.pipeline_spec
     dags = {name: component.dag for name, component in spec.components.items() if component.HasField("dag")}
     tasks = (task for dag in (spec.root.dag, *dags.values()) for task in dag.tasks.items())

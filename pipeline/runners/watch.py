@@ -1,4 +1,4 @@
-"""The watcher on this machine: look at the sources, and recompress what is new, at most N items at a time."""
+"""The watcher on this machine: look at the sources, and recompress the new releases, at most N at a time."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ from pipeline.runners.run import in_environment, run
 from pipeline.services.embedded import services
 
 LEASE = timedelta(minutes=10)
-"""Renewed while the work goes on, so that what a killed watcher held is free again soon."""
+"""Renewed during the work, so that the items of a killed watcher are soon free again."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one source."""
+    """The result for one source."""
 
     release: str
     name: str
     state: Literal["pass", "fail", "new", "registered", "claimed", "failed", "refused"]
     detail: str = ""
     tried: bool = False
-    """Whether this watch worked on it; a failure that is only remembered was not tried."""
+    """Whether this watch worked on it; False for a failure recorded by an earlier watch."""
 
 
 def watch_once(
     sources: Sequence[Watched], at_most: int, home: Path, console: Console, retry: bool = False
 ) -> list[Outcome]:
-    """Look once at every source, and recompress what is new.
+    """Look once at every source, and recompress the new releases.
 
     Args:
-        sources: what to look at.
-        at_most: how many are recompressed at the same time, each beyond the first in a process of its own.
-        home: where all state lies.
-        console: where progress is shown.
-        retry: forget first what failed before and what is claimed.
+        sources: the watched sources.
+        at_most: how many are recompressed at the same time; more than one run in processes of their own.
+        home: the folder of all state.
+        console: shows the progress.
+        retry: first delete the records of earlier failures and claims.
 
     Raises:
         Refusal: the store or MLflow does not answer.
@@ -60,14 +60,14 @@ def watch_once(
         client.check()
         claims = Claims(store, LEASE)
         findings = [_look(watched, store, claims, retry) for watched in sources]
-        # What is listed twice is made once.
+        # An item that is listed twice is made once.
         new = list(dict.fromkeys(finding.item for finding in findings if finding.state == "new" and finding.item))
         made = dict(zip(new, _work(new, at_most, home, console), strict=True))
         return [(finding.item and made.get(finding.item)) or _outcome(finding) for finding in findings]
 
 
 def look_once(sources: Sequence[Watched], home: Path) -> list[Outcome]:
-    """Look once at every source, and say what would be recompressed and why; nothing is claimed or started.
+    """Look once at every source, and return which would be recompressed and why; nothing is claimed or started.
 
     Raises:
         Refusal: the store or MLflow does not answer.
@@ -82,7 +82,7 @@ def look_once(sources: Sequence[Watched], home: Path) -> list[Outcome]:
 
 
 def recompress(item: Item, home: Path, console: Console) -> Outcome:
-    """Claim one item, recompress it, and leave word of how it went."""
+    """Claim one item, recompress it, and record the result in its claim."""
     store = Store.from_environment()
     claims = Claims(store, LEASE)
     label = take(item, claims)
@@ -105,7 +105,7 @@ def recompress(item: Item, home: Path, console: Console) -> Outcome:
 
 @contextmanager
 def _dropped(claims: Claims, item: Item, label: str) -> Iterator[None]:
-    """Free the item where the work is broken off rather than failed, as by Ctrl-C."""
+    """Drop the claim if the work is interrupted rather than failed, as by Ctrl-C."""
     try:
         yield
     except BaseException:
@@ -114,7 +114,7 @@ def _dropped(claims: Claims, item: Item, label: str) -> Iterator[None]:
 
 
 def _ending(error: Exception) -> Ending:
-    """How a run ended that left no word in the store: it was refused before its first stage, or a stage was killed."""
+    """Return the ending of a run that recorded none: it was refused before its first stage, or a stage was killed."""
     if isinstance(error, Refusal):
         return Ending(succeeded=False, reason=str(error), lasting=not isinstance(error, Unavailable))
     reason = str(error) if isinstance(error, StageFailed) else f"{type(error).__name__}: {error}"
@@ -130,14 +130,14 @@ def _look(watched: Watched, store: Store, claims: Claims, retry: bool) -> Findin
 
 
 def _outcome(finding: Finding) -> Outcome:
-    assert finding.state != "new", "what is new was worked on"
+    assert finding.state != "new", "a new item was worked on"
     return Outcome(finding.watched.release, finding.watched.name, finding.state, finding.detail)
 
 
 def _work(items: Sequence[Item], at_most: int, home: Path, console: Console) -> list[Outcome]:
     if min(at_most, len(items)) <= 1:
         return [recompress(item, home, console) for item in items]
-    # A run takes over its process's standard output, so that two at a time need two processes.
+    # A run replaces the standard output of its process, so two runs at a time need two processes.
     with ProcessPoolExecutor(at_most, mp_context=multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(_recompress_quietly, items, [home] * len(items)))
 

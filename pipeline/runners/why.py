@@ -20,7 +20,7 @@ from pipeline.runners.graph import Output, Task, tasks_of
 State = Literal["made", "skipped", "to make", "unknown"]
 
 LOOKED_AT = 20
-"""The newest outputs of a stage that are looked through for one of the same variant."""
+"""How many of a stage's newest outputs are searched for one of the same variant."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ def why(recipe: Recipe, release: str, name: str, store: Store) -> list[Answer]:
     """Say for each stage whether its output is in the store, and if not, how its key differs from the newest output.
 
     Args:
-        recipe: the recipe, its texts as the person named them.
+        recipe: the recipe, with its texts not yet in the store.
         release: a folder, an s3:// prefix, a Hub id with an optional @revision, or models:/name@alias.
         name: the registered model's name; its champion is an input of the evaluation.
 
     Raises:
-        Refusal: the release or a text is not to be had, or the recipe cannot be applied to the release.
+        Refusal: the release or a text cannot be found, or the recipe cannot be applied to the release.
     """
     dense = find_release(release, recipe, store)
     texts = {dotted: find_text(text, store) for dotted, text in recipe.texts()}
@@ -59,7 +59,7 @@ def why(recipe: Recipe, release: str, name: str, store: Store) -> list[Answer]:
 
 
 def _answer(task: Task, recipe: Recipe, outputs: dict[Output, str | None], store: Store) -> Answer:
-    """Answer for one task, and note its output for those that read it."""
+    """Answer for one task, and add its output to `outputs` for the tasks that read it."""
     stage = task.stage
     assert stage is not None
     own = Output(task.name, "Output")
@@ -106,8 +106,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[s
     """Yield the parts of a key that differ, one sentence each.
 
     Args:
-        before: what an earlier output was made of (`Opened.made_of`).
-        now: what the output in question would be made of.
+        before: the parts of an earlier output's key (`Opened.made_of`).
+        now: the parts of the present key.
     """
     for name, one, other in _changed(before["inputs"], now["inputs"]):
         if one is None or other is None:

@@ -1,7 +1,7 @@
 """The embedded services: an S3 server and MLflow on loopback, with all their state under one home folder.
 
-They are started for as long as a command needs them (`services`), or until they are stopped (`Services.up` and `down`).
-What the environment names already is not started.
+They run as long as a command needs them (`services`), or until they are stopped (`Services.up` and `down`). A service that
+the environment names is not started.
 
     with services(Path(".espalier")) as environment:
         os.environ.update(environment)
@@ -36,13 +36,13 @@ _LOOPBACK = "127.0.0.1"
 _START_SECONDS = 180.0
 _STOP_SECONDS = 10.0
 _PATIENCE = 10.0
-"""Seconds a server may take to answer before it counts as hanging: a busy machine is no reason to stop it."""
+"""Seconds a server may take to answer before it counts as hanging; long, so that a busy machine does not stop it."""
 _HEALTH = {"s3": "/", "mlflow": "/health"}
 
 
 @dataclass(frozen=True)
 class Status:
-    """What is known of one service."""
+    """The state of one service."""
 
     name: str
     address: str
@@ -51,7 +51,7 @@ class Status:
 
 
 class _Record(BaseModel):
-    """A service that was started. A pid may come to name another process, so the time of its start goes with it."""
+    """A service that was started. A pid may be reused by another process, so its start time is kept too."""
 
     port: int
     pid: int
@@ -66,7 +66,7 @@ class _Record(BaseModel):
         return f"http://{_LOOPBACK}:{self.port}"
 
     def process(self) -> psutil.Process | None:
-        """The process that was started, or None where it has ended."""
+        """Return the process that was started, or None if it has ended."""
         try:
             process = psutil.Process(self.pid)
             same = abs(process.create_time() - self.started) < 1 and process.status() != psutil.STATUS_ZOMBIE
@@ -75,7 +75,7 @@ class _Record(BaseModel):
         return process if same else None
 
     def answers(self, name: str) -> bool:
-        """Whether it speaks HTTP. No proxy is asked."""
+        """Return True if it answers HTTP without an error. The request bypasses proxies."""
         connection = http.client.HTTPConnection(_LOOPBACK, self.port, timeout=_PATIENCE)
         try:
             connection.request("GET", _HEALTH[name])
@@ -86,7 +86,7 @@ class _Record(BaseModel):
             connection.close()
 
     def stop(self) -> None:
-        """Ask it to end, then make it."""
+        """Terminate it, and kill it if it does not end in time."""
         for sign in (signal.SIGTERM, signal.SIGKILL):
             with suppress(ProcessLookupError):
                 if self.process():
@@ -97,7 +97,7 @@ class _Record(BaseModel):
 
 
 class _State(BaseModel):
-    """What `services.json` holds."""
+    """The content of `services.json`."""
 
     access_key: str = Field(default_factory=lambda: secrets.token_hex(10))
     secret_key: str = Field(default_factory=lambda: secrets.token_hex(20))
@@ -108,35 +108,37 @@ class Services:
     """The embedded services of one home."""
 
     def __init__(self, home: Path) -> None:
-        """Look at `home`; nothing is started or written yet."""
+        """Name the home; nothing is started or written yet."""
         self.home = home.absolute()
 
     def up(self) -> dict[str, str]:
-        """Start what neither runs nor is named by the environment, to run until `down`, and return the environment that names it.
+        """Start each service that neither runs nor is named by the environment, and return the environment that names them.
+
+        They run until `down`.
 
         Raises:
-            Refusal: a server is not installed, or ends at its start.
+            Refusal: a server is not installed, or exits during its start.
         """
         with self._alone():
             return self._start(kept=True)
 
     def down(self) -> None:
-        """Stop them, whoever started them."""
+        """Stop the services, even if another command started them."""
         with self._alone():
             self._stop(lambda record: True)
 
     def status(self) -> list[Status]:
-        """Say of each service that this home has had what became of it."""
+        """Return the state of each service that was ever started in this home."""
         return [
             Status(name, record.address, record.pid, bool(record.process()) and record.answers(name))
             for name, record in self._load().services.items()
         ]
 
     @contextmanager
-    def used(self) -> Iterator[dict[str, str]]:
-        """Start what is missing, as `up` does, and at the end stop what nobody else uses and nobody asked to keep.
+    def running(self) -> Iterator[dict[str, str]]:
+        """Start missing services as `up` does; afterwards stop those that no other process uses and that `up` did not start.
 
-        Each user holds a shared lock, which ends with its process, however that ends; whoever finds no other user stops them.
+        Each user holds a shared lock, which the system releases when its process ends. The last user stops the services.
         """
         with self._alone():
             using = self._open("in-use.lock")
@@ -178,7 +180,7 @@ class Services:
         command: Callable[[int], tuple[list[str], Mapping[str, str]]],
         upstream: str = "",
     ) -> list[tuple[str, subprocess.Popen[bytes]]]:
-        """Begin to start the service where it does not run; return it, with its process, where it has to be waited for."""
+        """Start the service unless it runs; return its name and process if the caller must wait for it."""
         record = state.services.get(name)
         if record and record.process() and record.answers(name):
             if record.upstream != upstream:
@@ -199,10 +201,10 @@ class Services:
         return [(name, process)]
 
     def _rclone(self, state: _State, port: int) -> tuple[list[str], Mapping[str, str]]:
-        """The S3 server: its bucket is a folder. The secret goes by the environment, which other users cannot see."""
+        """Return the command of the S3 server, whose bucket is a folder. Other users cannot read the secret in its environment."""
         (self.home / "s3" / BUCKET).mkdir(parents=True, exist_ok=True)
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("RCLONE_")}
-        # Without hashes as ETags a listing does not read every file; folders are looked up afresh after a second.
+        # Without hashes as ETags a listing does not read every file; folders are listed again after a second.
         options = ["--config", "", "--etag-hash", "", "--dir-cache-time", "1s"]
         command = [_find_rclone(), "serve", "s3", *options, "--addr", f"{_LOOPBACK}:{port}", str(self.home / "s3")]
         return command, inherited | {"RCLONE_AUTH_KEY": f'"{state.access_key},{state.secret_key}"'}
@@ -217,7 +219,7 @@ class Services:
         }
 
     def _s3_environment(self, state: _State) -> dict[str, str]:
-        # A session token of other credentials would be sent along.
+        # Clear a session token that belongs to other credentials.
         token = {"AWS_SESSION_TOKEN": ""} if "AWS_SESSION_TOKEN" in os.environ else {}
         return token | {
             "AWS_ENDPOINT_URL_S3": state.services["s3"].address,
@@ -232,7 +234,7 @@ class Services:
     def _launch(self, name: str, command: list[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         self._log(name).parent.mkdir(exist_ok=True)
         with self._log(name).open("wb") as log:
-            # In a session of its own a Ctrl-C meant for the command does not reach it.
+            # In a session of its own it does not receive a Ctrl-C meant for the command.
             return subprocess.Popen(
                 command,
                 env=environment,
@@ -247,7 +249,7 @@ class Services:
         deadline = time.monotonic() + _START_SECONDS
         while not record.answers(name):
             if process.poll() is not None:
-                raise Refusal(f"the embedded {name} server ended at its start{self._last_words(name)}")
+                raise Refusal(f"the embedded {name} server exited during its start{self._last_words(name)}")
             if time.monotonic() > deadline:
                 record.stop()
                 raise Unavailable(
@@ -264,7 +266,7 @@ class Services:
         return self.home / "logs" / f"{name}.log"
 
     def _stop(self, chosen: Callable[[_Record], bool]) -> None:
-        """Stop the chosen ones, MLflow before the S3 it stands on. Port and keys are kept, for the next time."""
+        """Stop the chosen services, MLflow before the S3 that it depends on. Keep ports and keys for the next start."""
         records = self._load().services
         for name in sorted(records):
             if chosen(records[name]):
@@ -284,7 +286,7 @@ class Services:
             ) from None
 
     def _save(self, state: _State) -> None:
-        """Write at once or not at all, for the owner's eyes only: the keys are in it."""
+        """Write atomically, readable by the owner only: the file holds the keys."""
         fresh = self.home / f"services.json.{os.getpid()}"
         with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as stream:
             stream.write(state.model_dump_json(indent=2))
@@ -301,7 +303,7 @@ class Services:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Keep other commands of this home from starting or stopping anything in the block."""
+        """Prevent other commands of this home from starting or stopping services during the block."""
         with self._open("services.lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
@@ -317,12 +319,12 @@ class Services:
 
 @contextmanager
 def services(home: Path) -> Iterator[dict[str, str]]:
-    """Run the embedded services that the environment does not name, for the block, and give the environment that names them.
+    """Run the embedded services that the environment does not name, and yield the environment that names them.
 
     Raises:
-        Refusal: a server is not installed or ends at its start, or the environment names half of an S3.
+        Refusal: a server is not installed or exits during its start, or the environment names an S3 without a bucket.
     """
-    with Services(home).used() as environment:
+    with Services(home).running() as environment:
         yield environment
 
 
@@ -343,14 +345,14 @@ def _upstream(environment: Mapping[str, str]) -> str:
 
 
 def _past_proxies(environment: Mapping[str, str]) -> dict[str, str]:
-    """Name loopback as what no proxy is asked for, in both spellings: which one wins differs from library to library."""
+    """Exempt loopback from proxies, in both spellings of the variable, because libraries differ in which one they read."""
     hosts = [host for name in ("no_proxy", "NO_PROXY") for host in environment.get(name, "").split(",") if host]
     value = ",".join(dict.fromkeys([*hosts, _LOOPBACK, "localhost"]))
     return {"no_proxy": value, "NO_PROXY": value}
 
 
 def _free_port(preferred: int) -> int:
-    """The port of the last time, so that addresses in old reports stay true, or any other where it is taken."""
+    """Return the preferred port if it is free, so that addresses in old reports stay valid, else any free port."""
     for port in (preferred, 0):
         with socket.socket() as probe, suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -360,7 +362,7 @@ def _free_port(preferred: int) -> int:
 
 
 def _find_rclone() -> str:
-    """The rclone of the wheel, beside the interpreter, or the machine's own."""
+    """Return the path of rclone: from the wheel, beside the interpreter, or else on the PATH."""
     found = shutil.which("rclone", path=sysconfig.get_path("scripts")) or shutil.which("rclone")
     if not found:
         raise Refusal(

@@ -1,6 +1,6 @@
-"""MLflow's server in one process, for the embedded services: what `mlflow server --workers 1` does, at half its start.
+"""MLflow's server in one process, for the embedded services: equal to `mlflow server --workers 1`, in half the start time.
 
-The command imports MLflow in a first process, which prepares the database, and again in the one that serves.
+That command imports MLflow twice: in a process that prepares the database, and again in the process that serves.
 
     python -P mlflow_server.py PORT DATABASE ARTIFACTS
 """

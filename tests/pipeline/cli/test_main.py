@@ -265,7 +265,7 @@ class TestARun:
         assert ended.status == 1
         assert ended.told == (
             "espalier: prune: VerificationError: other logits (the whole log: log.txt); "
-            "what was finished is kept, and the same command goes on from there\n"
+            "finished outputs are kept, and the same command continues from there\n"
         )
 
     def test_a_fault_of_ours_keeps_its_traceback(

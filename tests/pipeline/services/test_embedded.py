@@ -223,7 +223,7 @@ def test_a_server_that_ends_at_its_start_tells_its_last_words(home: Path, monkey
     program.write_text("#!/bin/sh\necho the disk is on fire >&2\nexit 1\n")
     program.chmod(0o755)
     monkeypatch.setattr(local, "_find_rclone", lambda: str(program))
-    with pytest.raises(Refusal, match=r"s3 server ended at its start \(the disk is on fire\): see .*s3\.log"):
+    with pytest.raises(Refusal, match=r"s3 server exited during its start \(the disk is on fire\): see .*s3\.log"):
         Services(home).up()
     assert running(home) == []
 
