@@ -10,7 +10,7 @@ def evaluate(models: dict, recipe: str, run: str, measured: Output[Metrics]) -> 
     """Measure every model in one process.
 
     Args:
-        models: references by name, such as dense and candidate; an empty one is a model that this run does without.
+        models: references by name, such as dense and candidate; an empty one stands for a model that this run does not have.
     """
     from components.evaluate.stage import STAGE
 

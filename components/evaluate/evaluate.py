@@ -59,15 +59,16 @@ def evaluate(
     """Measure the models and leave `evaluation.json`.
 
     It holds `models` (name → parameters, bytes, layers, widths, dtype, perplexity, tasks, speed, prefill_flops, notes) and the
-    `context` of the numbers. The layers and widths of a model of an unknown family may be null, and a number that is not finite is null, and a note says what it was. Bytes are those of the
-    stored weights; prefill_flops are those of one sequence of `speed.prompt` tokens.
+    `context` of the numbers. The layers and widths of a model of an unknown family may be null. A number that is not finite is
+    null, and a note gives it. Bytes are those of the stored weights; prefill_flops are those of one sequence of `speed.prompt`
+    tokens.
 
     Args:
         models: folders with a checkpoint in `model/`, by name: dense (always), candidate, champion, pruned-first, dense-trained.
         texts: a folder with one text file, or the file, for each name in `evaluate.perplexity`.
-        evaluate: what is measured, and how; its length is set.
+        evaluate: the recipe's section, with its length set.
         out: an empty folder.
-        journal: told the progress, in tokens, and each perplexity.
+        journal: takes the progress, in tokens, and each perplexity.
         model_digests: models with the same digest are measured once.
         text_digests: kept in the context.
 
@@ -76,32 +77,34 @@ def evaluate(
             anything is measured.
     """
     twins = _twins(models, model_digests or {})
-    subjects = {name: Subject.open(name, models[name] / "model") for name in dict.fromkeys(twins.values())}
-    read = {name: _read(folder, name, subjects[REFERENCE], evaluate) for name, folder in texts.items()}
+    opened = {name: EvaluatedModel.open(name, models[name] / "model") for name in dict.fromkeys(twins.values())}
+    tokenized = {name: _tokenize(folder, name, opened[REFERENCE], evaluate) for name, folder in texts.items()}
     zero_shot = ZeroShot(evaluate.tasks, evaluate.task_limit, SEED) if evaluate.tasks else None
-    progress = Progress(journal, len(subjects) * _tokens_per_model(read, evaluate))
+    progress = Progress(journal, len(opened) * _tokens_per_model(tokenized, evaluate))
 
-    together = _fit_together(subjects.values())
-    measured = {name: _quality(subject, read, zero_shot, evaluate, progress) for name, subject in subjects.items()}
-    for group in _groups(subjects, together) if evaluate.speed.enabled else ():
-        for name, figures in _speed(group, read, evaluate, progress).items():
+    together = _fit_together(opened.values())
+    measured = {
+        name: _quality(evaluated, tokenized, zero_shot, evaluate, progress) for name, evaluated in opened.items()
+    }
+    for group in _groups(opened, together) if evaluate.speed.enabled else ():
+        for name, figures in _speed(group, tokenized, evaluate, progress).items():
             measured[name] |= figures
-    context = _context(evaluate, read, text_digests or {}, together)
+    context = _context(evaluate, tokenized, text_digests or {}, together)
     _save({"models": {name: measured[twin] for name, twin in twins.items()}, "context": context}, out)
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedModel:
     """A model to measure."""
 
     name: str
     checkpoint: Checkpoint
     tokenizer: PreTrainedTokenizerBase
     size: Mapping[str, Any]
-    """What its headers tell, by the names in `evaluation.json`."""
+    """Its size as its headers declare it, by the names in `evaluation.json`."""
 
     @classmethod
-    def open(cls, name: str, folder: Path) -> Subject:
+    def open(cls, name: str, folder: Path) -> EvaluatedModel:
         """Open a checkpoint's headers and its tokenizer. Raises Refusal if it cannot be read, or its parameters not be counted."""
         checkpoint = Checkpoint.open(folder)
         require_loadable(folder)
@@ -115,13 +118,13 @@ class Subject:
         return cls(name, checkpoint, load_tokenizer(folder), size)
 
     def load(self) -> PreTrainedModel:
-        """Load the model onto the device, in the type it is stored in, once what earlier ones held is let go."""
+        """Load the model onto the device, in the dtype it is stored in, after freeing the memory of models that are no longer referenced."""
         gc.collect()
         return load_model(self.checkpoint.folder, device=best_device())
 
 
 @dataclass(frozen=True)
-class Read:
+class TokenizedText:
     """A text in the tokens of the reference's tokenizer."""
 
     probe: str
@@ -131,7 +134,7 @@ class Read:
     probed: Tensor
     """The tokens of the probe."""
 
-    def is_read_alike_by(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+    def is_tokenized_alike_by(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         """Return True if another tokenizer gives the same tokens for the probe."""
         return torch.equal(token_stream([self.probe], tokenizer), self.probed)
 
@@ -155,18 +158,18 @@ def _twins(models: Mapping[str, Path], digests: Mapping[str, str]) -> dict[str, 
     return {name: first.setdefault(digests.get(name, f"only {name}"), name) for name in models}
 
 
-def _read(folder: Path, name: str, reference: Subject, evaluate: Evaluate) -> Read:
+def _tokenize(folder: Path, name: str, reference: EvaluatedModel, evaluate: Evaluate) -> TokenizedText:
     if evaluate.length is None:
         raise Refusal("evaluate.length is not set: set it to the tokens of a window, such as 2048")
     documents = read_documents(text_file(folder), evaluate.perplexity[name].field)
     windows = consecutive_windows(token_stream(documents, reference.tokenizer), evaluate.length)
     probe = SEPARATOR.join(documents)[:PROBE]
-    return Read(probe, windows, token_stream([probe], reference.tokenizer))
+    return TokenizedText(probe, windows, token_stream([probe], reference.tokenizer))
 
 
-def _tokens_per_model(read: Mapping[str, Read], evaluate: Evaluate) -> int:
+def _tokens_per_model(tokenized: Mapping[str, TokenizedText], evaluate: Evaluate) -> int:
     """Return the work on one model in tokens, read and written; a task counts as many as the texts together."""
-    texts = sum(text.windows.numel() for text in read.values())
+    texts = sum(text.windows.numel() for text in tokenized.values())
     passes = _tokens_of_speed(evaluate) if evaluate.speed.enabled else 0
     return texts * (1 + len(evaluate.tasks)) + passes
 
@@ -178,15 +181,19 @@ def _tokens_of_speed(evaluate: Evaluate) -> int:
 
 
 def _quality(
-    subject: Subject, read: Mapping[str, Read], zero_shot: ZeroShot | None, evaluate: Evaluate, progress: Progress
+    evaluated: EvaluatedModel,
+    tokenized: Mapping[str, TokenizedText],
+    zero_shot: ZeroShot | None,
+    evaluate: Evaluate,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Measure everything of a model but its speed."""
-    model = subject.load()
-    perplexities, notes = _perplexities(subject, model, read, evaluate.batch_size, progress)
-    tasks = zero_shot(model, subject.tokenizer, evaluate.batch_size) if zero_shot else {}
-    progress.advance(len(evaluate.tasks) * sum(text.windows.numel() for text in read.values()))
+    model = evaluated.load()
+    perplexities, notes = _perplexities(evaluated, model, tokenized, evaluate.batch_size, progress)
+    tasks = zero_shot(model, evaluated.tokenizer, evaluate.batch_size) if zero_shot else {}
+    progress.advance(len(evaluate.tasks) * sum(text.windows.numel() for text in tokenized.values()))
     return {
-        **subject.size,
+        **evaluated.size,
         "perplexity": perplexities,
         "tasks": tasks,
         "speed": {"prefill": {}, "decode": {}},
@@ -195,13 +202,17 @@ def _quality(
 
 
 def _perplexities(
-    subject: Subject, model: PreTrainedModel, read: Mapping[str, Read], batch_size: int, progress: Progress
+    evaluated: EvaluatedModel,
+    model: PreTrainedModel,
+    tokenized: Mapping[str, TokenizedText],
+    batch_size: int,
+    progress: Progress,
 ) -> tuple[dict[str, float | None], list[str]]:
     """Return the perplexity by text, and a note for each that is missing or not finite."""
     found: dict[str, float | None] = {}
     notes = []
-    for name, text in read.items():
-        reason = _incomparable(subject, text)
+    for name, text in tokenized.items():
+        reason = _incomparable(evaluated, text)
         if reason:
             found[name] = None
             notes.append(f"perplexity on {name} is not comparable: {reason}")
@@ -209,57 +220,57 @@ def _perplexities(
             continue
         value = perplexity(model, text.windows, batch_size, done=progress.advance)
         found[name] = value
-        progress.journal.metrics({f"{subject.name}.perplexity.{name}": value}, step=0)
+        progress.journal.metrics({f"{evaluated.name}.perplexity.{name}": value}, step=0)
         if not math.isfinite(value):
             notes.append(f"perplexity on {name} is {value}")
     return found, notes
 
 
-def _incomparable(subject: Subject, text: Read) -> str:
+def _incomparable(evaluated: EvaluatedModel, text: TokenizedText) -> str:
     """Return why a model cannot be measured on a text as the dense model is; empty if it can."""
-    longest, length = subject.checkpoint.longest_context, text.windows.shape[1]
+    longest, length = evaluated.checkpoint.longest_context, text.windows.shape[1]
     if longest is not None and length > longest:
         return f"the model reads {longest} tokens at most, and a window has {length}"
-    if not text.is_read_alike_by(subject.tokenizer):
+    if not text.is_tokenized_alike_by(evaluated.tokenizer):
         # A mean over other tokens is another quantity: no ratio of the two means anything.
         return "the tokenizer differs from the dense model's"
     return ""
 
 
-def _fit_together(subjects: Iterable[Subject]) -> bool:
-    weights = sum(subject.checkpoint.bytes for subject in subjects)
+def _fit_together(opened: Iterable[EvaluatedModel]) -> bool:
+    weights = sum(evaluated.checkpoint.bytes for evaluated in opened)
     free = torch.cuda.mem_get_info()[0] if best_device().type == "cuda" else psutil.virtual_memory().available
     return weights <= TOGETHER * free
 
 
-def _groups(subjects: Mapping[str, Subject], together: bool) -> list[dict[str, Subject]]:
+def _groups(opened: Mapping[str, EvaluatedModel], together: bool) -> list[dict[str, EvaluatedModel]]:
     """Return one group of all models, or a group for each model if their weights do not fit in memory together."""
-    return [dict(subjects)] if together else [{name: subject} for name, subject in subjects.items()]
+    return [dict(opened)] if together else [{name: evaluated} for name, evaluated in opened.items()]
 
 
 def _speed(
-    group: Mapping[str, Subject], read: Mapping[str, Read], evaluate: Evaluate, progress: Progress
+    group: Mapping[str, EvaluatedModel], tokenized: Mapping[str, TokenizedText], evaluate: Evaluate, progress: Progress
 ) -> dict[str, dict[str, Any]]:
     """Measure the speed of a group of models in turns."""
-    tokens = next(iter(read.values())).windows.flatten()
+    tokens = next(iter(tokenized.values())).windows.flatten()
     length = evaluate.speed.prompt + evaluate.speed.generate
-    longest = {name: subject.checkpoint.longest_context for name, subject in group.items()}
-    fitting = {name: subject for name, subject in group.items() if (longest[name] or length) >= length}
+    longest = {name: evaluated.checkpoint.longest_context for name, evaluated in group.items()}
+    fitting = {name: evaluated for name, evaluated in group.items() if (longest[name] or length) >= length}
     progress.advance((len(group) - len(fitting)) * _tokens_of_speed(evaluate))
     group = fitting
-    models = {name: subject.load() for name, subject in group.items()}
+    models = {name: evaluated.load() for name, evaluated in group.items()}
     figures = measure_speed(models, evaluate.speed, tokens, done=progress.advance)
     flops = {name: prefill_flops(model, evaluate.speed.prompt) for name, model in models.items()}
     return {name: {"speed": figures[name], "prefill_flops": flops[name]} for name in group}
 
 
 def _context(
-    evaluate: Evaluate, read: Mapping[str, Read], digests: Mapping[str, str], together: bool
+    evaluate: Evaluate, tokenized: Mapping[str, TokenizedText], digests: Mapping[str, str], together: bool
 ) -> dict[str, Any]:
     """Return the data, the settings and the machine of the numbers."""
     return {
         "length": evaluate.length,
-        "tokens": {name: text.windows.numel() for name, text in read.items()},
+        "tokens": {name: text.windows.numel() for name, text in tokenized.items()},
         "digests": dict(digests),
         "batch_size": evaluate.batch_size,
         "seed": SEED,

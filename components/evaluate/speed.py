@@ -96,7 +96,7 @@ def _time(model: PreTrainedModel, prompts: Tensor, generate: int, timings: _Timi
             timings.prefill.append(prefill)
             timings.decode.extend(decode)
         return
-    # Outside the handler, where the exception no longer holds the frames with the activations.
+    # Free after the handler: inside it the exception still holds the frames with the activations.
     _free_memory()
 
 

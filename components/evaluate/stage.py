@@ -34,9 +34,9 @@ def work(inputs: Inputs, recipe: Recipe, job: Job) -> None:
 
 
 def _complete(given: References, recipe: Recipe) -> References:
-    """Add the texts, and drop a champion that is the very candidate.
+    """Add the texts, and drop a champion that is equal to the candidate.
 
-    A candidate is not measured against itself, so that an evaluation stands when its candidate becomes champion.
+    A candidate is not compared with itself, so an evaluation stays valid when its candidate becomes champion.
     """
     models = given["models"]
     assert isinstance(models, Mapping)

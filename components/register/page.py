@@ -15,7 +15,7 @@ from components.register.format import seconds, times
 from components.register.headline import headline
 from components.register.report import Curves, Report
 from components.register.sections import SECTIONS
-from components.register.sections.section import Section
+from components.register.sections.section import ReportSection
 from components.register.words import ABOUT
 
 
@@ -37,7 +37,7 @@ def _title(report: Report) -> str:
     return f"{registered.name} version {registered.version}" if registered else "Not registered"
 
 
-def _body(section: Section) -> Markup:
+def _body(section: ReportSection) -> Markup:
     return Markup(_templates().get_template(section.template).render(**section.data).strip())
 
 

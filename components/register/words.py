@@ -6,7 +6,7 @@ MODELS = {
     "dense": "the release as it came",
     "candidate": "the pruned model this report is about",
     "champion": "the model in service now",
-    "pruned-first": "control: the same cut made first, then trained as the candidate was",
+    "pruned-first": "control: the same cut made first, without a transfer, then trained as the candidate was",
     "dense-trained": "control: nothing cut, trained as the candidate was",
 }
 

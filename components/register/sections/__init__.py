@@ -8,12 +8,12 @@ from components.register.report import Curves, Report
 from components.register.sections.lineage import lineage
 from components.register.sections.quality import quality
 from components.register.sections.removed import removed
-from components.register.sections.section import Section
+from components.register.sections.section import ReportSection
 from components.register.sections.speed import speed
 from components.register.sections.training import training
 from components.register.sections.verdict import verdict
 
-SECTIONS: tuple[Callable[[Report, Curves], Section | None], ...] = (
+SECTIONS: tuple[Callable[[Report, Curves], ReportSection | None], ...] = (
     verdict,
     quality,
     speed,

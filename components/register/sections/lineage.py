@@ -9,10 +9,10 @@ import yaml
 
 from components.register.format import ABSENT
 from components.register.report import Curves, Report
-from components.register.sections.section import Section
+from components.register.sections.section import ReportSection
 
 
-def lineage(report: Report, curves: Curves) -> Section:
+def lineage(report: Report, curves: Curves) -> ReportSection:
     """Show what is needed to make the candidate again."""
     stages = {stage: took for stage, took in report.timing.items() if stage != "total"}
     data = {
@@ -24,7 +24,7 @@ def lineage(report: Report, curves: Curves) -> Section:
         "of_run": report.timing.get("total"),
         "recipe": yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True),
     }
-    return Section("Lineage", "lineage.html.j2", data)
+    return ReportSection("Lineage", "lineage.html.j2", data)
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:

@@ -15,10 +15,10 @@ from components.register import figures
 from components.register.format import ABSENT, count, number, times, whole
 from components.register.measured import differing, names, ratio
 from components.register.report import Curves, Report
-from components.register.sections.section import Cell, Section
+from components.register.sections.section import Cell, ReportSection
 
 
-def quality(report: Report, curves: Curves) -> Section:
+def quality(report: Report, curves: Curves) -> ReportSection:
     """Compare the models."""
     data = {
         "columns": _columns(report),
@@ -26,7 +26,7 @@ def quality(report: Report, curves: Curves) -> Section:
         "notes": list(_notes(report)),
         "pareto": _pareto(report),
     }
-    return Section("Quality", "quality.html.j2", data)
+    return ReportSection("Quality", "quality.html.j2", data)
 
 
 def _columns(report: Report) -> list[Cell]:

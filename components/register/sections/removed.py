@@ -11,7 +11,7 @@ from components.lib.report_parts import Part
 from components.lib.transformer.removal import Removal, percent
 from components.register.format import ABSENT, number
 from components.register.report import Curves, Report
-from components.register.sections.section import Cell, Section
+from components.register.sections.section import Cell, ReportSection
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Layer:
     """1 for the layer that was removed first; None for a layer that stays."""
 
 
-def removed(report: Report, curves: Curves) -> Section:
+def removed(report: Report, curves: Curves) -> ReportSection:
     """Show the removal, with the parts of the methods that chose it."""
     return removed_section(report, curves.parts)
 
 
-def removed_section(report: Report, parts: Sequence[Part]) -> Section:
+def removed_section(report: Report, parts: Sequence[Part]) -> ReportSection:
     """Show the removal.
 
     Args:
@@ -47,7 +47,7 @@ def removed_section(report: Report, parts: Sequence[Part]) -> Section:
         "scored": [_meaning(report.parsed_recipe(), name) for name in _scored(report)],
         "parts": parts,
     }
-    return Section("What was removed", "removed.html.j2", data)
+    return ReportSection("What was removed", "removed.html.j2", data)
 
 
 def _axes(report: Report) -> list[tuple[str, list[Cell]]]:

@@ -1,4 +1,4 @@
-"""What a section of the report is."""
+"""A section of the report: its title, template and data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
-class Section:
+class ReportSection:
     """A section of the page."""
 
     title: str

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from components.register.format import ABSENT, number, times
 from components.register.measured import Measured, names, ratio
 from components.register.report import Curves, Report
-from components.register.sections.section import Cell, Section
+from components.register.sections.section import Cell, ReportSection
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class Phase:
     """A model's name, and a cell for each batch size."""
 
 
-def speed(report: Report, curves: Curves) -> Section:
+def speed(report: Report, curves: Curves) -> ReportSection:
     """Compare the models phase by phase."""
     dense, candidate = report.dense, report.candidate
     promised = times(ratio(dense.prefill_flops, candidate.prefill_flops), 2) if candidate.prefill_flops else ""
-    return Section("Speed", "speed.html.j2", {"phases": _phases(report.models()), "promised": promised})
+    return ReportSection("Speed", "speed.html.j2", {"phases": _phases(report.models()), "promised": promised})
 
 
 def _phases(models: Mapping[str, Measured]) -> list[Phase]:

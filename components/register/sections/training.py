@@ -11,7 +11,7 @@ from components.lib.report_parts import Line, Lines, Mark, Part
 from components.lib.training.schedule import annealed_part
 from components.register import figures
 from components.register.report import Curve, Curves, Report
-from components.register.sections.section import Section
+from components.register.sections.section import ReportSection
 from components.register.words import BACKSTAGE, METRICS
 
 SLICES = {
@@ -22,7 +22,7 @@ SLICES = {
 """Names of the metrics of the slices, and of the parts of the model that they measure."""
 
 
-def training(report: Report, curves: Curves) -> Section | None:
+def training(report: Report, curves: Curves) -> ReportSection | None:
     """Show a panel for each metric; None if nothing was trained."""
     mark = _full_strength(report)
     parts = slices(report.parsed_recipe(), curves.regularize, mark)
@@ -31,7 +31,7 @@ def training(report: Report, curves: Curves) -> Section | None:
         "Recovery after the cut": _panels(curves.recover, None),
     }
     shown = {heading: panels for heading, panels in groups.items() if panels}
-    return Section("Training", "training.html.j2", {"parts": parts, "groups": shown}) if parts or shown else None
+    return ReportSection("Training", "training.html.j2", {"parts": parts, "groups": shown}) if parts or shown else None
 
 
 def _panels(curves: Mapping[str, Curve], mark: Mark | None) -> list[Markup]:

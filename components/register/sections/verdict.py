@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from components.register.format import number_or_count
 from components.register.report import Curves, Report
-from components.register.sections.section import Section
+from components.register.sections.section import ReportSection
 from components.register.verdict import Rule
 
 
-def verdict(report: Report, curves: Curves) -> Section:
+def verdict(report: Report, curves: Curves) -> ReportSection:
     """List the rules, each with the two numbers it compares."""
     rules = [(rule, rule.note or _compared(rule)) for rule in report.verdict.rules]
-    return Section("Verdict, rule by rule", "verdict.html.j2", {"rules": rules})
+    return ReportSection("Verdict, rule by rule", "verdict.html.j2", {"rules": rules})
 
 
 def _compared(rule: Rule) -> str:

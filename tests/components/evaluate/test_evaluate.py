@@ -270,8 +270,8 @@ def test_the_stage_hands_models_and_texts_on_under_their_names(models: dict, tex
     assert found["context"]["digests"] == {"home": "t", "away": "u"}
 
 
-def test_tokenizers_made_alike_read_alike() -> None:
+def test_two_exports_of_a_tokenizer_tokenize_alike() -> None:
     """The probe compares tokens, not files: an export may write tokenizer.json anew."""
-    read = module.Read("w3 w4", torch.zeros(1, 2), torch.tensor([3, 4]))
+    text = module.TokenizedText("w3 w4", torch.zeros(1, 2), torch.tensor([3, 4]))
     again = PreTrainedTokenizerFast(tokenizer_object=zoo.tokenizer().backend_tokenizer)
-    assert read.is_read_alike_by(again)
+    assert text.is_tokenized_alike_by(again)

@@ -19,7 +19,7 @@ from components.register.page import render
 from components.register.report import Curves, Report
 from components.register.sections import SECTIONS
 from components.register.sections.quality import task_accuracy
-from components.register.sections.section import Section
+from components.register.sections.section import ReportSection
 from tests.components.register.conftest import (
     RECIPE,
     RELEASE,
@@ -183,7 +183,7 @@ def test_a_section_is_one_function_in_the_list(report: Report, monkeypatch: pyte
     """It brings its title, its template and its data; one that has nothing to show is left out."""
     table = Table(["layer", "zeros"], [["0", "12"], ["1", "<b>"]], title="By layer", note="Counted after the cut.")
     data = {"parts": [Sentence("Few weights are 0."), table], "groups": {}}
-    added = (lambda report, curves: Section("Zeros", "training.html.j2", data), lambda report, curves: None)
+    added = (lambda report, curves: ReportSection("Zeros", "training.html.j2", data), lambda report, curves: None)
     monkeypatch.setattr(pages, "SECTIONS", (*SECTIONS, *added))
     page = page_of(report)
     assert page.text.endswith("Zeros Few weights are 0. By layer layer zeros 0 12 1 <b> Counted after the cut.")
