@@ -1,1 +1,1 @@
-"""Pins what a run starts from: the release, its texts and the present champion."""
+"""Pin: store the release and its texts under digests, and find the present champion."""

@@ -18,8 +18,8 @@ def pin(release: str, recipe: str, name: str, run: str) -> NamedTuple(
         run: the label that this run's stages share.
 
     Returns:
-        release and champion as references (champion is empty where there is none), and the recipe with a reference in
-        each text's place.
+        release and champion as references (champion is empty if there is none), and the recipe with a reference in place of
+        each text.
     """
     from collections import namedtuple
 

@@ -1,4 +1,4 @@
-"""Pin what a run starts from, so that nothing it reads can change under it."""
+"""Pin the inputs of a run by digest, so that they cannot change during it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from components.lib.transformer.text import SUFFIXES
 
 
 def pin_release(release: str, recipe: Recipe, store: Store) -> Reference:
-    """Snapshot a release into the store; what is there already is not fetched again.
+    """Snapshot a release into the store; a snapshot that is there already is not fetched again.
 
     Args:
         release: a reference, an `s3://` prefix, `models:/name@alias`, or a Hub id with an optional `@revision`.
 
     Raises:
-        Refusal: it is not to be had, or not a checkpoint that the recipe can be applied to.
+        Refusal: it cannot be found, or is no checkpoint that the recipe can be applied to.
     """
     if "@sha256:" in release:
         return _checked(Reference.parse(release), recipe, store)
@@ -37,14 +37,14 @@ def pin_release(release: str, recipe: Recipe, store: Store) -> Reference:
 
 
 def _checked(release: Reference, recipe: Recipe, store: Store) -> Reference:
-    """Return a release that is in the store, after its configuration and the headers of its weights were checked."""
+    """Check the configuration and the headers of the weights of a release in the store, and return its reference."""
     with tempfile.TemporaryDirectory(prefix="espalier-pin-") as scratch:
         check_checkpoint(store.get_headers(release, Path(scratch) / "release") / "model", recipe)
     return release
 
 
 def pin_folder(folder: Path, recipe: Recipe, store: Store) -> Reference:
-    """Put a release that lies in a folder of this machine into the store, its weights, configuration and tokenizer alone.
+    """Put a release from a folder of this machine into the store: weights, configuration, tokenizer, card and licence only.
 
     Raises:
         Refusal: the folder is not a checkpoint that the recipe can be applied to.
@@ -57,7 +57,7 @@ def pin_text(text: Text, store: Store) -> Reference:
     """Put a text into the store as an artifact of one file, `text` with its suffix.
 
     Raises:
-        Refusal: it is not to be had, or its kind is not known.
+        Refusal: it cannot be found, or its kind is not known.
     """
     if text.path and "@sha256:" in text.path:
         return Reference.parse(text.path)
@@ -74,10 +74,10 @@ def find_release(release: str, recipe: Recipe, store: Store) -> Reference | None
     """Return the reference that pinning the release would give, if its snapshot is in the store; nothing is fetched or stored.
 
     Args:
-        release: what `pin_release` takes, or a folder of this machine.
+        release: as `pin_release` takes it, or a folder of this machine.
 
     Raises:
-        Refusal: it is not to be had, or not a checkpoint that the recipe can be applied to.
+        Refusal: it cannot be found, or is no checkpoint that the recipe can be applied to.
     """
     if "@sha256:" in release:
         return Reference.parse(release)
@@ -111,7 +111,7 @@ def check_checkpoint(folder: Path, recipe: Recipe) -> PrunableCheckpoint:
 
 
 def check_text(path: str) -> Path:
-    """Return the text's file. Raises Refusal where there is none, or its kind is not known."""
+    """Return the text's file. Raises Refusal if there is none, or its kind is not known."""
     file = Path(path).expanduser()
     if not file.is_file():
         raise Refusal(
@@ -127,7 +127,7 @@ def _of_known_kind(file: Path, source: str) -> Path:
 
 
 def _text_files(folder: Path, source: str) -> dict[str, Path]:
-    """The one file of a text that was fetched, by its name in the artifact."""
+    """Return the one file of a fetched text, by its name in the artifact."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     if len(files) != 1:
         raise Refusal(f"the text {source} holds {len(files)} files: name one of them")
@@ -135,7 +135,7 @@ def _text_files(folder: Path, source: str) -> dict[str, Path]:
 
 
 def _fetch(resolved: Resolved, prefix: str, store: Store, files: Callable[[Path], dict[str, Path]]) -> Reference:
-    """Fetch a snapshot and store what `files` chooses of its folder."""
+    """Fetch a snapshot and store the files of its folder that `files` chooses."""
     with tempfile.TemporaryDirectory(prefix="espalier-pin-") as scratch:
         folder = resolved.fetch(Path(scratch) / "fetched")
         with _linked(files(folder)) as artifact:
@@ -144,7 +144,7 @@ def _fetch(resolved: Resolved, prefix: str, store: Store, files: Callable[[Path]
 
 @contextmanager
 def _linked(files: dict[str, Path]) -> Iterator[Path]:
-    """A folder that holds links to files under other names, so that they are stored without being copied first."""
+    """Yield a folder of links to the files under their new names, so that they are stored without being copied first."""
     with tempfile.TemporaryDirectory(prefix="espalier-pin-") as scratch:
         for name, path in files.items():
             link = Path(scratch) / name

@@ -10,7 +10,7 @@ from components.pin.pin import pin_release, pin_text
 
 
 def pin_run(release: str, recipe: str, name: str, run: str) -> tuple[str, str, str]:
-    """Return the release's reference, the pinned recipe's YAML, and the champion's reference (empty where there is none)."""
+    """Return the release's reference, the pinned recipe's YAML, and the champion's reference (empty if there is none)."""
     with reported("pin", run):
         store = Store.from_environment()
         parsed = parse_recipe(recipe)

@@ -1,1 +1,1 @@
-"""Moves the alias champion to a version whose files are whole."""
+"""Promote: move the alias champion to a version with intact files."""

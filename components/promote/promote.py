@@ -1,4 +1,4 @@
-"""Move the alias `champion` to a version whose files are whole, and keep the way back."""
+"""Move the alias `champion` to a version with intact files, and keep the last champion as `previous`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from components.lib.tracking.registry import Version
 
 
 def promote(name: str, version: str = "", force: bool = False) -> Version:
-    """Make a registered version champion, after its files were read again and match their digests.
+    """Make a registered version champion after checking its files against their digests.
 
     Args:
         name: the registered model.
@@ -17,13 +17,13 @@ def promote(name: str, version: str = "", force: bool = False) -> Version:
         force: promote a version whose verdict was fail.
 
     Raises:
-        Refusal: no such version, a verdict that is not pass, or a file that is missing or differs.
+        Refusal: there is no such version, its verdict is not pass, or a file is missing or differs.
     """
     candidate = registry.version_of(name, version) if version else _challenger(name)
     verdict = candidate.tags.get("espalier.verdict", "missing")
     if verdict != "pass" and not force:
         raise Refusal(
-            f"version {candidate.version} of {name} has the verdict {verdict}: pass --force to promote it all the same"
+            f"version {candidate.version} of {name} has the verdict {verdict}: pass --force to promote it anyway"
         )
     Store.from_environment().verify(candidate.reference)
     champion = registry.aliased(name, "champion")

@@ -1,1 +1,1 @@
-"""Finds which releases are new, and claims each for one watcher."""
+"""Find the releases that are new, and claim each for one watcher."""

@@ -7,12 +7,12 @@ from components.lib.stage.face import component
 
 @component
 def watch(sources: list, at_most: int, lease_hours: float, seen: Output[Markdown]) -> list:
-    """Claim what is new among the sources.
+    """Claim the new releases among the sources.
 
     Args:
         sources: mappings of `release`, `name` and `recipe` (its YAML).
-        at_most: how many items are claimed; the rest is left to the next time.
-        lease_hours: how long a claim is believed. A run that takes longer may be started again by a later watcher.
+        at_most: how many items are claimed; the next run finds the others.
+        lease_hours: hours until a claim expires. A later watcher may start a run that takes longer again.
 
     Returns:
         release, recipe, model (the registered name) and run of each item claimed.

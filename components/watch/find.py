@@ -1,6 +1,7 @@
-"""Find what is new: a source at a revision that no version in the registry was made of.
+"""Find the sources that are new: no version in the registry was made from their revision.
 
-A source says what makes it new again (`recompress_on`): another revision alone, unless another recipe or other code is named too.
+The field `recompress_on` of a source lists the changes that make it new again: another revision always, another recipe or other
+code if they are listed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ Reason = Literal["release", "recipe", "code"]
 
 
 class Watched(BaseModel):
-    """A source to look at: what `recompress` is told of it, before its revision is known."""
+    """A watched source: the arguments of `recompress`, before its revision is known."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -41,7 +42,7 @@ class Watched(BaseModel):
     recipe: str
     """The recipe's YAML."""
     recompress_on: Annotated[tuple[Reason, ...], Field(min_length=1)] = ("release",)
-    """What makes the source new: another release, another recipe (its texts are a part of it), other code."""
+    """The changes that make the source new: of the release, of the recipe (its texts included), of the code."""
 
     @field_validator("recompress_on")
     @classmethod
@@ -53,22 +54,22 @@ class Watched(BaseModel):
 
 @dataclass(frozen=True)
 class Item:
-    """A source at one revision, and the key that names what is to be made of it."""
+    """A source at one revision, and the key of the version to be made from it."""
 
     name: str
     release: str
-    """Resolves to the same revision again, where the source can name one."""
+    """The source, with its revision if the kind of source can name one."""
     recipe: str
     revision: str
     key: str
-    """The key that the version is tagged with: of what `recompress_on` names."""
+    """The key that the version is tagged with: a digest of the parts in `recompress_on`."""
     claim: str
-    """The key of the claims on it: of the release, the recipe and the code, so that a failure counts until one of them changes."""
+    """The key of the claims on it: a digest of release, recipe and code, so that a failure counts until one of them changes."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of looking at a source."""
+    """The state of a source."""
 
     watched: Watched
     state: Literal["new", "registered", "claimed", "failed", "refused"]
@@ -77,13 +78,13 @@ class Finding:
 
 
 def identify(watched: Watched, store: Store) -> Item:
-    """Resolve a source, downloading nothing, and form the key of what is to be made of it.
+    """Resolve a source without downloading it, and return its item.
 
-    key = sha256(source and revision; of recompress_on recipe: the recipe and its texts' revisions; of recompress_on code: the code of
-    every stage that shapes the result)
+    The key is a sha256 over source and revision; if `recompress_on` lists recipe, also over the recipe and its texts' revisions;
+    if it lists code, also over the code of every stage that has an output.
 
     Raises:
-        Refusal: the recipe cannot be read, or the source or one of its texts is not to be had.
+        Refusal: the recipe cannot be read, or the source or one of its texts cannot be found.
     """
     recipe = parse_recipe(watched.recipe)
     release, identity = _release(watched.release, store)
@@ -104,7 +105,7 @@ def _digest(value: Any) -> str:
 
 
 def look(watched: Watched, store: Store, claims: Claims) -> Finding:
-    """Say whether a source is new, and if it is not, why not."""
+    """Return whether a source is new, and the reason."""
     try:
         item = identify(watched, store)
     except Refusal as error:
@@ -120,7 +121,7 @@ def look(watched: Watched, store: Store, claims: Claims) -> Finding:
 
 
 def _why_new(item: Item, watched: Watched) -> str:
-    """Say what makes an item new."""
+    """Return the reason why an item is new."""
     version = registry.made_of_revision(item.name, item.revision)
     if version is None:
         return f"no version of {item.name} is of this revision ({item.revision[:12]})"
@@ -129,7 +130,7 @@ def _why_new(item: Item, watched: Watched) -> str:
 
 
 def take(item: Item, claims: Claims) -> str | None:
-    """Claim an item. Returns the label of the run to make; None where another watcher has it, or has just finished it."""
+    """Claim an item. Return the label of the run to make, or None if another watcher has it or has just finished it."""
     run = claims.take(item.name, item.claim, item.key)
     if run and registry.made_for(item.name, item.key):
         claims.drop(item.name, item.claim, run)
@@ -140,10 +141,10 @@ def take(item: Item, claims: Claims) -> str | None:
 def find_new(
     sources: Sequence[Mapping[str, str]], at_most: int, lease: timedelta
 ) -> tuple[list[dict[str, str]], list[Finding]]:
-    """Claim what is new, `at_most` items of it; the rest is left to the next time.
+    """Claim at most `at_most` of the new items; the next call finds the others.
 
     Returns:
-        what `loop_item` gives of each item claimed, and what was found of every source.
+        the `loop_item` of each claimed item, and the finding for every source.
 
     Raises:
         Refusal: the store or MLflow does not answer.
@@ -163,12 +164,12 @@ def find_new(
 
 
 def loop_item(item: Item, run: str) -> dict[str, str]:
-    """What the pipeline `recompress` is told of an item. The registered name is `model`: a loop's item has a `name` of its own."""
+    """Return the arguments of `recompress` for an item. The registered name is `model`, because a loop's item has a `name` of its own."""
     return {"release": item.release, "recipe": item.recipe, "model": item.name, "run": run}
 
 
 def table(findings: Sequence[Finding], runs: Sequence[Mapping[str, str]]) -> str:
-    """The findings as Markdown, for Kubeflow's user interface."""
+    """Return the findings as Markdown, for Kubeflow's user interface."""
     claimed = {(run["model"], run["release"]) for run in runs}
     rows = ["| name | release | state | |", "|---|---|---|---|"]
     for finding in findings:
@@ -180,7 +181,7 @@ def table(findings: Sequence[Finding], runs: Sequence[Mapping[str, str]]) -> str
 
 
 def _release(release: str, store: Store) -> tuple[str, list[str]]:
-    """Return the release at its revision, and what identifies it: content, or source and revision."""
+    """Return the release at its revision, and its identity: a digest of the content, or source and revision."""
     if "@sha256:" in release:
         return release, [Reference.parse(release).digest]
     folder = Path(release).expanduser()
@@ -199,7 +200,7 @@ def _at_revision(resolved: Resolved) -> str:
 
 
 def _text(text: Text, store: Store) -> list[str]:
-    """What identifies a text: its content, or its source and revision; and the column that is read."""
+    """Return the identity of a text: a digest of the content, or source and revision; then the column that is read."""
     if text.path and "@sha256:" in text.path:
         return [Reference.parse(text.path).digest, text.field]
     if text.path and Path(text.path).expanduser().is_file():

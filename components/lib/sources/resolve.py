@@ -1,4 +1,4 @@
-"""Where releases and texts come from, each resolved to something that does not change before a byte of it is fetched."""
+"""Sources of releases and texts: resolve each to a fixed revision before anything is fetched."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ CHECKPOINT_FILES = (
     "NOTICE*",
     "USE_POLICY*",
 )
-"""What is taken of a release: safetensors, configuration, tokenizer, model card and licence, never pickled weights or code."""
+"""The files taken from a release: safetensors, configuration, tokenizer, model card and licence, never pickled weights or code."""
 
 _OTHER_WEIGHTS = ("consolidated*", "*/*.safetensors")
-"""The same weights once more, in formats of other frameworks."""
+"""Copies of the weights in the formats of other frameworks."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A source at one revision, and how to get it."""
+    """A source at one revision, with the function that fetches it."""
 
     source: str
     revision: str
@@ -48,7 +48,7 @@ class Resolved:
 
     @property
     def prefix(self) -> str:
-        """Names the snapshot in the store by what it is a snapshot of, so that it is fetched once."""
+        """Return the snapshot's name in the store, a digest of source and revision, so that it is fetched once."""
         return hashlib.sha256(json.dumps([self.source, self.revision]).encode()).hexdigest()
 
 
@@ -70,7 +70,7 @@ def resolve_text(text: Text, store: Store) -> Resolved:
 
 
 def checkpoint_files(checkpoint: Checkpoint) -> dict[str, Path]:
-    """What the store keeps of a checkpoint, by name in the artifact: of the weights those that are read, and no stray file."""
+    """Return the files that the store keeps of a checkpoint, by name in the artifact; weight files that it does not read are left out."""
     folder = checkpoint.folder
     weights = {tensor.file for tensor in checkpoint.tensors.values()}
     files = {path for pattern in CHECKPOINT_FILES for path in folder.glob(pattern) if path.is_file()}
@@ -82,7 +82,7 @@ def checkpoint_files(checkpoint: Checkpoint) -> dict[str, Path]:
 
 
 def _s3(source: str, store: Store) -> Resolved:
-    """S3 has no revision of a prefix: the digest of its listing (names, sizes, ETags) is one."""
+    """Resolve an S3 prefix. Its revision is the digest of its listing (names, sizes, ETags), because S3 has none of its own."""
     listing = store.listing(source)
     revision = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
     return Resolved(source, revision, lambda folder: store.fetch(source, folder))
@@ -119,7 +119,7 @@ def _hub_model(source: str) -> Resolved:
 
     def fetch(folder: Path) -> Path:
         """Download the checkpoint's files."""
-        # The configuration alone first: a family that is not known is refused before gigabytes travel.
+        # Fetch the configuration first: an unknown family is refused before gigabytes are downloaded.
         config = _ask_hub(
             lambda: hf_hub_download(repository, "config.json", revision=commit, local_dir=folder), source, "release"
         )
@@ -164,7 +164,7 @@ def _hub_text(name: str, text: Text) -> Resolved:
 
 
 def _ask_hub(question: Callable[[], T], name: str, kind: str) -> T:
-    """Ask the Hub, and say in one sentence why it did not answer."""
+    """Return the Hub's answer; turn its errors into refusals of one sentence."""
     import httpx2
     from huggingface_hub import errors
 

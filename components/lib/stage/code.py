@@ -93,7 +93,7 @@ def _is_inert(module: str) -> bool:
 
 @dataclass(frozen=True)
 class _Imports:
-    """What a module imports when it runs."""
+    """The imports of a module, those for type checking left out."""
 
     modules: frozenset[str]
     """Of `components`."""

@@ -67,7 +67,7 @@ def reads(*patterns: str) -> Any:
 
 @dataclass(frozen=True)
 class Job:
-    """What a work is given beside its inputs and its sections of the recipe."""
+    """The arguments of a work beside its inputs and the recipe."""
 
     out: Path
     """An empty folder to fill: the stage's output."""
@@ -111,7 +111,7 @@ class Stage(Generic[I]):
     passes: str = ""
     """The input that becomes the output if the recipe does not ask for the stage; none if empty."""
     resumes: bool = False
-    """Whether the work goes on from checkpoints after it was killed."""
+    """Whether the work resumes from checkpoints after it was killed."""
     leaves_checkpoint: bool = False
     """Whether the output holds a model, which takes about as much room as the release."""
     complete: Callable[[References, Recipe], References] = _as_given

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -23,6 +22,7 @@ from pydantic import BaseModel
 
 from components.lib.recipe.loading import parse_recipe
 from components.lib.recipe.schema import Recipe
+from components.lib.settings import StoreSettings
 from components.lib.stage.declaration import I, Job, References, Stage, read_files
 from components.lib.stage.events import StageEvents, reported
 from components.lib.store.artifacts import Manifest, Reference
@@ -72,7 +72,7 @@ class Opened(Generic[I]):
 
     @cached_property
     def references(self) -> dict[str, Reference | dict[str, Reference]]:
-        """The inputs there are."""
+        """The references of the inputs that are present."""
         known = {one.name for one in fields(self.stage.inputs)}
         completed = self.stage.complete(self.given, self.recipe)
         if not set(completed) <= known:
@@ -133,7 +133,7 @@ class Opened(Generic[I]):
 
     @property
     def prefix(self) -> str:
-        """Where the output lies in the store."""
+        """The output's prefix in the store."""
         return f"stages/{self.stage.name}/{self.key}"
 
     @property
@@ -143,12 +143,12 @@ class Opened(Generic[I]):
         return str(found) if found else None
 
     def perform(self, report: StageEvents) -> str:
-        """Fetch the inputs, call the work, and put what it left in `out` into the store, the manifest last."""
+        """Fetch the inputs, call the work, and store the folder `out` that it filled, the manifest last."""
         from components.lib.tracking.runs import stage_run
 
         report.emit("started")
         checkpoints = f"checkpoints/{self.key}"
-        with tempfile.TemporaryDirectory(prefix="espalier-", dir=os.environ.get("ESPALIER_SCRATCH")) as scratch:
+        with tempfile.TemporaryDirectory(prefix="espalier-", dir=StoreSettings().scratch) as scratch:
             inputs = self._fetch(Path(scratch) / "inputs")
             out = Path(scratch) / "out"
             out.mkdir()
@@ -208,7 +208,7 @@ class Opened(Generic[I]):
 
 
 class StageCheckpoints:
-    """A stage's checkpoints in the store. Each holds the curves recorded so far, so that they are whole after a resume."""
+    """A stage's checkpoints in the store. Each holds the curves recorded so far, so that they are complete after a resume."""
 
     def __init__(self, store: Store, prefix: str, out: Path) -> None:
         self.prefix = prefix
@@ -223,7 +223,7 @@ class StageCheckpoints:
         self._checkpoints.save(folder, step)
 
     def latest(self, folder: Path) -> int | None:
-        """Put the newest whole checkpoint's files into `folder` and return its step, or None if there is none."""
+        """Put the newest complete checkpoint's files into `folder` and return its step, or None if there is none."""
         step = self._checkpoints.latest(folder)
         if step is not None and (folder / self._curves.name).exists():
             shutil.move(folder / self._curves.name, self._curves)
@@ -254,7 +254,7 @@ def _plain(value: Any) -> Any:
 def _by_digest(value: Any) -> Any:
     """Replace every reference by its digest: the name of a text, and the bucket that holds it, change no result."""
     if isinstance(value, Mapping):
-        # A method or a transfer that is not named is no setting: one that is added later must not change old keys.
+        # Leave out methods and transfers that are not named, so that adding one later changes no old key.
         return {name: _by_digest(part) for name, part in value.items() if part is not None}
     if isinstance(value, list | tuple):
         return [_by_digest(part) for part in value]

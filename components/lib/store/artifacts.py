@@ -1,4 +1,4 @@
-"""What an artifact is: a folder of files, the manifest that makes it whole, and the reference that names it."""
+"""Artifacts: a folder of files, the manifest that completes it, and the reference that names it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from components.lib.errors import Refusal, Unavailable
 
 MANIFEST = "manifest.json"
-"""Name of the manifest beside the files. It is written last: where it is, the files are."""
+"""Name of the manifest beside the files. It is written last, so its presence proves that the files are there."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What stages hand on in place of files, as one string: `s3://bucket/prefix@sha256:<64 hex digits>`."""
+    """A reference to an artifact, which stages pass instead of files, as one string: `s3://bucket/prefix@sha256:<64 hex digits>`."""
 
     uri: str
     digest: str
@@ -35,7 +35,7 @@ class Reference:
 
     @classmethod
     def parse(cls, text: str) -> Reference:
-        """Read what `str` wrote. Raises Refusal where the text is no reference."""
+        """Parse the string form. Raises Refusal if the text is no reference."""
         match = re.fullmatch(r"(s3://[^/\s]+/\S+)@sha256:([0-9a-f]{64})", text)
         if not match:
             raise Refusal(f"{text!r} is no reference to an artifact: write s3://bucket/prefix@sha256:<64 hex digits>")
@@ -62,7 +62,7 @@ class File(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What an artifact holds."""
+    """The files of an artifact, and its metadata."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -71,7 +71,7 @@ class Manifest(BaseModel):
 
     @property
     def digest(self) -> str:
-        """sha256 over the files, sorted by name, as canonical JSON. The metadata does not take part: it may tell a time."""
+        """sha256 over the files, sorted by name, as canonical JSON. The metadata is not included: it may hold a time."""
         files = [file.model_dump() for file in sorted(self.files, key=lambda file: file.name)]
         return hashlib.sha256(json.dumps(files, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -82,20 +82,18 @@ class Manifest(BaseModel):
 
     @classmethod
     def of(cls, folder: Path, metadata: Mapping[str, Any] | None = None) -> Manifest:
-        """Hash every file below `folder`, links followed. Raises Refusal where there is none, or one with the manifest's name."""
+        """Hash every file below `folder`, links followed. Raises Refusal if there is none, or one with the manifest's name."""
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
         if not paths:
             raise Refusal(f"the folder {folder} holds no file, so there is nothing to store: fill it first")
         if folder / MANIFEST in paths:
-            raise Refusal(
-                f"the folder {folder} has a file {MANIFEST}, a name that the store keeps for itself: rename it"
-            )
+            raise Refusal(f"the folder {folder} has a file {MANIFEST}, a name that the store reserves: rename it")
         with ThreadPoolExecutor() as threads:
             files = tuple(threads.map(lambda path: describe(path, path.relative_to(folder).as_posix()), paths))
         return cls(files=files, metadata=dict(metadata or {}))
 
     def only(self, names: Iterable[str]) -> Manifest:
-        """Return the manifest of the named files: whole names, or folders of it such as `model`. Raises Refusal on a name that is not there."""
+        """Return the manifest of the named files and folders, such as `model`. Raises Refusal if a name is not in the artifact."""
         chosen: dict[str, File] = {}
         for name in names:
             found = {file.name: file for file in self.files if file.name == name or file.name.startswith(f"{name}/")}
@@ -115,7 +113,7 @@ def describe(path: Path, name: str) -> File:
 
 
 def need_space(folder: Path, size: int) -> None:
-    """Raise Unavailable where the disk that holds `folder` (which need not exist yet) has not `size` bytes free."""
+    """Raise Unavailable if the disk of `folder` (which need not exist yet) has less than `size` bytes free."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < size:
@@ -125,7 +123,7 @@ def need_space(folder: Path, size: int) -> None:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Return the path of `name` in `folder`. Raises Refusal where it would lie elsewhere, as a key with `..` does."""
+    """Return the path of `name` in `folder`. Raises Refusal if that is outside the folder, as for a key with `..`."""
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
         raise Refusal(f"the object {name!r} would be written outside {folder}: rename it")
@@ -134,10 +132,10 @@ def inside(folder: Path, name: str) -> Path:
 
 @contextlib.contextmanager
 def filled_at_once(folder: Path) -> Iterator[Path]:
-    """Give a folder beside `folder` to fill, which becomes `folder` where nothing goes wrong and is removed where it does.
+    """Yield a new folder to fill; rename it to `folder` at the end, or remove it after an error.
 
     Raises:
-        Refusal: `folder` has something in it.
+        Refusal: `folder` is not empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise Refusal(f"{folder} is not an empty folder: empty it, or name another")

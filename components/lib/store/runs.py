@@ -1,7 +1,7 @@
 """The state of a run in the store, at `runs/<run>/`: its watched item, its last failure and its end.
 
-A watcher does not wait for the runs that it starts on a cluster, and another process may look at them later: it reads here for
-which item a run was made, whether it ended, and why.
+A watcher does not wait for the runs that it starts on a cluster, so a later process reads here for which item a run was made,
+whether it ended, and why.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def leave_item(run: str, key: str, store: Store) -> None:
 
 
 def item_of(run: str, store: Store) -> str | None:
-    """The key of the item for which the run is made; None if no watcher started the run."""
+    """Return the key of the item for which the run is made; None if no watcher started the run."""
     return store.read_text(f"runs/{run}/item")
 
 
@@ -56,7 +56,7 @@ def leave_end(run: str, succeeded: bool) -> None:
 
 
 def ending(run: str, store: Store) -> Ending | None:
-    """How the run ended, or None if it is not known to be over."""
+    """Return how the run ended, or None if no end is recorded."""
     ended = store.read_text(f"runs/{run}/ended.json")
     if ended is None:
         return None
@@ -66,6 +66,6 @@ def ending(run: str, store: Store) -> Ending | None:
 
 
 def failure(run: str, store: Store) -> Ending | None:
-    """The last failure that a stage of the run recorded, whether or not the run is over."""
+    """Return the last failure that a stage of the run recorded, whether or not the run has ended."""
     left = store.read_text(f"runs/{run}/failure.json")
     return Ending.model_validate_json(left) if left else None

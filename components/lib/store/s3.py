@@ -1,4 +1,4 @@
-"""S3 itself: clients, transfers, and what it and the network say, told to a person."""
+"""S3 itself: clients, transfers, and its errors as sentences for a user."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ _FULL = {"XMinioStorageFull", "QuotaExceeded", "InsufficientStorage", "507"}
 _CREDENTIALS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the role"
 
 
-# What is read is compared with its manifest's sha256. The server's own checksum adds nothing to that, and botocore reads the
-# body of an error that comes with one wrongly.
+# Downloads are compared with the sha256 in their manifests, so the server's own checksum adds nothing, and botocore misreads the
+# body of an error that comes with one.
 _UNCHECKED = {"response_checksum_validation": "when_required"}
 
 PATIENT = Config(
@@ -66,9 +66,9 @@ PATIENT = Config(
     max_pool_connections=16,
     retries={"mode": "standard", "total_max_attempts": 6},
 )
-"""For the work: a dropped connection is tried again for about half a minute."""
+"""For the work: a failed request is retried for about half a minute."""
 HASTY = Config(**_UNCHECKED, connect_timeout=2, read_timeout=5, retries={"mode": "standard", "total_max_attempts": 2})
-"""For the question whether S3 is there at all."""
+"""For checking whether S3 answers at all."""
 
 _PART = 16 * 2**20
 _THREADS = 8
@@ -83,7 +83,7 @@ def client(config: Config) -> Any:
 
 
 def split(uri: str) -> tuple[str, str]:
-    """Return the bucket and the key of an `s3://` URI. Raises Refusal where it is none."""
+    """Return the bucket and the key of an `s3://` URI. Raises Refusal if it is none."""
     match = re.fullmatch(r"s3://([^/]+)/?(.*)", uri)
     if not match:
         raise Refusal(f"{uri!r} is no S3 address: write s3://bucket/prefix")
@@ -103,7 +103,7 @@ class Hashed:
         self.sha256.update(data)
 
 
-class Transfers:
+class ConcurrentTransfers:
     """Up- and downloads, in parts of 16 MiB, on one pool of threads."""
 
     def __init__(self, manager: TransferManager) -> None:
@@ -111,42 +111,42 @@ class Transfers:
         self._begun: list[tuple[str, Any]] = []
 
     def upload(self, path: Path, bucket: str, key: str, metadata: Mapping[str, str]) -> None:
-        """Begin to upload a file."""
+        """Start to upload a file."""
         future = self._manager.upload(str(path), bucket, key, extra_args={"Metadata": dict(metadata)})
         self._begun.append((f"s3://{bucket}/{key}", future))
 
     def download(self, bucket: str, key: str, target: Path | Hashed) -> None:
-        """Begin to download an object; the folder of its path is made."""
+        """Start to download an object, and make the folder of its path."""
         if isinstance(target, Path):
             target.parent.mkdir(parents=True, exist_ok=True)
         future = self._manager.download(bucket, key, str(target) if isinstance(target, Path) else target)
         self._begun.append((f"s3://{bucket}/{key}", future))
 
     def finish(self) -> None:
-        """Wait for all of them, and raise the first error."""
+        """Wait for all transfers, and raise the first error."""
         for uri, future in self._begun:
             with explained(uri):
                 future.result()
 
 
 @contextlib.contextmanager
-def transfers(client: Any) -> Iterator[Transfers]:
-    """Give a Transfers, all of which is done when the block ends. An error cancels what is left."""
+def transfers(client: Any) -> Iterator[ConcurrentTransfers]:
+    """Yield a ConcurrentTransfers and wait for it when the block ends. An error cancels the unfinished transfers."""
     config = TransferConfig(multipart_threshold=_PART, multipart_chunksize=_PART, max_concurrency=_THREADS)
     with create_transfer_manager(client, config) as manager:
-        begun = Transfers(manager)
+        begun = ConcurrentTransfers(manager)
         yield begun
         begun.finish()
 
 
 def is_missing(error: ClientError) -> bool:
-    """Whether S3 says that there is no such object."""
+    """Return True if the error means that there is no such object."""
     return error.response["Error"]["Code"] in {"404", "NoSuchKey"}
 
 
 @contextlib.contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Turn what a person can put right into an Unavailable that names `what`; let every other error through as it is."""
+    """Turn errors that a user can correct into an Unavailable that names `what`; raise every other error unchanged."""
     try:
         yield
     except (BotoCoreError, ClientError, RetriesExceededError, OSError) as error:
@@ -181,7 +181,7 @@ def _answered(what: str, error: ClientError) -> str | None:
     if code == "NoSuchBucket":
         return f"the bucket of {what} does not exist: make it, or name another"
     if is_missing(error):
-        return f"{what} is missing (S3 answered {code} to {error.operation_name}): run what makes it again"
+        return f"{what} is missing (S3 answered {code} to {error.operation_name}): run the stage that makes it again"
     if code in _FULL or "no space left" in message.lower():
         return f"S3 has no room for {what} ({message or code}): make room there and start again"
     if code in {"BucketAlreadyExists", "InvalidBucketName"}:

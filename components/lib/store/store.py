@@ -1,7 +1,7 @@
 """Content-addressed artifacts on S3.
 
-An artifact is a prefix: its files first, its manifest (names, sizes, sha256) last, so that what has a manifest is whole.
-Bytes travel once, straight between S3 and the stage: in parallel, in parts, never a whole file in memory.
+An artifact is a prefix. Its manifest (names, sizes, sha256) is written after its files, so an artifact with a manifest is
+complete. Files are transferred directly between S3 and the stage: in parallel, in parts, never a whole file in memory.
 
     store = Store.from_environment()
     reference = store.put_content(Path("model"), "release")
@@ -43,14 +43,14 @@ class Store:
     """Artifacts below one bucket, or one prefix of it."""
 
     def __init__(self, bucket: str, prefix: str = "") -> None:
-        """Name the place. Endpoint, region and credentials are boto3's to find, in the environment or the role."""
+        """Name the bucket and prefix. boto3 finds endpoint, region and credentials in the environment or the role."""
         self.bucket = bucket
         self.prefix = prefix.strip("/")
         self._client = client(PATIENT)
 
     @classmethod
     def from_environment(cls) -> Store:
-        """Open the store that ESPALIER_BUCKET (`bucket` or `bucket/prefix`) names. Raises Refusal where it is not set."""
+        """Open the store that ESPALIER_BUCKET (`bucket` or `bucket/prefix`) names. Raises Refusal if it is not set."""
         place = (StoreSettings().bucket or "").removeprefix("s3://").strip("/")
         if not place:
             raise Refusal("ESPALIER_BUCKET is not set: set it to a bucket, or to bucket/prefix")
@@ -62,10 +62,10 @@ class Store:
         return "/".join(part for part in (f"s3://{self.bucket}", self.prefix, name.strip("/")) if part)
 
     def check(self) -> None:
-        """Make sure, within seconds, that the bucket is there (made where that is allowed) and can be written to.
+        """Check within seconds that the bucket can be written to; make it if it is missing and making it is allowed.
 
         Raises:
-            Refusal: S3 cannot be reached, does not know the credentials, or does not allow what is needed.
+            Refusal: S3 cannot be reached, does not know the credentials, or does not allow a needed operation.
         """
         probe = client(HASTY)
         with explained(f"the bucket {self.bucket!r} at {probe.meta.endpoint_url}"):
@@ -77,7 +77,7 @@ class Store:
                 _make_bucket(probe, self.bucket)
             _, key = split(self.uri("writable"))
             probe.put_object(Bucket=self.bucket, Key=key, Body=b"")
-            # To delete takes a right of its own, which only dropping old checkpoints needs.
+            # Deleting needs a separate permission, which only the removal of old checkpoints uses.
             with contextlib.suppress(ClientError):
                 probe.delete_object(Bucket=self.bucket, Key=key)
 
@@ -86,8 +86,8 @@ class Store:
     def put(self, folder: Path, prefix: str, metadata: Mapping[str, Any] | None = None) -> Reference:
         """Upload the folder's files, then the manifest, and return the reference.
 
-        The prefix names the content by what it was made from, so what is whole there already stands, and is returned.
-        Of an upload that was broken off, the files that arrived are not sent again.
+        The prefix is a key of the content, so a complete artifact that is there already is returned. After an interrupted upload
+        the files that arrived are not sent again.
 
         Raises:
             Refusal: the folder holds no file, or S3 does not take them.
@@ -106,7 +106,7 @@ class Store:
             for file in manifest.files:
                 bucket, key = split(f"{uri}/{file.name}")
                 if not self._has(bucket, key, file):
-                    # The hash goes with the object, so that an upload that is taken up again knows what arrived.
+                    # Store the hash with the object, so that a resumed upload knows which files arrived.
                     transfer.upload(folder / file.name, bucket, key, {"sha256": file.sha256})
         self._write(f"{uri}/{MANIFEST}", manifest.model_dump_json(indent=2))
         return Reference(uri, manifest.digest)
@@ -122,26 +122,28 @@ class Store:
         return head["ContentLength"] == file.size and file.sha256 in head["Metadata"].values()
 
     def find(self, prefix: str) -> Reference | None:
-        """Return the reference of the artifact at `prefix`, or None where none is whole."""
+        """Return the reference of the artifact at `prefix`, or None if none is complete."""
         uri = self.uri(prefix)
         text = self._read(f"{uri}/{MANIFEST}")
         return None if text is None else Reference(uri, _manifest(text, uri).digest)
 
     def manifest(self, reference: Reference) -> Manifest:
-        """Return the manifest. Raises Refusal where there is none, or it is not the one the reference names."""
+        """Return the manifest. Raises Refusal if it is missing or has another digest than the reference."""
         text = self._read(f"{reference.uri}/{MANIFEST}")
         if text is None:
-            raise Unavailable(f"{reference.uri} has no {MANIFEST}, so it is not whole: run what makes it again")
+            raise Unavailable(
+                f"{reference.uri} has no {MANIFEST}, so it is not complete: run the stage that makes it again"
+            )
         manifest = _manifest(text, reference.uri)
         if manifest.digest != reference.digest:
             raise Unavailable(
                 f"{reference.uri} has the digest {manifest.digest[:12]}, not {reference.digest[:12]} as its reference says: "
-                "it was changed since, so run what makes it again"
+                "it was changed since, so run the stage that makes it again"
             )
         return manifest
 
     def get(self, reference: Reference, folder: Path, names: Iterable[str] | None = None) -> Path:
-        """Download the artifact, or the files and folders of it in `names`, and return `folder`, filled all at once or not at all.
+        """Download the artifact, or the files and folders of it in `names`, and return `folder`, filled atomically.
 
         Raises:
             Refusal: a file is missing or differs from its digest, the disk is too small, or `folder` is not empty.
@@ -160,8 +162,8 @@ class Store:
     def get_headers(self, reference: Reference, folder: Path) -> Path:
         """Download the artifact's JSON files and the headers of its safetensors files, and return `folder`.
 
-        A safetensors file is made as long as it is in the store, without its tensors: enough to open a checkpoint, and some
-        kilobytes of it travel. Nothing is compared with its digest.
+        A safetensors file gets its full length but not its tensors: enough to open a checkpoint, for a download of kilobytes.
+        The files are not compared with their digests.
 
         Raises:
             Refusal: a file is missing, or `folder` is not empty.
@@ -180,7 +182,7 @@ class Store:
         return folder
 
     def verify(self, reference: Reference) -> None:
-        """Stream and hash every file, in the order of their names. Raises Refusal that names the first that is missing or differs."""
+        """Stream and hash every file, in the order of their names. Raises Refusal that names the first file that is missing or differs."""
         for file in sorted(self.manifest(reference).files, key=lambda file: file.name):
             hashed = Hashed()
             with transfers(self._client) as transfer:
@@ -188,7 +190,7 @@ class Store:
             _same(File(name=file.name, size=hashed.size, sha256=hashed.sha256.hexdigest()), file, reference.uri)
 
     def delete(self, prefix: str) -> None:
-        """Delete everything below `prefix`, the manifest first, so that what is half deleted is not taken for whole."""
+        """Delete everything below `prefix`, the manifest first, so that a partly deleted artifact does not count as complete."""
         if not prefix.strip("/"):
             raise ValueError("an empty prefix would delete the whole store")
         uri = self.uri(prefix)
@@ -198,14 +200,14 @@ class Store:
                 self._client.delete_object(Bucket=self.bucket, Key=found["Key"])
 
     def folders(self, prefix: str) -> list[str]:
-        """Return the names of the folders right below `prefix` that hold anything, whole or not."""
+        """Return the names of the folders right below `prefix` that hold anything, complete or not."""
         bucket, key = split(self.uri(prefix) + "/")
         with explained(self.uri(prefix)):
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key, Delimiter="/")
             return [found["Prefix"][len(key) : -1] for page in pages for found in page.get("CommonPrefixes", ())]
 
     def newest(self, prefix: str) -> list[str]:
-        """Return the prefixes of the whole artifacts right below `prefix`, the newest first."""
+        """Return the prefixes of the complete artifacts right below `prefix`, the newest first."""
         uri = f"{self.uri(prefix)}/"
         start = split(uri)[1]
         found = [one for one in self._list(uri) if one["Key"][len(start) :].count("/") == 1]
@@ -216,29 +218,29 @@ class Store:
     # Small texts that change, such as runs/<run>/report.json
 
     def write_text(self, name: str, text: str) -> None:
-        """Write, or write over, one small object."""
+        """Write one small object; replace it if it exists."""
         self._write(self.uri(name), text)
 
     def read_text(self, name: str) -> str | None:
-        """Return the text of one small object, or None where there is none."""
+        """Return the text of one small object, or None if there is none."""
         return self._read(self.uri(name))
 
     def texts(self, prefix: str) -> dict[str, datetime]:
-        """Return the names of the small objects right below `prefix`, and when S3 took each as it is now."""
+        """Return the names of the small objects right below `prefix`, and the time of the last change of each by S3's clock."""
         uri = f"{self.uri(prefix)}/"
         found = ((one["Key"].removeprefix(split(uri)[1]), one["LastModified"]) for one in self._list(uri))
         return {name: modified for name, modified in found if "/" not in name}
 
     def delete_text(self, name: str) -> None:
-        """Delete one small object; one that is gone already is no error."""
+        """Delete one small object; a missing one is no error."""
         bucket, key = split(self.uri(name))
         with explained(self.uri(name)):
             self._client.delete_object(Bucket=bucket, Key=key)
 
-    # What others put on S3
+    # Objects that other programs put on S3
 
     def fetch(self, uri: str, folder: Path) -> Path:
-        """Download an object, or everything below a prefix, that has no manifest; return `folder`, filled all at once.
+        """Download an object, or everything below a prefix, that has no manifest; return `folder`, filled atomically.
 
         Raises:
             Refusal: nothing is there, or it cannot be read.
@@ -253,13 +255,13 @@ class Store:
         return folder
 
     def listing(self, uri: str) -> list[tuple[str, int, str]]:
-        """Return key, bytes and ETag (the time of the last change, where S3 gives none) of what `fetch` would download."""
+        """Return key, bytes and ETag (the time of the last change if S3 gives none) of each object that `fetch` would download."""
         return [
             (found["Key"], found["Size"], found["ETag"] or str(found["LastModified"])) for found in self._objects(uri)
         ]
 
     def _objects(self, uri: str) -> list[dict[str, Any]]:
-        """List the object at `uri`, or those below it as a folder. Raises Refusal where there is neither."""
+        """List the object at `uri`, or those below it as a folder. Raises Refusal if there is neither."""
         key = split(uri)[1].rstrip("/")
         found = [
             one
@@ -298,7 +300,7 @@ class Store:
         buffer = io.BytesIO()
         with explained(uri):
             try:
-                # Unlike get_object, it starts again where the connection drops in the body.
+                # Unlike get_object, it retries if the connection drops in the body.
                 self._client.download_fileobj(bucket, key, buffer)
             except ClientError as error:
                 if is_missing(error):
@@ -308,7 +310,7 @@ class Store:
 
 
 class PrefixCheckpoints:
-    """A training stage's checkpoints, at `<prefix>/step-000123`: one whole one is kept.
+    """A training stage's checkpoints, at `<prefix>/step-000123`: the newest complete one is kept.
 
     It is the `components.lib.training.journal.Checkpoints` of a stage that runs against a store.
     """
@@ -319,14 +321,14 @@ class PrefixCheckpoints:
         self._prefix = prefix
 
     def save(self, folder: Path, step: int) -> None:
-        """Upload the folder as the checkpoint of `step`; once it is whole, delete the older ones."""
+        """Upload the folder as the checkpoint of `step`; then delete the older ones."""
         self._store.put(folder, self._at(step), {"step": step})
         for older in self._steps():
             if older < step:
                 self._store.delete(self._at(older))
 
     def latest(self, folder: Path) -> int | None:
-        """Download the newest whole checkpoint into `folder`, which is empty or not there yet, and return its step.
+        """Download the newest complete checkpoint into `folder`, which is empty or missing, and return its step.
 
         Raises:
             Refusal: it is damaged.
@@ -341,7 +343,7 @@ class PrefixCheckpoints:
         return f"{self._prefix}/step-{step:06d}"
 
     def _steps(self) -> list[int]:
-        """The steps of which anything is there, newest first."""
+        """Return the steps of which any file is there, newest first."""
         found = (re.fullmatch(r"step-(\d+)", name) for name in self._store.folders(self._prefix))
         return sorted((int(match[1]) for match in found if match), reverse=True)
 
@@ -360,19 +362,19 @@ def _manifest(text: str, uri: str) -> Manifest:
     except ValidationError as error:
         said = error.errors()[0]["msg"]
         raise Unavailable(
-            f"{uri}/{MANIFEST} is no manifest of an artifact ({said}): delete it, and run what makes it again"
+            f"{uri}/{MANIFEST} is no manifest of an artifact ({said}): delete it, and run the stage that makes it again"
         ) from None
 
 
 def _same(found: File, expected: File, uri: str) -> None:
-    """Raise Refusal where a file is not what the manifest says."""
+    """Raise Refusal if a file differs from its entry in the manifest."""
     if found.size != expected.size:
         raise Unavailable(
             f"{uri}/{expected.name} has {found.size} bytes, not {expected.size} as its manifest says: "
-            f"it is damaged, so delete {uri} and run what makes it again"
+            f"it is damaged, so delete {uri} and run the stage that makes it again"
         )
     if found.sha256 != expected.sha256:
         raise Unavailable(
             f"{uri}/{expected.name} has the sha256 {found.sha256[:12]}, not {expected.sha256[:12]} as its manifest says: "
-            f"it is damaged, so delete {uri} and run what makes it again"
+            f"it is damaged, so delete {uri} and run the stage that makes it again"
         )

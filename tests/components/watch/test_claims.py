@@ -70,7 +70,7 @@ def test_a_claim_ends_with_its_lease_and_counts_as_an_attempt(store: Store) -> N
     found = dead.standing("small", "k")
     assert found.state == "failed"
     assert f"given up after {ATTEMPTS} attempts" in found.detail
-    assert "was not heard of again" in found.detail
+    assert "reported no end" in found.detail
 
 
 def test_a_lease_is_renewed_while_the_work_goes_on(store: Store) -> None:

@@ -71,7 +71,7 @@ class TestManifest:
 
     def test_refuses_a_file_with_the_manifests_name(self, folder: Path) -> None:
         (folder / MANIFEST).write_text("{}")
-        with pytest.raises(Refusal, match="keeps for itself"):
+        with pytest.raises(Refusal, match="reserves"):
             Manifest.of(folder)
 
 
@@ -127,7 +127,7 @@ class TestPutAndGet:
         reference = store.put(folder, "prune/key")
         store._client.delete_object(Bucket=store.bucket, Key=f"{store.prefix}/prune/key/{MANIFEST}")
         assert store.find("prune/key") is None
-        with pytest.raises(Refusal, match=r"has no manifest.json, so it is not whole"):
+        with pytest.raises(Refusal, match=r"has no manifest.json, so it is not complete"):
             store.get(reference, tmp_path / "copy")
 
     def test_manifest_must_be_the_references(self, store: Store, folder: Path) -> None:
