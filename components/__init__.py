@@ -1,1 +1,1 @@
-"""What runs inside the containers: the stages, and what they stand on. Imports nothing of `pipeline`."""
+"""The code that runs inside the containers: the stages, and the libraries in `lib`. Imports nothing of `pipeline`."""

@@ -1,1 +1,1 @@
-"""Calibrate: draw the windows that a method chooses and trains on."""
+"""Calibrate: draw the windows of text on which layers and channels are chosen and models are trained."""

@@ -1,4 +1,4 @@
-"""Calibrate: draw the windows that a method chooses by and trains on."""
+"""Calibrate: draw the windows of text on which layers and channels are chosen and models are trained."""
 
 from __future__ import annotations
 

@@ -23,14 +23,14 @@ from components.lib.transformer.text import (
 def calibrate(release: Path, text: Path, *, calibration: Calibration, out: Path, journal: Journal) -> None:
     """Draw N windows of L tokens from the calibration text, tokenised by the release's own tokenizer.
 
-    Leaves `windows.safetensors`, one int32 tensor `windows` (N, L), and `calibration.json`, which tells what they were drawn from.
+    Leaves `windows.safetensors`, one int32 tensor `windows` (N, L), and `calibration.json`, which records their origin.
 
     Args:
         release: folder with the checkpoint in `model/`.
         text: folder with the text's one file, or the file.
         calibration: how many windows, how long, which seed, and the column of the text.
         out: an empty folder.
-        journal: told when the text is tokenised and when the windows are written.
+        journal: takes the progress: one part for the tokenised text, one for the written windows.
 
     Raises:
         Refusal: the text is too short for the windows, or it cannot be read.

@@ -1,1 +1,1 @@
-"""The controls: what the same training does without regularising first."""
+"""The controls: the same training without regularising first."""

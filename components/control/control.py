@@ -1,4 +1,4 @@
-"""Train the controls: the same training without regularising first, which the papers leave out."""
+"""Train the controls: the same training without regularising first, a comparison that the papers leave out."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def control(
         release: the folder of the dense model's artifact.
         windows: the folder of the calibration windows.
         selection: the folder of the selection.
-        kind: `pruned-first` (the selection is removed before the training) or `dense-trained` (none is).
-        regularize: the recipe's section; its objective and optimisation are used, its transfer and its schedule are not.
+        kind: `pruned-first` (the selection is removed before the training) or `dense-trained` (nothing is removed).
+        regularize: the recipe's section; its transfer and its schedule are ignored.
         recover: the recipe's section: if the candidate is fine-tuned, so is the control.
         out: the folder to fill.
         journal: takes the losses.
-        checkpoints: where the trainings keep their places.
+        checkpoints: stores the checkpoints of both trainings.
     """
     data, start, chosen = load_windows(windows), release / "model", NOTHING
     pruned_first = kind == "pruned-first"

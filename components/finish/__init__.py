@@ -1,1 +1,1 @@
-"""Closes the run, whatever became of it."""
+"""Finish: close the run, whether it succeeded or failed."""

@@ -1,4 +1,4 @@
-"""Choose what is removed, by the recipe's methods."""
+"""Choose the layers and channels to remove, by the recipe's methods."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def choose(release: Path, windows: Path, *, methods: Sequence[Method], out: Path
     Args:
         release: the folder of the dense model's artifact.
         windows: the folder of the calibration windows.
-        methods: the recipe's methods in their order; each is told the selection of those before it.
+        methods: the recipe's methods in their order; each gets the selection of those before it.
         out: the folder to fill.
         journal: takes the progress.
     """

@@ -1,4 +1,4 @@
-"""Learn gates: let the recipe's methods choose what is removed."""
+"""Learn gates: choose the layers and channels to remove by the recipe's methods."""
 
 from __future__ import annotations
 

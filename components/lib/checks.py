@@ -11,8 +11,8 @@ def check_release(checkpoint: PrunableCheckpoint, recipe: Recipe) -> None:
     """Refuse a checkpoint that the recipe cannot be applied to.
 
     Raises:
-        Refusal: a method cannot remove what it is asked to, the transfer does not hold for the family, or the model reads
-            fewer tokens than the recipe asks for.
+        Refusal: a method cannot remove the asked layers or channels, the transfer does not support the family, or the model
+            reads fewer tokens than the recipe asks for.
     """
     for method in recipe.methods.chosen:
         method.check(checkpoint)

@@ -1,4 +1,4 @@
-"""Methods and transfers are found by their files: a new file in the folder is a new one, and nothing else lists it."""
+"""Find methods and transfers by their files: a new file in the folder adds one, and no other list names it."""
 
 from __future__ import annotations
 

@@ -24,10 +24,10 @@ def lora_rft(
         recover: the recipe's section.
         out: the folder to fill.
         journal: takes the losses.
-        checkpoints: where the training keeps its place.
+        checkpoints: stores the training's checkpoints.
 
     Raises:
-        VerificationError: the exported checkpoint does not compute what was trained.
+        VerificationError: the exported checkpoint gives other outputs than the trained model.
     """
     tuned = fine_tune(
         load_model(model / "model"), load_windows(windows), recover, checkpoints=checkpoints, journal=journal

@@ -1,1 +1,1 @@
-"""The second regularisation: what the layers and channels that go knew moves to the rest."""
+"""The second regularisation: move the knowledge of the chosen layers and channels to the others before the cut."""

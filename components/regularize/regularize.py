@@ -1,4 +1,4 @@
-"""Move what the selection knows to the rest of the model, so that it can be removed."""
+"""Move the knowledge of the selection to the rest of the model, so that the selection can be removed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def regularize(
         regularize: the recipe's section.
         out: the folder to fill.
         journal: takes the loss and its parts.
-        checkpoints: where the training keeps its place.
+        checkpoints: stores the training's checkpoints.
 
     Raises:
         Refusal: the loss is not finite.

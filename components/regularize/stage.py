@@ -1,4 +1,4 @@
-"""Regularize: move what the selection knows to the rest of the model, in closed form and by training."""
+"""Regularize: move the knowledge of the selection to the rest of the model, in closed form and by training."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ INTRODUCTION = """\
 `components/lib/transfers`: change them, not this page.*
 
 A recipe is one YAML file. It says how a release is recompressed; which release, and under which name the result is registered,
-are arguments of the run. It is checked whole before anything starts, and a field that is not known is refused. `espalier recipes`
+are arguments of the run. The whole recipe is checked before anything starts, and unknown fields are refused. `espalier recipes`
 lists the shipped ones; [trsp.yaml](../pipeline/recipes/trsp.yaml), for layers, and [dress.yaml](../pipeline/recipes/dress.yaml), for channels,
 name every field and say when to change it. On the command line `--set regularize.steps=200` gives a field another value, read as YAML:
 a list is written `--set 'methods.dress.axes=[ffn, hidden]'`, a mapping `--set 'methods.dress.ratio={{ffn: 0.5, hidden: 0.25}}'`; `null`
@@ -52,7 +52,7 @@ def page() -> str:
 
 
 def sections() -> Iterator[Place]:
-    """Every section by its dotted name, each before those inside it; what several places share comes once, at the end."""
+    """Yield every section by its dotted name, each before those inside it; the type shared by several places comes last."""
     yield "", Recipe
     yield from _inside("", Recipe)
     yield "text", Text
@@ -68,7 +68,7 @@ def _inside(name: str, kind: type[BaseModel]) -> Iterator[Place]:
 
 
 def _model(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds, if it holds one."""
+    """Return the section that a field holds, or None."""
     kinds = (annotation, *get_args(annotation)) if NoneType in get_args(annotation) else (annotation,)
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
@@ -98,7 +98,7 @@ def _row(section: str, field: str, info: FieldInfo) -> tuple[str, str, str, str]
 
 
 def _presence(info: FieldInfo) -> str:
-    """Say whether a section must be there, is filled in, or is left out."""
+    """Return whether a section is required, filled in with defaults, or absent by default."""
     if info.is_required():
         return "*required*"
     return "none" if info.default is None else "see there"
@@ -114,7 +114,7 @@ def _default(info: FieldInfo) -> str:
 
 
 def type_name(annotation: Any) -> str:
-    """Say a type the way a person writes it in YAML: `int ≥ 1`, `"a" or "b"`, `list of int ≥ 1`."""
+    """Describe a type as a user writes it in YAML: `int ≥ 1`, `"a" or "b"`, `list of int ≥ 1`."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return type_name(arguments[0]) + _bounds(arguments[1:])
@@ -133,7 +133,7 @@ def type_name(annotation: Any) -> str:
 
 
 def _bounds(metadata: tuple[Any, ...]) -> str:
-    """Say a number's limits, which pydantic keeps as objects with an attribute `gt`, `ge`, `lt` or `le`."""
+    """Format a number's limits, which pydantic keeps as objects with an attribute `gt`, `ge`, `lt` or `le`."""
     limits = [limit for part in metadata for limit in (part.metadata if isinstance(part, FieldInfo) else [part])]
     said = [
         f"{sign} {getattr(limit, name)}" for limit in limits for name, sign in SIGNS.items() if hasattr(limit, name)
@@ -142,7 +142,7 @@ def _bounds(metadata: tuple[Any, ...]) -> str:
 
 
 def _anchor(place: str) -> str:
-    """GitHub's name for the heading of a section."""
+    """Return GitHub's anchor for the heading of a section."""
     return place.replace(".", "")
 
 

@@ -1,11 +1,11 @@
-"""The methods: each chooses what is removed. One file each, with its settings, checks, choice and words.
+"""The methods: each chooses layers or channels to remove. One file each, with its settings, checks, choice and part of the report.
 
-A method is found by its file: the folder is the list of methods. Its settings are its fields, so that a recipe says
+A method is found by its file: the folder is the list of methods. Its settings are its fields, so a recipe says
 
     methods:
       trsp: {ratio: 0.25, shortlist: 4}
 
-Nothing here imports torch, so that a recipe is read quickly; a method imports its work where it starts.
+Nothing here imports torch, so that a recipe is read quickly; a method imports torch when its work starts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class Method(Section):
-    """A method: its settings are its fields, and `choose` chooses what is removed."""
+    """A method: its settings are its fields, and `choose` chooses the layers or channels to remove."""
 
     name: ClassVar[str]
     """The method's name in a recipe."""
@@ -42,13 +42,13 @@ class Method(Section):
     """The method's name in a sentence, such as SLEB."""
     removes: ClassVar[Literal["layers", "channels"]]
     scores: ClassVar[Mapping[str, str]] = {}
-    """The meaning of each score that the method leaves for a layer. In each, low is little needed."""
+    """The meaning of each score that the method gives a layer. A low score means that the layer is little needed."""
 
     def check(self, checkpoint: PrunableCheckpoint) -> None:
-        """Refuse, before any work, a checkpoint from which this cannot be removed.
+        """Check before any work that the method can be applied to the checkpoint.
 
         Raises:
-            Refusal: the ratio leaves nothing, or the family does not lose this.
+            Refusal: the ratio leaves nothing, or the family does not allow the removal.
         """
 
     def check_training(self, regularize: Regularize) -> None:
@@ -59,7 +59,7 @@ class Method(Section):
         return None
 
     def rounding(self, removal: Removal) -> str:
-        """Say why another part was removed than was asked for, such as `rounded to whole layers`."""
+        """Return why the removed part differs from the asked one, such as `rounded to whole layers`."""
         return ""
 
     def parts(self, selection: Selection, folder: Path) -> Sequence[Part]:
@@ -74,14 +74,14 @@ class Method(Section):
     def choose(
         self, model: PreTrainedModel, windows: Tensor, before: Selection, *, journal: Journal, out: Path | None
     ) -> Selection:
-        """Choose what of the model is removed.
+        """Choose the layers or channels of the model to remove.
 
         Args:
-            model: the dense model; it is left as it was.
-            windows: token ids (windows, length) to judge by.
+            model: the dense model, unchanged afterwards.
+            windows: token ids (windows, length) to measure on.
             before: the selection of the methods before this one, which is kept.
             journal: takes curves and progress.
-            out: an existing folder for what the method leaves beside its choice; None leaves nothing.
+            out: an existing folder for the method's other files; None writes none.
         """
         raise NotImplementedError
 
@@ -100,11 +100,11 @@ class LayerMethod(Method):
         self.count(checkpoint.layers)
 
     def asked(self, axis: Along) -> float | None:
-        """Return the ratio, of layers."""
+        """Return the ratio for the axis of layers."""
         return self.ratio if axis == "layers" else None
 
     def rounding(self, removal: Removal) -> str:
-        """Say that whole layers are removed."""
+        """Return that whole layers are removed."""
         return "rounded to whole layers"
 
     def count(self, layers: int) -> int:
@@ -127,12 +127,12 @@ BatchSize = Annotated[int, Field(ge=1, description="Windows a forward pass; fewe
 
 def sample(windows: Tensor) -> Tensor:
     """Return as many of the windows (windows, length) as hold MEASURED_TOKENS, at least one."""
-    # They were drawn in random order, so that the first of them are a fair sample.
+    # The windows are in random order, so the first ones are a fair sample.
     return windows[: max(1, MEASURED_TOKENS // windows.shape[1])]
 
 
 MEASURED_TOKENS = 32_768
-"""Tokens on which a removal is measured: the same for each, so that differences show long before values settle."""
+"""Tokens on which each removal is measured. All use the same tokens, so differences show long before the values converge."""
 
 
 @cache

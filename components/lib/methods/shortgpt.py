@@ -1,4 +1,4 @@
-"""ShortGPT (arXiv 2403.03853): remove the layers that turn their input the least."""
+"""ShortGPT (arXiv 2403.03853): remove the layers that change the direction of their input the least."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The recipe: its types, how it is read, and the words for its faults."""
+"""The recipe: its types, its loading, and the messages for its errors."""

@@ -1,4 +1,4 @@
-"""The parts of the recipe that name methods and transfers, each with its own settings: one field for each file of theirs."""
+"""The parts of the recipe that name methods and transfers, each with its own settings: one field for each of their files."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from components.lib.transfers import Transfer, known_transfers
 
 
 class ChosenMethods(Section):
-    """The methods that choose what is removed, by name: one for layers, one for channels, or one of each."""
+    """The methods that choose layers or channels to remove, by name: one for layers, one for channels, or one of each."""
 
     @property
     def chosen(self) -> tuple[Method, ...]:
-        """The methods that are named, in the order they choose: layers, then channels."""
+        """Return the named methods in the order in which they choose: layers, then channels."""
         named = (getattr(self, name) for name in type(self).model_fields)
         return tuple(sorted((method for method in named if method), key=lambda method: method.removes != "layers"))
 
@@ -37,7 +37,7 @@ class ChosenTransfer(Section):
 
     @property
     def chosen(self) -> Transfer | None:
-        """The transfer with its settings; None where knowledge is moved by training alone."""
+        """Return the transfer with its settings; None if only training moves knowledge."""
         named = (getattr(self, name) for name in type(self).model_fields)
         return next((transfer for transfer in named if transfer), None)
 

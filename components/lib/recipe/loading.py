@@ -54,7 +54,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _refuse_old_form(settings: dict[str, Any]) -> None:
-    """Refuse a recipe of the old form with the sentence that says how it is written now."""
+    """Refuse a recipe of the old form with a sentence that gives the present form."""
     old = [name for name in _BEFORE_METHODS if name in settings]
     if not old:
         return
@@ -89,7 +89,7 @@ def _override(settings: dict[str, Any], override: str) -> None:
 
 
 def _yaml_value(text: str) -> Any:
-    """YAML 1.1 reads 1e-4 as a string; a person means the number."""
+    """Parse a YAML value. YAML 1.1 reads 1e-4 as a string, which is turned into the number."""
     value = yaml.safe_load(text)
     if isinstance(value, str):
         try:

@@ -1,4 +1,4 @@
-"""What a recipe's faults are called: one sentence that names the field, its value and the cure."""
+"""The messages for errors of a recipe: one sentence that names the field, its value and the cure."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from components.lib.recipe.schema import Recipe
 
 
 def first_fault(error: ValidationError, settings: dict[str, Any]) -> str:
-    """Put the first fault into one sentence, and say how many more there are."""
+    """Return the first fault as one sentence, with the number of the others."""
     faults = [(_place(fault, settings), fault) for fault in error.errors(include_url=False)]
-    # A field of several types has a fault for each of them: what goes deepest is of the type that was meant.
+    # A field of several types has a fault for each of them: the deepest fault belongs to the type that was meant.
     around = [found for found in faults if _on_one_way(found[0], faults[0][0])]
     loc, fault = max(around, key=lambda found: len(found[0]))
     place = ".".join(map(str, loc))
@@ -35,7 +35,7 @@ def first_fault(error: ValidationError, settings: dict[str, Any]) -> str:
 
 
 def _place(fault: ErrorDetails, settings: Any) -> tuple[int | str, ...]:
-    """Return where in the settings a fault lies, without the types that were tried, which pydantic names among the fields."""
+    """Return the path of a fault in the settings, without the names of tried types that pydantic puts among the fields."""
     place: list[int | str] = []
     for part in fault["loc"]:
         if part in settings if isinstance(settings, dict) else isinstance(settings, list) and isinstance(part, int):
@@ -47,12 +47,12 @@ def _place(fault: ErrorDetails, settings: Any) -> tuple[int | str, ...]:
 
 
 def _on_one_way(one: Sequence[object], other: Sequence[object]) -> bool:
-    """Whether one place lies at or inside the other."""
+    """Return True if one place lies at or inside the other."""
     return all(mine == theirs for mine, theirs in zip(one, other, strict=False))
 
 
 def _wanted(message: str) -> str:
-    """Say what pydantic expects in the words of YAML."""
+    """Put pydantic's message into the terms of YAML."""
     said = message[0].lower() + message[1:]
     said = said.replace("tuple", "list").replace("dictionary", "mapping").replace(" after validation", "")
     return re.sub(r" or instance of \w+", "", said)

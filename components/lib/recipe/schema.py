@@ -1,7 +1,7 @@
-"""The typed recipe: one YAML, checked whole before anything starts.
+"""The typed recipe: one YAML file, checked completely before anything starts.
 
-A recipe says how a release is recompressed; which release, and under which name the result is registered, are arguments of
-the run. The description of every field is its documentation: `docs/recipe.md` is written from these types.
+A recipe says how a release is recompressed; the release and the registered model's name are arguments of the run. The
+description of every field is its documentation: `docs/recipe.md` is written from these types.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from components.lib.recipe.training import Recover, Regularize
 
 
 class Text(Section):
-    """A text: a `.txt`, `.jsonl` or `.parquet` file, an `s3://` object, or a Hub data set. A plain string is a `path`."""
+    """A text: a `.txt`, `.jsonl` or `.parquet` file, an `s3://` object, or a Hub data set. A string alone is a `path`."""
 
     path: str | None = Field(
         None, description="A .txt, .jsonl or .parquet file, or an s3:// object of one of these kinds."
@@ -43,7 +43,7 @@ class Text(Section):
 
 
 class Calibration(Section):
-    """The text that chooses and trains."""
+    """The text on which layers and channels are chosen and models are trained."""
 
     data: Text = Field(description="The text the windows are drawn from.")
     samples: Count = Field(128, description="How many windows are drawn.")
@@ -52,7 +52,7 @@ class Calibration(Section):
 
 
 class Speed(Section):
-    """Speed of prefill and decode, apart."""
+    """The measurement of prefill speed and decode speed."""
 
     enabled: bool = Field(True, description="Whether speed is measured.")
     batches: tuple[Count, ...] = Field((1, 8, 64), description="Batch sizes.")
@@ -64,10 +64,10 @@ class Speed(Section):
 
 
 class Evaluate(Section):
-    """What is measured, of every model in the same run."""
+    """The measurements, made of every model in the same run."""
 
     perplexity: dict[Name, Text] = Field(
-        description="The texts to report perplexity on, by name: one at least, and one of another domain says more.",
+        description="The texts to report perplexity on, by name: at least one, better also one of another domain.",
         min_length=1,
     )
     length: Annotated[int, Field(ge=8)] | None = Field(
@@ -76,7 +76,7 @@ class Evaluate(Section):
     batch_size: Count = Field(8, description="Windows a forward pass.")
     controls: tuple[Literal["pruned-first", "dense-trained"], ...] = Field(
         (),
-        description="pruned-first: the same layers removed first, then the same training. dense-trained: the dense model with the same training.",
+        description="pruned-first: the same cut made first, without a transfer, then the same training. dense-trained: the dense model with the same training.",
     )
     tasks: tuple[str, ...] = Field((), description="Zero-shot tasks of lm-eval, such as piqa or hellaswag.")
     task_limit: Count | None = Field(None, description="Examples a task; all when absent.")
@@ -84,7 +84,7 @@ class Evaluate(Section):
 
 
 class Promote(Section):
-    """The rules a candidate must hold to become challenger. Ratios of perplexity hold for every text; a missing or NaN value fails."""
+    """The rules that a candidate must pass to become challenger. Ratios of perplexity apply to every text; a missing or NaN value fails."""
 
     perplexity_over_dense: Rate | None = Field(
         None, description="The candidate's perplexity over the dense model's, at most."
@@ -93,7 +93,7 @@ class Promote(Section):
         None, description="The candidate's perplexity over the pruned-first control's, at most."
     )
     perplexity_over_champion: Rate | None = Field(
-        None, description="The candidate's perplexity over the present champion's, at most; holds where there is none."
+        None, description="The candidate's perplexity over the present champion's, at most; passes if there is none."
     )
     parameters_over_dense: Rate | None = Field(
         None, description="The candidate's parameters over the dense model's, at most."
@@ -110,18 +110,20 @@ class Recipe(Section):
     """How a release is recompressed."""
 
     methods: Methods = Field(
-        description="Which methods choose what is removed, each with its own settings; one of layers and one of channels may be named together."
+        description="The methods that choose layers or channels to remove, each with its own settings; a method of layers and one of channels may be combined."
     )
-    calibration: Calibration = Field(description="The text that chooses and trains.")
+    calibration: Calibration = Field(
+        description="The text on which layers and channels are chosen and models are trained."
+    )
     regularize: Regularize = Field(Regularize(), description="The training before the cut.")
     recover: Recover = Field(Recover(), description="The training after the cut.")
-    evaluate: Evaluate = Field(description="What is measured.")
+    evaluate: Evaluate = Field(description="The measurements.")
     promote: Promote = Field(Promote(), description="The rules of the verdict.")
 
     @model_validator(mode="before")
     @classmethod
     def _evaluation_length(cls, value: Any) -> Any:
-        """Fill `evaluate.length` in, so that the evaluation's key tells the length it used."""
+        """Fill `evaluate.length` in, so that the evaluation's key contains the length that it used."""
         if (
             isinstance(value, dict)
             and isinstance(value.get("evaluate"), dict)
@@ -147,17 +149,17 @@ class Recipe(Section):
 
     @property
     def removes_layers(self) -> bool:
-        """Whether a method removes layers."""
+        """Return True if a method removes layers."""
         return any(method.removes == "layers" for method in self.methods.chosen)
 
     def lengths(self) -> dict[str, int]:
-        """Every number of tokens that a model of this recipe must be able to read, by its field."""
+        """Return every number of tokens that a model of this recipe must be able to read, by its field."""
         speed = self.evaluate.speed
         asked = {"calibration.length": self.calibration.length, "evaluate.length": self.evaluate.length or 0}
         return asked | ({"evaluate.speed.prompt + generate": speed.prompt + speed.generate} if speed.enabled else {})
 
     def texts(self) -> Iterator[tuple[str, Text]]:
-        """Every text of the recipe with its dotted name."""
+        """Yield every text of the recipe with its dotted name."""
         yield "calibration.data", self.calibration.data
         for name, text in self.evaluate.perplexity.items():
             yield f"evaluate.perplexity.{name}", text
@@ -171,5 +173,5 @@ class Recipe(Section):
         return Recipe.model_validate(settings)
 
     def to_yaml(self) -> str:
-        """Return the recipe as YAML, the fields that were set only, so that `from_yaml` gives an equal recipe back."""
+        """Return the recipe as YAML with only the fields that were set; `parse_recipe` gives an equal recipe back."""
         return yaml.safe_dump(self.model_dump(mode="json", exclude_unset=True), sort_keys=False)

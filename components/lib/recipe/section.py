@@ -14,7 +14,7 @@ Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 def _addressable(name: str) -> str:
-    """A dot would part the name in a dotted one, such as `--set evaluate.perplexity.NAME=FILE` has."""
+    """Refuse a dot, which would split the name inside a dotted one such as `--set evaluate.perplexity.NAME=FILE`."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise ValueError(f"{name!r} cannot name a text: use letters, digits, '_' and '-'")
     return name
@@ -24,7 +24,7 @@ Name = Annotated[str, AfterValidator(_addressable)]
 
 
 class Section(BaseModel):
-    """A part of the recipe: immutable, and no field beside the named ones."""
+    """A part of the recipe: immutable, and unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

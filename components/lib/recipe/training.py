@@ -1,4 +1,4 @@
-"""The sections of the recipe that every training reads."""
+"""The sections of the recipe for the trainings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from components.lib.recipe.section import Count, Fraction, Rate, Section, Weight
 
 
 class Objective(Section):
-    """The weights of what is minimised. LM loss alone is the paper's objective."""
+    """The weights of the losses. The paper minimises the LM loss alone."""
 
     lm: Weight = Field(0.5, description="Cross-entropy of the next token, on every token of the window.")
     kl: Weight = Field(0.5, description="KL divergence from the dense model's next-token distribution.")
@@ -33,7 +33,7 @@ class Lora(Section):
 
 
 class Optimisation(Section):
-    """What every training stage has."""
+    """The settings of optimisation that every training stage has."""
 
     steps: Count = Field(100, description="Optimizer steps.")
     batch_size: Count = Field(8, description="Windows an optimizer step.")
@@ -53,7 +53,7 @@ class Optimisation(Section):
         "adamw", description="adamw-8bit (bitsandbytes, CUDA) keeps the optimizer's state in a quarter of the memory."
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="auto is bf16 where the hardware computes in it, else fp32."
+        "auto", description="auto is bf16 if the hardware computes in it, else fp32."
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: slower, far less memory."
@@ -71,15 +71,15 @@ class Optimisation(Section):
 
 
 class Regularize(Optimisation):
-    """The second regularisation: what the chosen layers and channels knew moves to the others before the cut."""
+    """The second regularisation: move the knowledge of the chosen layers and channels to the others before the cut."""
 
     transfer: Transfers = Field(
         Transfers(),
-        description="How knowledge moves in closed form before the training: none, a transfer's name, or {name: {its settings}}. The controls do without.",
+        description="The transfer in closed form before the training: none, a transfer's name, or {name: {its settings}}. The controls have none.",
     )
     schedule: Literal["anneal", "penalty", "none"] = Field(
         "anneal",
-        description="anneal: the gates of what was chosen go from 1 to 0 while the rest trains; penalty: the papers' norms, of f(x) − x for layers and of the weights' slices for channels; none: no regularisation.",
+        description="anneal: the gates of the chosen layers and channels fall from 1 to 0 while the rest trains; penalty: the papers' norms, of f(x) − x for layers and of the weights' slices for channels; none: no regularisation.",
     )
     anneal: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None,
@@ -93,11 +93,13 @@ class Regularize(Optimisation):
     ramp: Annotated[float, Field(ge=0, le=1)] = Field(
         0.5, description="The part of the steps over which λ2 rises from 0."
     )
-    objective: Objective = Field(Objective(), description="What is minimised beside the penalty.")
+    objective: Objective = Field(
+        Objective(), description="The weights of the losses that are minimised beside the penalty."
+    )
     trainable: Literal["all", "lora"] = Field(
         "all", description="Train every parameter, or adapters that are merged before the cut."
     )
-    lora: Lora = Field(Lora(), description="The adapters, where trainable is lora.")
+    lora: Lora = Field(Lora(), description="The adapters, if trainable is lora.")
 
 
 class Recover(Optimisation):
@@ -106,5 +108,5 @@ class Recover(Optimisation):
     enabled: bool = Field(False, description="Whether the pruned model is fine-tuned.")
     lora: Lora = Field(Lora(), description="The adapters.")
     validation: Fraction = Field(0.1, description="The part of the windows that is held out to stop early.")
-    evaluate_every: Count = Field(20, description="Optimizer steps between two looks at the held-out windows.")
-    patience: Count = Field(3, description="Looks without improvement before it stops.")
+    evaluate_every: Count = Field(20, description="Optimizer steps between two measurements on the held-out windows.")
+    patience: Count = Field(3, description="Measurements without improvement before the training stops.")

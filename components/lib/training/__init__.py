@@ -1,1 +1,1 @@
-"""The one training loop, its objectives and its checkpoints. Knows no S3, MLflow or Kubeflow."""
+"""The training loop, its objectives and its checkpoints. Imports neither S3, MLflow nor Kubeflow."""

@@ -1,4 +1,4 @@
-"""What long work tells while it runs, and where it keeps its checkpoints: two small contracts, and their plain forms."""
+"""Protocols for the metrics and progress of long work and for its checkpoints, with implementations that do nothing."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Protocol
 
 
 class Journal(Protocol):
-    """Takes what a stage has to say. A stage's runner sends it to MLflow and to the person's terminal."""
+    """Takes metrics and progress. A stage's runner sends them to MLflow and to the user's terminal."""
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Record numbers at a step of the work (a curve), such as `loss` at an optimizer step."""
 
     def progress(self, done: int, total: int, **shown: float) -> None:
-        """Say that `done` of `total` equal parts are done, with a few numbers to show beside the bar."""
+        """Report that `done` of `total` equal parts are done, with a few numbers to show beside the bar."""
 
 
 class Checkpoints(Protocol):
-    """Keeps folders so that killed work goes on where it was."""
+    """Keeps folders, so that interrupted work resumes from the last one."""
 
     def save(self, folder: Path, step: int) -> None:
-        """Keep the folder's files as the checkpoint of `step`; older ones may be dropped once it is whole."""
+        """Keep the folder's files as the checkpoint of `step`; older ones may be dropped once it is complete."""
 
     def latest(self, folder: Path) -> int | None:
-        """Put the newest whole checkpoint's files into `folder` and return its step, or None where there is none."""
+        """Put the newest complete checkpoint's files into `folder` and return its step, or None if there is none."""
 
 
 class SeveralCheckpoints(Checkpoints, Protocol):
@@ -35,7 +35,7 @@ class SeveralCheckpoints(Checkpoints, Protocol):
 
 
 class Silent:
-    """A journal that says nothing, for a researcher's own loop and for tests."""
+    """A journal that ignores everything, for a researcher's own loop and for tests."""
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Drop the numbers."""

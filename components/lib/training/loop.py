@@ -1,14 +1,14 @@
-"""The one training loop, on accelerate: what regularisation, its controls and recovery have in common.
+"""The training loop of regularisation, its controls and recovery, on accelerate.
 
-A loop is made of steps that depend on nothing but the settings and the step's number: which windows it sees, its learning
-rate and its dropout are functions of the seed and the step. A checkpoint is therefore the trained weights, the optimizer's
-state and a step; work taken up from it ends with the very weights of work that was never stopped.
+A step depends only on the settings and its number: its windows, its learning rate and its dropout are functions of the seed and
+the step. A checkpoint is therefore the trained weights, the optimizer's state and a step; a resumed training ends with exactly
+the weights of an uninterrupted one.
 
-Under `accelerate launch` every process takes its share of each batch (DDP or FSDP); alone it is one process on the best
-device there is.
+Under `accelerate launch` every process takes its share of each batch (DDP or FSDP); otherwise one process uses the best
+device.
 
 Precision. A bf16 weight keeps 8 bits: a step of 1e-4 on a weight of 0.1 is lost in rounding. So `auto` trains fp32 weights
-and computes in bf16 by autocast where the hardware does; frozen weights stay as they are stored. `bf16` keeps the trained
+and computes in bf16 by autocast if the hardware does; frozen weights keep their dtype. `bf16` keeps the trained
 weights and their gradients in bf16 too, half the memory, for models that would not fit otherwise, at a learning rate that
 bf16 can follow. `fp32` computes in fp32 whatever the hardware.
 """
@@ -40,9 +40,9 @@ from components.lib.training.journal import Checkpoints, Journal
 from components.lib.transformer.device import reused_memory
 
 Loss = Callable[[nn.Module, Tensor, int], AbstractContextManager[Mapping[str, Tensor]]]
-"""What a step minimises: `with loss(model, batch, step) as parts`, where `parts["loss"]` is minimised and every part is
-journalled. It is a context manager because gradient checkpointing runs the layers once more in the backward pass: whatever
-gates or skips them must hold until then."""
+"""The loss of a step: in `with loss(model, batch, step) as parts`, `parts["loss"]` is minimised and every part is
+journalled. It is a context manager because gradient checkpointing runs the layers again in the backward pass: their gates must
+stay in place until then."""
 
 
 Settings = TypeVar("Settings", bound=Optimisation)
@@ -52,7 +52,7 @@ class Callback(Protocol):
     """Is called after every step, and may stop the training. Its state is saved in the checkpoints."""
 
     def after(self, step: int) -> bool:
-        """Return whether to stop after `step` steps."""
+        """Return True to stop after `step` steps."""
 
     def state(self) -> dict[str, Tensor]:
         """Return the state to save."""
@@ -74,24 +74,24 @@ def train(
 ) -> None:
     """Train the parameters of `model` that require a gradient, in place, and leave the model in evaluation mode.
 
-    Weights have the type that they came in afterwards, whatever they are trained in.
+    Afterwards the weights have their original dtype, whatever the precision of the training.
 
     Args:
-        model: what is trained; frozen parameters stay as they are.
+        model: the model to train; frozen parameters do not change.
         windows: token ids (windows, length).
-        loss: what a step minimises.
-        settings: how it is trained.
+        loss: the loss of a step.
+        settings: optimizer, batches, precision and checkpoints.
         section: the recipe's section that the settings come from, named in a refusal.
-        checkpoints: where the loop keeps its place, and finds it again.
+        checkpoints: stores the loop's checkpoints, and gives the newest to resume from.
         journal: takes the loss and its parts, the learning rate and the gradients' norm of every step.
         callback: is called after every step.
 
     Raises:
-        Refusal: the loss or its gradient is not finite, the optimizer is not to be had here, or the batch cannot be
-            shared out evenly.
+        Refusal: the loss or its gradient is not finite, the optimizer is not installed, or the batch cannot be
+            divided evenly.
     """
     types = [(weight, weight.dtype) for weight in model.parameters()]
-    # Layers that are skipped get no gradient, which DDP takes for a fault unless it is told.
+    # Skipped layers get no gradient, which DDP reports as an error without this option.
     accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
     loop = _Loop(accelerator, model, settings, section, callback)
     first = loop.resume(checkpoints)
@@ -99,7 +99,7 @@ def train(
     model.train()
     with torch.random.fork_rng(), reused_memory(accelerator.device):
         for step in range(first, settings.steps):
-            # Every process draws its own dropout, the same at every attempt.
+            # Every process draws its own dropout, the same one after a resumption.
             torch.manual_seed(
                 (settings.seed * settings.steps + step) * accelerator.num_processes + accelerator.process_index
             )
@@ -120,7 +120,7 @@ def train(
 
 
 class Order:
-    """Which windows each step sees: the windows shuffled anew each epoch, cut into batches across the epochs' borders."""
+    """The windows of each step: shuffled again each epoch, and cut into batches that may span two epochs."""
 
     def __init__(self, windows: int, batch_size: int, seed: int) -> None:
         self.windows, self.batch_size, self.seed = windows, batch_size, seed
@@ -142,21 +142,21 @@ def learning_rate(step: int, settings: Optimisation) -> float:
     """Return the learning rate of a step, counted from 0: a linear rise over the warm-up, then a linear fall to 0."""
     warm = round(settings.warmup * settings.steps)
     if settings.learning_rate is None:
-        raise ValueError("the learning rate is still to be derived: see `with_learning_rate`")
+        raise ValueError("the learning rate is not set: call `with_learning_rate` first")
     if step < warm:
         return settings.learning_rate * (step + 1) / warm
     return settings.learning_rate * ((settings.steps - step) / (settings.steps - warm))
 
 
 def with_learning_rate(settings: Settings, width: int | None) -> Settings:
-    """Fill in the learning rate where the recipe leaves it open.
+    """Fill in the learning rate if the recipe gives none.
 
-    Adam's best learning rate falls with the width of what is trained (arXiv 2203.03466): 0.08 / width is the 2e-5 that TRSP's code
-    has for models 4096 wide, and 3e-4 for a model 256 wide.
+    Adam's best learning rate falls with the width of the model (arXiv 2203.03466): 0.08 / width is the 2e-5 that TRSP's code has
+    for models 4096 wide, and 3e-4 for a model 256 wide.
 
     Args:
-        settings: how a model is trained.
-        width: the release's hidden width; None where adapters are trained, whose learning rate is not a matter of width.
+        settings: the settings of a training.
+        width: the release's hidden width; None for adapters, whose learning rate does not depend on it.
     """
     if settings.learning_rate is not None:
         return settings
@@ -164,7 +164,7 @@ def with_learning_rate(settings: Settings, width: int | None) -> Settings:
 
 
 def computes_in_bf16(device: torch.device) -> bool:
-    """Say whether the device has bf16 arithmetic of its own; emulated bf16 is slower than fp32."""
+    """Return True if the device computes in bf16 natively; emulated bf16 is slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
@@ -202,7 +202,7 @@ class _Loop:
         return whole
 
     def _set_precision(self, model: nn.Module) -> Callable[[], AbstractContextManager[Any]]:
-        """Cast the weights as the precision asks, and return the context to compute in."""
+        """Cast the weights to the dtypes of the precision, and return the context to compute in."""
         device, precision = self.accelerator.device, self.settings.precision
         bf16 = precision == "bf16" or (precision == "auto" and computes_in_bf16(device))
         trained = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -235,7 +235,7 @@ class _Loop:
         return values | {"learning_rate": rate, "gradient_norm": float(norm)}
 
     def _micros(self, batch: Tensor) -> tuple[Tensor, ...]:
-        """Return this process's part of the batch, cut into what one forward pass sees."""
+        """Return this process's part of the batch, split into micro-batches of one forward pass."""
         mine = batch[self.accelerator.process_index :: self.accelerator.num_processes]
         return mine.long().to(self.accelerator.device).split(self.share)
 
@@ -270,7 +270,7 @@ class _Loop:
             self.accelerator.wait_for_everyone()
 
     def resume(self, checkpoints: Checkpoints) -> int:
-        """Take up the newest checkpoint, and return how many steps it has behind it: 0 if there is none."""
+        """Load the newest checkpoint, and return the number of its steps: 0 if there is none."""
         with tempfile.TemporaryDirectory() as folder:
             step = checkpoints.latest(Path(folder))
             if step is None:
@@ -304,7 +304,7 @@ class _Loop:
 
     @contextmanager
     def _shared_folder(self) -> Iterator[Path]:
-        """Give every process the same empty folder, which is removed at the end."""
+        """Yield the same empty folder in every process, and remove it at the end."""
         made = [tempfile.mkdtemp(prefix="espalier-") if self.accelerator.is_main_process else ""]
         folder = Path(broadcast_object_list(made)[0])
         try:
@@ -316,19 +316,19 @@ class _Loop:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch from warning that one process saves alone: that is what is asked for."""
+    """Suppress torch's warning that a single process saves, which is intended."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield
 
 
 def _options() -> StateDictOptions:
-    """State dicts on the CPU, each process its own shards, of the trained weights only, the optimizer's by weight's name."""
+    """Return options for state dicts on the CPU: only the process's own shards of trained weights, the optimizer's state by weight name."""
     return StateDictOptions(cpu_offload=True, ignore_frozen_params=True, strict=False)
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Leave tied weights out but once: safetensors stores no memory twice, and the model ties them again."""
+    """Yield tied weights only once: safetensors stores no memory twice, and the model ties them again."""
     seen: set[int] = set()
     for name, tensor in tensors.items():
         if tensor.numel() == 0 or tensor.data_ptr() not in seen:

@@ -10,10 +10,10 @@ from components.lib.recipe.training import Lora
 
 
 def adapted(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
-    """Freeze the model and put adapters into it, drawn from the seed; they change nothing until they are trained.
+    """Freeze the model and add adapters drawn from the seed; untrained adapters change no output.
 
-    The modules of `model` itself are replaced, so that hooks on its blocks hold for the adapted model too.
-    `merged` gives the plain model back.
+    The modules of `model` itself are replaced, so hooks on its blocks also apply to the adapted model.
+    `merged` returns the model without adapters.
     """
     config = LoraConfig(
         r=lora.rank,
@@ -28,5 +28,5 @@ def adapted(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
 
 
 def merged(model: PeftModel) -> PreTrainedModel:
-    """Add the adapters to the weights, W + (α/r)·B·A, and return the plain model."""
+    """Add the adapters to the weights, W + (α/r)·B·A, and return the model without adapters."""
     return model.merge_and_unload()

@@ -1,9 +1,9 @@
-"""What is minimised beside a penalty: the language model's loss, and the dense model as a teacher.
+"""The training objective without penalties: the language model's loss, and distances to the dense model as a teacher.
 
     L = lm · L_LM + kl · KL(teacher ‖ student) + state · ‖h − h_T‖² / ‖h_T‖²
 
-TRSP minimises L_LM alone (arXiv 2505.18232). The two other terms hold the student to the dense model on the same windows: to
-its next-token distribution, and to the hidden state h (after the final norm) that the distribution is read from.
+TRSP minimises L_LM alone (arXiv 2505.18232). The two other terms compare the student with the dense model on the same windows:
+its next-token distribution, and the hidden state h (after the final norm) from which the distribution is computed.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from components.lib.transformer.gates import final_state
 
 
 class Targets(NamedTuple):
-    """What the student is held to; None where the objective gives it no weight."""
+    """The teacher's outputs to compare with; None if the objective gives them no weight."""
 
     logits: Tensor | None  # (batch, length, vocabulary)
     state: Tensor | None  # (batch, length, hidden)
 
 
 def uses_teacher(objective: Objective) -> bool:
-    """Say whether the objective needs the dense model at all."""
+    """Return True if the objective needs the dense model at all."""
     return objective.kl > 0 or objective.state > 0
 
 
 @torch.no_grad()
 def targets(teacher: nn.Module | None, batch: Tensor, objective: Objective) -> Targets:
-    """Return what the teacher says of a batch of token ids (batch, length), as far as the objective asks for it."""
+    """Return the teacher's outputs for a batch of token ids (batch, length), as far as the objective needs them."""
     if teacher is None or not uses_teacher(objective):
         return Targets(None, None)
     with final_state(teacher) as seen:
@@ -48,9 +48,9 @@ def weighted(
     Args:
         objective: the weights.
         logits: the student's (batch, length, vocabulary).
-        state: the student's final hidden state (batch, length, hidden); None where it is not compared.
+        state: the student's final hidden state (batch, length, hidden); None if it is not compared.
         batch: token ids (batch, length).
-        target: the teacher's.
+        target: the teacher's outputs.
     """
     log_probabilities = functional.log_softmax(logits.float(), dim=-1)
     parts = {"lm": lm_loss(log_probabilities, batch)}
@@ -63,7 +63,7 @@ def weighted(
 
 
 def lm_loss(log_probabilities: Tensor, batch: Tensor) -> Tensor:
-    """Return the mean cross-entropy, in nats, of every token of the windows but their first."""
+    """Return the mean cross-entropy, in nats, of every token of the windows except the first of each."""
     return functional.nll_loss(log_probabilities[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
 
 

@@ -1,17 +1,17 @@
-"""What leads to the cut: make the chosen layers the identity and the chosen channels nothing, while the rest learns what they knew.
+"""Schedules before the cut: turn the chosen layers into the identity and the chosen channels into 0 while the rest is trained.
 
-Two ways to it. The *penalty* is the papers'. TRSP's on layers is made free of width, length and batch (arXiv 2505.18232 takes the
-unsquared norm of the whole batch, so that its λ2 depends on all three):
+There are two. The *penalty* is the papers'. TRSP's penalty on layers is made independent of width, length and batch (arXiv
+2505.18232 takes the unsquared norm of the whole batch, so its λ2 depends on all three):
 
     λ2 · Σ_{i∈P} mean over tokens of ‖f_i(x) − x‖² / ‖x‖²      (ℓ2; ℓ1: ‖f_i(x) − x‖₁ / ‖x‖₁)
 
-DReSS's on channels is a norm of the slices of the weights that the cut takes away, split into attention, feed-forward and the rest
-(arXiv 2501.17905, L_att + L_ffn + L_rest), each relative to where it stood at the start:
+DReSS's penalty on channels is a norm of the slices of the weights that the cut removes, split into attention, feed-forward and
+the rest (arXiv 2501.17905, L_att + L_ffn + L_rest), each relative to its value at the start:
 
     λ2 · Σ_parts ‖W_R‖² / ‖W_R at the start‖²      (ℓ2; ℓ1: ‖W_R‖₁ / ‖W_R at the start‖₁), W_R the slices of all tensors of a part
 
-*Annealing* gates what the chosen layers add, x + g·(f(x) − x), and the chosen channels where they are read, and takes g from 1 to 0.
-It leaves nothing to lose at the cut: when the gates are at 0 the model computes what the cut model does.
+*Annealing* gates the branches of the chosen layers, x + g·(f(x) − x), and the chosen channels at each projection that reads them,
+and lowers g from 1 to 0. The cut then loses nothing: with the gates at 0 the model computes the same as the cut model.
 """
 
 from __future__ import annotations
@@ -76,13 +76,13 @@ Pieces = tuple[tuple[Tensor | None, ...], ...]
 
 
 class Slices:
-    """The rows and columns that the cut takes away, in three parts: attention, feed-forward and the rest.
+    """The rows and columns that the cut removes, in three parts: attention, feed-forward and the rest.
 
-    Made before the training, so that every part begins at 1.
+    Build it before the training, so that every part begins at 1.
 
     Args:
-        model: what is trained, adapters or not; adapters themselves are not sliced.
-        channels: what goes.
+        model: the trained model, with or without adapters; adapters themselves are not sliced.
+        channels: the channels to remove.
         norm: ℓ1, or ℓ2 squared.
     """
 
@@ -95,7 +95,7 @@ class Slices:
             self._start = {part: self._sum(part).item() for part in self._parts}
 
     def norms(self) -> dict[str, Tensor]:
-        """Return, of each part that loses channels, ‖W_R‖ over all its tensors relative to its start, in the graph."""
+        """Return for each part that loses channels ‖W_R‖ over all its tensors relative to its start, with gradients."""
         return {
             f"slices_{part}": self._sum(part) / self._start[part] for part in sorted(self._parts) if self._start[part]
         }
@@ -124,7 +124,7 @@ def _sliced(model: nn.Module, channels: Channels) -> Iterator[tuple[Part, Tensor
 
 
 def _pieces(kept: Sequence[list[int] | None], weight: Tensor) -> Iterator[tuple[Tensor | None, ...]]:
-    """Part what goes into pieces: what goes along one dimension, of what stays along those before it."""
+    """Split the removed entries into disjoint pieces: for each dimension its removed rows, within the kept rows of earlier dimensions."""
     before: list[Tensor | None] = []
     for dimension, rows in enumerate(kept):
         if rows is None:

@@ -26,15 +26,15 @@ def recover(
     checkpoints: Checkpoints | None = None,
     journal: Journal | None = None,
 ) -> PreTrainedModel:
-    """Train adapters on a part of the windows, stop when the other part no longer gains, and return the model with the best merged in.
+    """Train adapters on a part of the windows, stop early by the held-out rest, and return the model with the best adapters merged.
 
-    The best adapters may be those of before the first step, so that recovery never leaves a model worse on the held-out part.
+    The best adapters may be the untrained ones, so recovery never makes the perplexity on the held-out part worse.
 
     Args:
         model: the pruned model, changed in place.
         windows: token ids (windows, length).
         settings: adapters, optimisation and early stopping.
-        checkpoints: where the training keeps its place.
+        checkpoints: stores the training's checkpoints.
         journal: takes the loss, and the held-out perplexity as `validation`.
 
     Raises:
@@ -60,7 +60,7 @@ def recover(
 
 
 def split(windows: Tensor, settings: Recover) -> tuple[Tensor, Tensor]:
-    """Hold out a part of the windows, drawn from the seed. Raises Refusal where that leaves none on either side."""
+    """Hold out a part of the windows, drawn from the seed. Raises Refusal if one of the two parts is empty."""
     count = round(settings.validation * len(windows))
     if not 0 < count < len(windows):
         raise Refusal(
@@ -85,38 +85,38 @@ class EarlyStopping:
             journal,
         )
         self.best = float("inf")
-        self.looks_since = 0
+        self.measured_since = 0
         self.adapters: dict[str, Tensor] = {}
-        self._look(0)
+        self._measure(0)
 
     def after(self, step: int) -> bool:
-        """Look when it is time; say whether to stop."""
+        """Measure every `evaluate_every` steps; return whether to stop."""
         if step % self.settings.evaluate_every and step != self.settings.steps:
             return False
-        self._look(step)
-        return self.looks_since >= self.settings.patience
+        self._measure(step)
+        return self.measured_since >= self.settings.patience
 
-    def _look(self, step: int) -> None:
+    def _measure(self, step: int) -> None:
         self.trained.eval()
         value = perplexity(self.model, self.held_out, self.settings.micro_batch_size or self.settings.batch_size)
         self.journal.metrics({"validation": value}, step)
-        self.looks_since += 1
+        self.measured_since += 1
         if value < self.best:
-            self.best, self.looks_since = value, 0
+            self.best, self.measured_since = value, 0
             self.adapters = {name: weight.clone() for name, weight in get_peft_model_state_dict(self.trained).items()}
 
     def put_back_best(self) -> None:
-        """Give the model the adapters that measured best."""
+        """Load the adapters with the lowest held-out perplexity into the model."""
         set_peft_model_state_dict(self.trained, self.adapters)
 
     def state(self) -> dict[str, Tensor]:
-        """Return the best adapters and how long ago they were found."""
-        progress = torch.tensor([self.best, self.looks_since], dtype=torch.float64)
+        """Return the best adapters, their perplexity and the number of measurements since."""
+        progress = torch.tensor([self.best, self.measured_since], dtype=torch.float64)
         return {"progress": progress} | {f"adapters.{name}": weight for name, weight in self.adapters.items()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take up what `state` returned."""
-        self.best, self.looks_since = state["progress"][0].item(), int(state["progress"][1])
+        """Restore the state that `state` returned."""
+        self.best, self.measured_since = state["progress"][0].item(), int(state["progress"][1])
         self.adapters = {name.removeprefix("adapters."): weight for name, weight in state.items() if name != "progress"}
 
 

@@ -1,4 +1,4 @@
-"""Train a model so that chosen layers and channels can go, and the same training without that.
+"""Train a model so that chosen layers and channels can be removed; train the controls in the same way.
 
 regularize(model, teacher, windows, selection, settings)                             # the candidate: cut it afterwards
 regularize(cut_model, teacher, windows, selection, settings, already_cut=True)       # control: pruned first
@@ -25,10 +25,10 @@ from components.lib.transformer.selection import NO_CHANNELS, Selection
 
 
 def needs_teacher(settings: Regularize, already_cut: bool = False) -> bool:
-    """Say whether `regularize` must be given the dense model as a second one.
+    """Return True if `regularize` needs the dense model as a second model.
 
-    It need not if the objective asks for none, nor if adapters are trained on the dense model: with the adapters off it is its
-    own teacher. After a transfer it no longer is the dense model.
+    It is not needed if the objective does not use it, nor if adapters are trained on the dense model: with its adapters off the
+    model is its own teacher. After a transfer it no longer is the dense model.
     """
     own = settings.trainable == "lora" and not already_cut and settings.transfer.chosen is None
     return settings.schedule != "none" and objective.uses_teacher(settings.objective) and not own
@@ -46,21 +46,21 @@ def regularize(
     journal: Journal | None = None,
     section: str = "regularize",
 ) -> PreTrainedModel:
-    """Train `model` in place and return it, in the type it came in, with any adapters merged.
+    """Train `model` in place and return it, in its original dtype, with any adapters merged.
 
     Args:
-        model: what is trained.
-        teacher: the dense model, frozen; None where `needs_teacher` says no.
+        model: the model to train.
+        teacher: the dense model, frozen; None if `needs_teacher` is False.
         windows: token ids (windows, length).
-        selection: what is to go; `NOTHING` for the dense model's own training.
+        selection: the layers and channels to remove; `NOTHING` for the dense model's own training.
         settings: schedule, objective and optimisation.
-        already_cut: whether the model has lost the selection already: a control, which gets the objective alone.
-        checkpoints: where the training keeps its place.
-        journal: takes loss, its parts and the learning rate, and the norm of the slices that are to go.
+        already_cut: whether the selection is removed already: a control, which is trained on the objective alone.
+        checkpoints: stores the training's checkpoints.
+        journal: takes loss, its parts and the learning rate, and the norm of the slices to remove.
         section: the recipe's section, named in a refusal.
 
     Raises:
-        Refusal: the loss is not finite, or the optimizer is not to be had here.
+        Refusal: the loss is not finite, or the optimizer is not installed.
         ValueError: the objective needs a teacher and there is none.
     """
     if settings.schedule == "none":
@@ -90,7 +90,7 @@ def regularize(
 
 
 class _Loss:
-    """What a step minimises: the objective, and the penalties on what is to go where that is the schedule."""
+    """The loss of a step: the objective, and for the schedule penalty the penalties on the selection."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class _Loss:
     def __call__(self, wrapped: nn.Module, batch: Tensor, step: int) -> Iterator[Mapping[str, Tensor]]:
         """Yield the parts of the loss on a batch (batch, length) while the step's gates hold."""
         settings = self.settings
-        target = self._targets(batch)  # before the gates, which the teacher may not see
+        target = self._targets(batch)  # before the gates, which must not change the teacher
         penalised = settings.schedule == "penalty"
         gate = 1.0 if penalised else penalty.annealed(step, settings.steps, annealed_part(settings, bool(self.layers)))
         with (
@@ -132,12 +132,12 @@ class _Loss:
                     norms = self.slices.norms()
                 if penalised:
                     parts["loss"] = parts["loss"] + weight * torch.stack(list(norms.values())).sum()
-                # As the model sees them: behind their gates.
+                # Scaled by the gates, as the model uses them.
                 parts |= {name: norm.detach() * gate for name, norm in norms.items()}
             yield parts
 
     def _targets(self, batch: Tensor) -> objective.Targets:
-        """Ask the teacher; trained adapters switched off are the dense model. Of its final state, what stays is compared."""
+        """Return the teacher's outputs; with its adapters off, the trained model is the teacher. Removed channels of the state are left out."""
         target = objective.Targets(None, None)
         if self.teacher is not None:
             target = objective.targets(self.teacher.to(batch.device), batch, self.settings.objective)

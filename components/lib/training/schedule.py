@@ -1,4 +1,4 @@
-"""When the gates of a training close. Nothing here imports torch: the report draws what the training does."""
+"""The schedule of the gates during a training. Nothing here imports torch, because the report draws the schedule too."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ def annealed_part(settings: Regularize, layers: bool) -> float:
     """Return the part of the steps over which the gates fall from 1 to 0.
 
     Args:
-        settings: the recipe's section; its own value comes first.
-        layers: whether layers are removed, and not channels alone, whose gates may fall faster (docs/methods.md).
+        settings: the recipe's section; its `anneal` takes precedence.
+        layers: whether layers are removed; the gates of channels alone may fall faster (docs/methods.md).
     """
     if settings.anneal is not None:
         return settings.anneal
     if settings.transfer.chosen:
-        # The weights are those for the cut model from the first step on: with open gates they would count twice.
+        # The transfer fitted the weights to the cut model, so an open gate would count the removed parts twice.
         return 0.0
     return 0.15 if layers else 0.05

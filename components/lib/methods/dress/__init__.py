@@ -41,14 +41,14 @@ class Dress(Method):
 
     axes: Annotated[tuple[Axis, ...], Field(min_length=1)] = Field(
         ("ffn",),
-        description="What is narrowed: hidden (the residual stream, the paper's), ffn (intermediate channels), heads (key-value groups with their query heads).",
+        description="The axes that are narrowed: hidden (the residual stream, the paper's), ffn (intermediate channels), heads (key-value groups with their query heads).",
     )
     ratio: Fraction | dict[Axis, Fraction] = Field(
         description="The part of every axis to remove, or one for each ({ffn: 0.5, heads: 0.25}).",
     )
     channels: Literal["random", "magnitude", "activation"] = Field(
         "activation",
-        description="Which are removed: drawn from the seed, those of the smallest weights, or those of the smallest weights × activations on the calibration windows.",
+        description="The removed channels: drawn from the seed, those of the smallest weights, or those of the smallest weights × activations on the calibration windows.",
     )
     multiple: Count | None = Field(
         None,
@@ -69,7 +69,7 @@ class Dress(Method):
 
     @property
     def ratios(self) -> dict[Axis, float]:
-        """The part of each axis that is removed."""
+        """Return the part of each axis that is removed."""
         return {axis: self.ratio[axis] if isinstance(self.ratio, dict) else self.ratio for axis in self.axes}
 
     def asked(self, axis: Along) -> float | None:
@@ -77,7 +77,7 @@ class Dress(Method):
         return self.ratios.get(axis) if axis != "layers" else None
 
     def rounding(self, removal: Removal) -> str:
-        """Say what the width was rounded to."""
+        """Return how the width was rounded."""
         multiple = self.multiple or ALIGNED
         if removal.axis in ("hidden", "ffn") and removal.after % multiple == 0:
             return f"rounded: a multiple of {multiple} stays"
@@ -85,7 +85,7 @@ class Dress(Method):
         return f"rounded to whole {whole}"
 
     def parts(self, selection: Selection, folder: Path) -> Sequence[Part]:
-        """Say which channels are removed."""
+        """Return a sentence that says which channels are removed."""
         said = f"The removed channels are {_CHOSEN[self.channels]}. Their indices are in report.json, under selection.channels."
         return [Sentence(said)]
 
@@ -94,7 +94,7 @@ class Dress(Method):
         check_channels(checkpoint, self.ratios, self.multiple)
 
     def check_training(self, regularize: Regularize) -> None:
-        """Refuse the penalty on adapters: it takes slices of the weights to 0, which adapters do not train."""
+        """Refuse the penalty with adapters: it trains slices of the weights to 0, and adapters do not change those."""
         if regularize.schedule == "penalty" and regularize.trainable == "lora":
             raise ValueError(
                 "regularize.schedule penalty takes dress's slices of the weights to 0, which adapters do not train: "
@@ -104,7 +104,7 @@ class Dress(Method):
     def choose(
         self, model: PreTrainedModel, windows: Tensor, before: Selection, *, journal: Journal, out: Path | None
     ) -> Selection:
-        """Choose as many channels of every layer as the ratios ask for; layers that were chosen before lose none."""
+        """Choose as many channels of every layer as the ratios ask for; layers that are removed lose none."""
         from components.lib.methods.dress.work import choose
 
         return choose(self, model, windows, before, journal=journal)

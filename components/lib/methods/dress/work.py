@@ -1,7 +1,7 @@
 """DReSS's choice of channels (arXiv 2501.17905): a fixed part of each axis, chosen before the training.
 
-The paper does not say which channels go. Here they are drawn at random, or those go that do the least, by the weights alone or
-by the weights and what the calibration windows send through them (the score that Wanda gives to single weights, arXiv 2306.11695,
+The paper does not say which channels to remove. Here they are drawn at random, or are the channels of lowest score: of the
+weights alone, or of weights times activations on the calibration windows (Wanda's score of single weights, arXiv 2306.11695,
 summed over a channel).
 """
 
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from components.lib.methods.dress import Dress
 
 Scores = Mapping[Axis, Tensor]
-"""Axis → a score for each channel, (layers, channels); of hidden, which all layers share, (1, channels). Small ones go."""
+"""Axis → a score for each channel, (layers, channels); of hidden, which all layers share, (1, channels). The lowest are removed."""
 
 
 def choose(
     settings: Dress, model: PreTrainedModel, windows: Tensor, before: Selection, *, journal: Journal
 ) -> Selection:
-    """Choose as many channels of every layer as the ratios ask for; layers that were chosen before lose none."""
+    """Choose as many channels of every layer as the ratios ask for; layers that are removed lose none."""
     family = family_named(model.config.model_type)
     removed = channels_to_remove(family, model.config.to_dict(), settings.ratios, settings.multiple)
     scores = _SCORES[settings.channels](settings, model, windows, before, journal)
@@ -51,7 +51,7 @@ def choose(
 
 
 class _Tally:
-    """Scores of every channel, added up tensor by tensor."""
+    """The scores of every channel, summed over the tensors."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.family = family_named(model.config.model_type)
@@ -63,11 +63,11 @@ class _Tally:
         }
 
     def add(self, name: str, segments: Sequence[str], values: Tensor) -> None:
-        """Add what a dimension of a tensor says, as parts of its whole, so that no tensor outweighs another.
+        """Add the values along a dimension of a tensor, relative to their sum, so that no tensor outweighs another.
 
         Args:
-            name: the tensor's or the module's.
-            segments: what the dimension is made of.
+            name: name of the tensor or the module.
+            segments: the segments of the dimension.
             values: (rows,), none negative.
         """
         axis, sizes = axis_of(segments[0]), [self.widths.size(segment) for segment in segments]
@@ -88,9 +88,9 @@ def _random(settings: Dress, model: PreTrainedModel, windows: Tensor, before: Se
 
 @torch.no_grad()
 def _magnitude(settings: Dress, model: PreTrainedModel, windows: Tensor, before: Selection, journal: Journal) -> Scores:
-    """Score a channel by ‖W‖² of its slice of every matrix that it runs through, relative to the matrix's.
+    """Score a channel by ‖W‖² of its slice of every matrix that has it as a row or column, relative to the matrix's.
 
-    Biases and norms are left out: a handful of numbers, they would have the say of a whole matrix.
+    Biases and norms are excluded: after normalisation their few numbers would weigh as much as a matrix.
     """
     tally = _Tally(model)
     for name, weight in model.named_parameters():

@@ -31,11 +31,11 @@ class Trsp(LayerMethod):
 
     strategy: Literal["iterative", "one-shot"] = Field(
         "iterative",
-        description="Remove one layer a round and learn the other gates on, or learn once and take the smallest.",
+        description="Remove one layer a round and continue to learn the other gates, or learn once and remove the smallest.",
     )
     placement: Literal["branch", "output"] = Field(
         "branch",
-        description="Gate what the layer adds, x + g·(f(x) − x), or its whole output, g·f(x), as the paper does.",
+        description="Gate the branch of the layer, x + g·(f(x) − x), or its whole output, g·f(x), as the paper does.",
     )
     strength: Weight = Field(0.1, description="λ1, the weight of Σ|g|.")
     steps: Count = Field(12, description="Optimizer steps a round (one-shot: steps × the number of layers to remove).")
@@ -43,7 +43,7 @@ class Trsp(LayerMethod):
     learning_rate: Rate = Field(0.05, description="Adam's learning rate for the gates.")
     shortlist: Annotated[int, Field(ge=0)] = Field(
         4,
-        description="How many of the smallest gates are measured by removing them, the cheapest first; 0 trusts the gates alone, as the paper does.",
+        description="How many layers of the smallest gates are measured without each; the cheapest is removed. 0 uses the gates alone, as the paper does.",
     )
     seed: int = Field(0, description="Seed of the batches' order.")
 

@@ -2,10 +2,10 @@
 
     minimise over g:  L_LM(W, g, X) + λ1 · Σ|g_i|
 
-A gate scales what its layer adds, x + g·(f(x) − x); placement `output` is the paper's, g·f(x), which in a pre-norm network also
-rescales everything below. Two more things differ from the released code. Gates are fp32: near 1 a bf16 number cannot move by less
-than 0.0078. And after each step they are rescaled to a mean of 1, because the norms undo a common scale: without it all gates
-shrink together and say little about which layer is needed least.
+A gate scales the branch of its layer, x + g·(f(x) − x). Placement `output` is the paper's, g·f(x), which in a pre-norm network
+also rescales the outputs of all layers below. Two more things differ from the released code. Gates are fp32: near 1 a bf16 number
+cannot change by less than 0.0078. And after each step they are rescaled to a mean of 1, because the norms cancel a common scale:
+without it all gates shrink together and hardly show which layer is needed least.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ def learn_gates(
     steps: int,
     first: int = 0,
 ) -> Iterator[tuple[float, Tensor]]:
-    """Learn the gates of the layers that are left, and yield the LM loss and the gates (layers,) after every step.
+    """Learn the gates of the remaining layers, and yield the LM loss and the gates (layers,) after every step.
 
     Args:
-        model: its weights are frozen meanwhile.
+        model: its weights are frozen during the learning.
         windows: token ids (windows, length).
-        start: the gates (layers,) to go on from.
+        start: the initial gates (layers,).
         removed: layers that are skipped; their gates stay at 0.
         settings: λ1, placement, batch and learning rate.
         steps: Adam steps to take.
-        first: steps taken in earlier rounds, so that the order of the windows goes on.
+        first: steps taken in earlier rounds, so that the order of the windows continues.
 
     Raises:
         Refusal: the loss is not finite.
@@ -68,9 +68,9 @@ def learn_gates(
 
 
 def _backward(model: PreTrainedModel, batch: Tensor, gates: Tensor, left: Tensor, settings: Trsp) -> float:
-    """Add the loss's gradient to the gates', and return L_LM. The whole batch's activations are held: `batch_size` bounds them."""
+    """Add the loss's gradient to the gates', and return L_LM. The activations of the whole batch are held in memory."""
     removed = torch.nonzero(~left).flatten().tolist()
-    # A skipped layer is the identity under a gate of 1 in either placement; a gate of 0 on the output would end the residual.
+    # A skipped layer is the identity, so its gate is 1 in either placement; a gate of 0 on the output would stop the residual stream.
     applied = torch.where(left, gates, 1.0)
     lm = torch.zeros((), device=batch.device)
     with skipped(model, removed), gated(model, applied, settings.placement):
@@ -89,7 +89,7 @@ def _refuse_unless_finite(loss: float, step: int, settings: Trsp) -> None:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Ask for no gradient of the weights: a third less work, and no memory for it."""
+    """Disable the weights' gradients during the block, which saves a third of the work and their memory."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     for weight in trained:
         weight.requires_grad_(False)

@@ -1,7 +1,7 @@
-"""TRSP's choice of layers (arXiv 2505.18232): learn one gate a layer, and let the layers of the smallest gates go.
+"""TRSP's choice of layers (arXiv 2505.18232): learn one gate a layer, and remove the layers of the smallest gates.
 
-A derivative near a gate of 1 does not tell what a removal costs, so the gates name a shortlist and one measurement of each of
-its removals decides: the cost of a few forward passes a round, against a pass for every layer in a full greedy search.
+A derivative near a gate of 1 does not show the cost of a removal, so the gates give a shortlist, and measuring each removal on it
+decides: a few forward passes a round, against one for every layer in a full greedy search.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 def choose(settings: Trsp, model: PreTrainedModel, windows: Tensor, *, journal: Journal, out: Path | None) -> Selection:
     """Choose layers, and leave `trajectory.jsonl` and `gates.svg` in `out`.
 
-    Iterative: after each round the least needed layer goes, and the gates of the others are learned on from where they stand.
-    One-shot: all steps are taken at once, and the layers go by the gates they end with.
+    Iterative: remove the least needed layer after each round, and continue to learn the gates of the others. One-shot: take all
+    steps at once, and remove layers by their final gates.
 
-    `scores["gate"]` is each layer's gate when it went, or at the end; `scores["perplexity"]` the perplexity without it when it
-    was last measured, and 0 where it never was on a shortlist.
+    `scores["gate"]` is each layer's gate at its removal, or at the end; `scores["perplexity"]` is the perplexity without it at its
+    last measurement, and 0 if it never was on a shortlist.
     """
     count = settings.count(len(blocks(model)))
     search = _Search(model, windows, count, settings, journal)
@@ -48,7 +48,7 @@ def choose(settings: Trsp, model: PreTrainedModel, windows: Tensor, *, journal: 
 
 
 class _Search:
-    """What is known so far: the gates, where they have been, what was measured and what went."""
+    """The state of the search: the gates and their trajectory, the measurements, and the removed layers."""
 
     def __init__(self, model: PreTrainedModel, windows: Tensor, count: int, settings: Trsp, journal: Journal) -> None:
         self.model, self.windows, self.settings, self.journal = model, windows, settings, journal
@@ -61,14 +61,14 @@ class _Search:
         self.trajectory: list[Step] = []
 
     def learn(self, number: int) -> None:
-        """Learn the gates of the layers that are left on, from where they stand, for one round."""
+        """Continue to learn the gates of the remaining layers for one round."""
         first = len(self.trajectory)
         steps = self.steps // self.rounds
         learning = learn_gates(
             self.model, self.windows, self.gates, self.order, self.settings, steps=steps, first=first
         )
         for step, (loss, gates) in enumerate(learning, first + 1):
-            # A layer that went keeps the gate it went with in the scores; in the trajectory it is at 0.
+            # In the scores a removed layer keeps its gate at the removal; in the trajectory it is 0.
             kept = self.gates[self.order]
             self.gates = gates.clone()
             self.gates[self.order] = kept
@@ -77,7 +77,7 @@ class _Search:
             self.journal.progress(step, self.steps, lm=loss)
 
     def remove(self) -> None:
-        """Let go the layer of the smallest gate; with a shortlist, the one of them that costs the least perplexity."""
+        """Remove the layer of the smallest gate, or the layer of the shortlist that costs the least perplexity."""
         left = [layer for layer in range(len(self.gates)) if layer not in self.order]
         smallest = sorted(left, key=lambda layer: self.gates[layer].item())
         listed = smallest[: max(1, self.settings.shortlist)]
