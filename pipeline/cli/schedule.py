@@ -59,7 +59,7 @@ def schedule_create(
 
 @schedule_app.command("show")
 def schedule_show(schedule: Schedule = "espalier-watch", profile: Cluster = "plain") -> None:
-    """Show the schedule, whether it is paused, and what it watches."""
+    """Show the schedule, whether it is paused, and its sources."""
     from pipeline.kubeflow import schedule as schedules
 
     run = schedules.find(_connected(profile), schedule)[0]

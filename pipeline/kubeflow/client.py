@@ -145,7 +145,7 @@ class KubeflowClient:
         Raises:
             Unavailable: the server has not answered for ten minutes; the run goes on.
         """
-        told: set[tuple[str, str]] = set()
+        reported: set[tuple[str, str]] = set()
         answered = time.monotonic()
         while True:
             try:
@@ -157,8 +157,8 @@ class KubeflowClient:
                     raise
             else:
                 for name, event, seconds in _events(seen):
-                    if (name, event) not in told:
-                        told.add((name, event))
+                    if (name, event) not in reported:
+                        reported.add((name, event))
                         on_event(name, event, seconds)
                 if seen.state in ENDED:
                     return seen

@@ -272,7 +272,7 @@ class Services:
             if chosen(records[name]):
                 records[name].stop()
 
-    # What is on disk
+    # The files of the home
 
     def _load(self) -> _State:
         path = self.home / "services.json"

@@ -1,4 +1,4 @@
-"""Choose runs of neighbouring layers by what the model computes once the projection before each run is re-fitted (transfer ridge).
+"""Choose runs of neighbouring layers by the divergence after re-fitting the projection before each run (transfer ridge).
 
 `components.lib.training.seam` has the search: one pass that records the streams, the cost of every run in nats a token, the cheapest
 sets of runs by dynamic programming, and a measurement of the first few.

@@ -1,1 +1,1 @@
-"""Where releases and texts come from: what the stages that pin them and the watcher that looks for new ones both know."""
+"""The sources of releases and texts, for the stage that pins them and the watcher that looks for new ones."""

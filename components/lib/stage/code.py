@@ -58,7 +58,7 @@ def code_of(stage: str, roots: Collection[str] = (), without: Collection[str] = 
     Args:
         stage: the name of the stage's folder; its `stage.py` holds `work`.
         roots: more modules whose imports count: those that the recipe names, such as a method's.
-        without: modules that do not count, since the recipe does not ask for what they do.
+        without: modules that do not count, since the recipe does not use them.
     """
     first = f"components.{stage}.stage"
     closure = _closure([first, *roots], frozenset(without))

@@ -77,7 +77,7 @@ class Job:
     manifests: Mapping[str, Manifest]
     """The manifest of each input, with all its files."""
     digests: Mapping[str, Mapping[str, str]]
-    """For each input of several artifacts, the digest of what is read of each."""
+    """For each input of several artifacts, the digest of the files that are read of each."""
 
 
 def _as_given(references: References, recipe: Recipe) -> References:
