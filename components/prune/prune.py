@@ -29,7 +29,7 @@ def prune(
     """Leave a plain Hugging Face checkpoint with its model card in `out/model`, and `verification.json`.
 
     Args:
-        release: a folder that holds the release's model card in `model`, if it has one.
+        release: a folder with the release's config.json, the headers of its weights and its model card, if it has one.
         model: the folder of the regularised model's artifact.
         selection: the folder of the selection.
         lineage: the release's `source`, `revision` and `digest`.

@@ -11,9 +11,9 @@ from components.lib.stage.declaration import Job, Stage, reads
 
 @dataclass(frozen=True)
 class Inputs:
-    """The release's model card, the regularised model and the selection."""
+    """The release's model card and the names of its tensors, the regularised model and the selection."""
 
-    release: Path = reads("model/README.md")
+    release: Path = reads("model/README.md", "model/*.json", "model/*.safetensors", headers=True)
     model: Path = reads("model/*")
     selection: Path = reads("selection.json", "choice.json")
 

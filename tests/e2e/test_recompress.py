@@ -113,6 +113,42 @@ def test_another_field_of_evaluate_runs_the_evaluation_and_what_follows(bench: B
     assert outcome.report["registered"]["version"] == first.report["registered"]["version"]
 
 
+def test_the_same_layers_chosen_by_another_method_train_and_measure_nothing_again(bench: Bench) -> None:
+    quick = ("evaluate.controls=[pruned-first]", "evaluate.speed.enabled=false")
+    # A shortlist of every layer is SLEB's search.
+    gates = bench.run("chosen", "methods.trsp.shortlist=8", *quick)
+    assert gates.status == 0, gates.told
+    search = bench.run("chosen", "methods={sleb: {ratio: 0.25}}", *quick)
+    assert search.report["selection"]["removed"] == gates.report["selection"]["removed"]
+    assert search.stages("started") == ["learn_gates", "prune"]
+    assert {"regularize", "control pruned-first", "evaluate"} <= set(search.stages("reused"))
+
+
+def test_why_names_the_setting_that_differs(bench: Bench, first: Outcome) -> None:
+    asked = bench.run_arguments("first", ("regularize.steps=7",))[1:]
+    told = bench.espalier("why", *asked)
+    assert told.status == 0, told.told
+    lines = {line.split()[0]: line for line in told.printed.splitlines() if line.strip()}
+    assert "made" in lines["calibrate"]
+    assert "to make" in lines["regularize"]
+    assert "setting regularize.steps: 6 → 7" in told.printed
+    assert "unknown" in lines["prune"]
+
+
+def test_a_transfer_moves_what_the_layers_know_before_the_cut(bench: Bench) -> None:
+    moved = bench.run(
+        "moved",
+        "regularize.transfer=ridge",
+        "regularize.schedule=none",
+        "evaluate.controls=[]",
+        "evaluate.speed.enabled=false",
+    )
+    assert moved.status in (0, 3), moved.told
+    assert {"regularize", "prune"} <= set(moved.stages("done"))
+    assert moved.report["recipe"]["regularize"]["transfer"]["ridge"]["strength"] > 0
+    assert moved.report["candidate"]["layers"] == 6
+
+
 def test_a_killed_run_goes_on_inside_its_training_and_ends_without_layers_and_channels(bench: Bench) -> None:
     overrides = (
         "methods.dress.axes=[hidden, ffn]",

@@ -56,13 +56,14 @@ class Declared(Protocol):
 I = TypeVar("I", bound=Declared)
 
 
-def reads(*patterns: str) -> Any:
+def reads(*patterns: str, headers: bool = False) -> Any:
     """Declare an input and the files of it that the work reads: no other file is fetched, or changes the key.
 
     Args:
         patterns: names with wildcards; one that begins with ! excludes.
+        headers: whether only the headers of safetensors files are read: the tensors are not fetched.
     """
-    return field(metadata={"reads": patterns or WHOLE}, kw_only=True)
+    return field(metadata={"reads": patterns or WHOLE, "headers": headers}, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,14 @@ class Stage(Generic[I]):
 
     def reads_of(self, name: str) -> tuple[str, ...]:
         """Return the patterns of the files that are read of an input."""
-        return next(one.metadata["reads"] for one in fields(self.inputs) if one.name == name)
+        return self._field(name)["reads"]
+
+    def reads_headers_of(self, name: str) -> bool:
+        """Return whether only the headers of an input's safetensors files are read."""
+        return self._field(name)["headers"]
+
+    def _field(self, name: str) -> Mapping[str, Any]:
+        return next(one.metadata for one in fields(self.inputs) if one.name == name)
 
     def run(
         self, run: str, recipe: str, *, variant: str = "", show: Any = None, **references: str | Mapping[str, str]

@@ -178,7 +178,9 @@ class Opened(Generic[I]):
         folders: dict[str, Path] = {}
         for name, reference in self.flat.items():
             names = [file.name for file in self.read[name].files]
-            folders[name] = self.store.get(reference, folder / name, names) if names else _empty(folder / name)
+            headers = self.stage.reads_headers_of(name.partition("/")[0])
+            get = self.store.get_headers if headers else self.store.get
+            folders[name] = get(reference, folder / name, names) if names else _empty(folder / name)
         given: dict[str, Any] = {one.name: None for one in fields(self.stage.inputs)}
         for name, found in self.references.items():
             given[name] = {one: folders[f"{name}/{one}"] for one in found} if isinstance(found, dict) else folders[name]

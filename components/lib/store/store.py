@@ -159,8 +159,8 @@ class Store:
                 _same(describe(fresh / file.name, file.name), file, reference.uri)
         return folder
 
-    def get_headers(self, reference: Reference, folder: Path) -> Path:
-        """Download the artifact's JSON files and the headers of its safetensors files, and return `folder`.
+    def get_headers(self, reference: Reference, folder: Path, names: Iterable[str] | None = None) -> Path:
+        """Download the artifact's JSON files, or the files in `names`, of safetensors files the headers; return `folder`.
 
         A safetensors file gets its full length but not its tensors: enough to open a checkpoint, for a download of kilobytes.
         The files are not compared with their digests.
@@ -168,13 +168,15 @@ class Store:
         Raises:
             Refusal: a file is missing, or `folder` is not empty.
         """
+        wanted = None if names is None else set(names)
         with filled_at_once(folder) as fresh:
             for file in self.manifest(reference).files:
                 path = inside(fresh, file.name)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                if path.suffix == ".json":
-                    path.write_bytes(self._range(f"{reference.uri}/{file.name}", 0, file.size))
-                elif path.suffix == ".safetensors":
+                if path.suffix != ".safetensors":
+                    if file.name in wanted if wanted is not None else path.suffix == ".json":
+                        path.write_bytes(self._range(f"{reference.uri}/{file.name}", 0, file.size))
+                elif wanted is None or file.name in wanted:
                     length = int.from_bytes(self._range(f"{reference.uri}/{file.name}", 0, 8), "little")
                     header = self._range(f"{reference.uri}/{file.name}", 0, min(8 + length, file.size))
                     path.write_bytes(header)
