@@ -1,4 +1,4 @@
-"""What the evaluation measured of each model, read back from `evaluation.json`."""
+"""The measurements of each model, read back from `evaluation.json`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def finite(value: Any) -> Any:
 
 
 Metric = Annotated[float | None, BeforeValidator(finite)]
-"""A measured number, None where there is none. NaN and infinities become None, so that a report is plain JSON."""
+"""A measured number, None if there is none. NaN and infinities become None, so that a report is plain JSON."""
 
 
 class Throughput(BaseModel):
@@ -44,7 +44,7 @@ class Measured(BaseModel):
     layers: int | None
     """None for a model whose config states them under no known name."""
     widths: Widths | None = None
-    """None where they are not known."""
+    """None if they are not known."""
     perplexity: dict[str, Metric] = {}
     """By the text's name."""
     tasks: dict[str, Any] = {}
@@ -62,19 +62,19 @@ class Measured(BaseModel):
         return {phase: batches for phase, batches in speed.items() if batches}
 
     def along(self, axis: Along) -> int | None:
-        """Return how many layers, or how many channels of another axis, the model has; None where that is not known."""
+        """Return how many layers, or how many channels of another axis, the model has; None if that is not known."""
         if axis == "layers":
             return self.layers
         return self.widths.of(axis) if self.widths else None
 
     def tokens_per_second(self, phase: str, batch: str) -> float | None:
-        """Return the throughput of a phase at a batch size, or None where it was not measured."""
+        """Return the throughput of a phase at a batch size, or None if it was not measured."""
         measured = self.speed.get(phase, {}).get(batch)
         return measured.tokens_per_second if measured else None
 
 
 def differing(models: Iterable[Measured]) -> list[Along]:
-    """Return the axes along which the models differ; layers, where they differ along none."""
+    """Return the axes along which the models differ; layers if they differ along none."""
     measured = list(models)
     differ = [axis for axis in ALONG if len({model.along(axis) for model in measured} - {None}) > 1]
     return differ or ["layers"]
@@ -86,7 +86,7 @@ def names(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def ratio(value: float | None, base: float | None) -> float | None:
-    """Return value / base, or None where either is missing, not finite or not above 0."""
+    """Return value / base, or None if either is missing, not finite or not above 0."""
     if value is None or base is None or not (0 < value < math.inf and 0 < base < math.inf):
         return None
     return value / base

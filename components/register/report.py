@@ -21,14 +21,14 @@ CONTROLS = ("pruned-first", "dense-trained")
 
 
 class Release(BaseModel):
-    """What was recompressed, pinned."""
+    """The release that was recompressed, pinned."""
 
     model_config = ConfigDict(frozen=True)
 
     source: str
     """As the person named it."""
     revision: str | None
-    """The commit or version it was pinned to; None where the source has none (a folder)."""
+    """The commit or version it was pinned to; None if the source has none (a folder)."""
     digest: str
     """sha256 of the snapshot's manifest."""
 
@@ -46,7 +46,7 @@ class Registered(BaseModel):
 
 
 class Report(BaseModel):
-    """What `report.json` holds."""
+    """The content of `report.json`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -60,7 +60,7 @@ class Report(BaseModel):
     controls: dict[str, Measured]
     verdict: Verdict
     registered: Registered | None
-    """None where nothing was registered."""
+    """None if nothing was registered."""
     timing: dict[str, float]
     """Seconds by stage, in the order they ran."""
     environment: dict[str, Any]
@@ -78,7 +78,7 @@ class Report(BaseModel):
         return self.dense.layers
 
     def removals(self) -> list[Removal]:
-        """What the selection takes along each axis."""
+        """Return the removal along each axis."""
         return removals(self.selection, self.layers, self.dense.widths)
 
     def parsed_recipe(self) -> Recipe:
@@ -101,7 +101,7 @@ Curve = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Curves:
-    """What was recorded over the steps: drawn on the page, not repeated in `report.json`."""
+    """The records over the steps: drawn on the page, not repeated in `report.json`."""
 
     parts: list[Part] = field(default_factory=list)
     """The parts of the report that the methods made of the files they left."""
@@ -126,7 +126,7 @@ def build(
         recipe: the recipe of the run.
         selection: the folder of `selection.json`.
         evaluation: the folder of `evaluation.json`.
-        registered: `name`, `version`, `aliases` and `source`, or None where nothing is registered.
+        registered: `name`, `version`, `aliases` and `source`, or None if nothing is registered.
         timing: seconds by stage.
         environment: library versions, hardware, code version, seed, data digests, context length; JSON values.
 

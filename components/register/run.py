@@ -1,4 +1,4 @@
-"""Write the report, register the candidate, and make it challenger where the rules hold."""
+"""Write the report, register the candidate, and make it challenger if the rules hold."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def _register(name: str, run: str, candidate: Reference, evaluation: Reference, 
 
 
 def _evidence(run: str, evaluation: Reference, report: Report) -> dict[str, str]:
-    """What a version's tags tell: where it comes from, how to make it again, how it was judged, and which item it answers."""
+    """Return a version's tags: its origin, how to make it again, its verdict, and the item that it was made for."""
     item = item_of(run, Store.from_environment())
     ratios = {
         f"perplexity.{text}": f"{value:.4g} (dense {report.dense.perplexity.get(text) or float('nan'):.4g})"
@@ -179,7 +179,7 @@ def _measured(report: Report) -> dict[str, tuple[float, str, str]]:
 
 
 def _leave(store: Store, run: str, report: Report, html: str, page: str) -> None:
-    """Put the report where it is looked for: the store, the parent run in MLflow, and Kubeflow's artifact."""
+    """Put the report in its places: the store, the parent run in MLflow, and Kubeflow's artifact."""
     store.write_text(f"runs/{run}/report.json", report.to_json())
     store.write_text(f"runs/{run}/report.html", html)
     Path(page).parent.mkdir(parents=True, exist_ok=True)

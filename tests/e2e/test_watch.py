@@ -21,7 +21,12 @@ from tests.e2e.conftest import Bench, environment
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
-QUICK = ("methods={shortgpt: {ratio: 0.25}}", "regularize.schedule=none", "evaluate.controls=[]", "evaluate.speed.enabled=false")
+QUICK = (
+    "methods={shortgpt: {ratio: 0.25}}",
+    "regularize.schedule=none",
+    "evaluate.controls=[]",
+    "evaluate.speed.enabled=false",
+)
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ NO_CHANNELS = Channels()
 
 
 class Selection(BaseModel):
-    """What to remove, and how the methods came to it.
+    """The layers and channels to remove, and the measurements that led to them.
 
     It is stored in two files, so that the stages that train and cut depend on the first alone: the same layers, chosen again by
     another method or with other scores, train nothing again.

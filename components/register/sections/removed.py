@@ -1,4 +1,4 @@
-"""What was removed: a table of the axes, the strip of layers, and the parts that the methods add."""
+"""The removal: a table of the axes, the strip of layers, and the parts that the methods add."""
 
 from __future__ import annotations
 
