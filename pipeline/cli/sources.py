@@ -55,18 +55,33 @@ def load_sources(path: Path, recipe: str | None, find: FindRecipe) -> list[Watch
         Refusal: the list or a recipe cannot be read, or a source has no recipe.
     """
     listed = _parse(path)
-    return [_watched(source, listed, recipe, path, find) for source in listed.sources]
+    watched = [_watched(source, listed, recipe, path, find) for source in listed.sources]
+    for one in watched:
+        for other in watched:
+            alike = (one.release, one.name) == (other.release, other.name)
+            if alike and one.recipe != other.recipe and "recipe" not in one.recompress_on:
+                raise Refusal(
+                    f"the list of sources {path} names {one.release} twice for {one.name}, with two recipes: give them two names, "
+                    "or add recipe to recompress_on"
+                )
+    return watched
 
 
 def one_by_one(
-    releases: Sequence[str], name: str | None, recipe: str | None, overrides: Sequence[str], find: FindRecipe
+    releases: Sequence[str],
+    name: str | None,
+    recipe: str | None,
+    overrides: Sequence[str],
+    find: FindRecipe,
+    recompress_on: Sequence[Reason] = (),
 ) -> list[Watched]:
     """Return the sources that the command line names. Raises Refusal if the name or the recipe is missing."""
     if not name or not recipe:
         missing = "--name" if not name else "--recipe"
         raise Refusal(f"--source {releases[0]} has no {missing}: give it, or write a list of sources")
     text = load_recipe(find(recipe), overrides).to_yaml()
-    return [Watched(release=release, name=name, recipe=text) for release in releases]
+    reasons: tuple[Reason, ...] = ("release", *recompress_on)
+    return [Watched(release=release, name=name, recipe=text, recompress_on=reasons) for release in releases]
 
 
 def _watched(source: Source, listed: SourceList, given: str | None, path: Path, find: FindRecipe) -> Watched:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.markup import escape
@@ -23,6 +23,7 @@ Sources = Annotated[Path | None, typer.Argument(metavar="[SOURCES]", help="A YAM
 Source = Annotated[
     list[str] | None, typer.Option(help="A Hub id, s3:// prefix, models:/name@alias or folder; may be repeated.")
 ]
+AlsoNew = Literal["recipe", "code"]
 Name = Annotated[str | None, typer.Option(help="The registered model's name, for --source.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another value for a field, for --source.")
@@ -35,6 +36,10 @@ def watch(
     recipe: RecipeName = None,
     name: Name = None,
     set_: Set = None,
+    recompress_on: Annotated[
+        list[AlsoNew] | None,
+        typer.Option(help="What makes a --source new beside its release: recipe or code; may be repeated."),
+    ] = None,
     at_most: AtMost = 1,
     once: Annotated[bool, typer.Option("--once", help="Look once, and end.")] = False,
     every: Annotated[float, typer.Option(min=0.1, help="Minutes between two looks, without --once.")] = 60.0,
@@ -47,7 +52,7 @@ def watch(
     home: Home = HOME,
 ) -> None:
     """Recompress the releases that are new. Exit status 0: no failure; 3: a candidate failed its rules; 1: an error."""
-    watched = watched_sources(sources, source, recipe, name, set_ or ())
+    watched = watched_sources(sources, source, recipe, name, set_ or (), recompress_on or ())
     if dry_run:
         from pipeline.runners.watch import look_once
 
@@ -85,7 +90,12 @@ def _show(outcomes: Sequence[Outcome]) -> None:
 
 
 def watched_sources(
-    sources: Path | None, source: Sequence[str] | None, recipe: str | None, name: str | None, overrides: Sequence[str]
+    sources: Path | None,
+    source: Sequence[str] | None,
+    recipe: str | None,
+    name: str | None,
+    overrides: Sequence[str],
+    recompress_on: Sequence[AlsoNew] = (),
 ) -> list[Watched]:
     """Return the sources of the list, or those given one by one. Raises Refusal unless exactly one of the two is given."""
     from pipeline.cli.sources import load_sources, one_by_one
@@ -93,5 +103,7 @@ def watched_sources(
     if (sources is None) == (not source):
         raise Refusal("the watcher needs its sources: name a list (espalier watch SOURCES.yaml), or --source, not both")
     if sources:
+        if recompress_on:
+            raise Refusal("--recompress-on is for --source: write recompress_on into the list of sources")
         return load_sources(sources, recipe, find_recipe)
-    return one_by_one(source or (), name, recipe, overrides, find_recipe)
+    return one_by_one(source or (), name, recipe, overrides, find_recipe, recompress_on)

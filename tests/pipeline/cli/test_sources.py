@@ -6,6 +6,7 @@ import pytest
 
 from components.lib.errors import Refusal
 from components.lib.recipe.loading import parse_recipe
+from components.watch.find import Watched
 from pipeline.cli.sources import load_sources, one_by_one
 
 RECIPE = """
@@ -88,3 +89,48 @@ def test_sources_of_the_command_line_share_name_and_recipe(folder: Path) -> None
 def test_a_source_of_the_command_line_needs_both(name: str | None, recipe: str | None, missing: str) -> None:
     with pytest.raises(Refusal, match=f"has no {missing}"):
         one_by_one(["owner/a"], name, recipe, [], Path)
+
+
+def sources_of(folder: Path, text: str) -> list[Watched]:
+    (folder / "sources.yaml").write_text(text)
+    return load_sources(folder / "sources.yaml", None, lambda name: folder / name)
+
+
+def test_a_source_is_new_for_another_release_alone_unless_the_list_or_the_source_names_more(folder: Path) -> None:
+    first, second = sources_of(
+        folder,
+        """
+        recipe: recipe.yaml
+        recompress_on: [release, recipe]
+        sources:
+          - {release: owner/a, name: a}
+          - {release: owner/b, name: b, recompress_on: [code, release]}
+        """,
+    )
+    assert (first.recompress_on, second.recompress_on) == (("release", "recipe"), ("release", "code"))
+    (alone,) = sources_of(folder, "recipe: recipe.yaml\nsources: [{release: owner/a, name: a}]")
+    assert alone.recompress_on == ("release",)
+
+
+def test_a_policy_without_the_release_or_with_an_unknown_reason_is_refused(folder: Path) -> None:
+    for policy, said in (("[recipe]", "always holds release"), ("[release, weather]", "recompress_on")):
+        with pytest.raises(Refusal, match=said):
+            sources_of(folder, f"recipe: recipe.yaml\nrecompress_on: {policy}\nsources: [{{release: owner/a, name: a}}]")
+
+
+def test_one_release_by_two_recipes_under_one_name_needs_the_recipe_in_the_policy(folder: Path) -> None:
+    twice = """
+        recipe: recipe.yaml
+        POLICY
+        sources:
+          - {release: owner/a, name: a}
+          - {release: owner/a, name: a, set: [methods.sleb.ratio=0.5]}
+        """
+    with pytest.raises(Refusal, match="names owner/a twice for a, with two recipes"):
+        sources_of(folder, twice.replace("POLICY", ""))
+    assert len(sources_of(folder, twice.replace("POLICY", "recompress_on: [release, recipe]"))) == 2
+
+
+def test_a_source_of_the_command_line_may_name_more_reasons(folder: Path) -> None:
+    (found,) = one_by_one(["owner/a"], "small", "recipe.yaml", [], lambda name: folder / name, ["code"])
+    assert found.recompress_on == ("release", "code")
