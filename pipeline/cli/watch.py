@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -19,11 +20,18 @@ if TYPE_CHECKING:
     from components.watch.find import Watched
     from pipeline.runners.watch import Outcome
 
+
+class AlsoNew(StrEnum):
+    """A reason to recompress a source beside another release."""
+
+    recipe = "recipe"
+    code = "code"
+
+
 Sources = Annotated[Path | None, typer.Argument(metavar="[SOURCES]", help="A YAML list of sources (docs/watch.md).")]
 Source = Annotated[
     list[str] | None, typer.Option(help="A Hub id, s3:// prefix, models:/name@alias or folder; may be repeated.")
 ]
-AlsoNew = Literal["recipe", "code"]
 Name = Annotated[str | None, typer.Option(help="The registered model's name, for --source.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another value for a field, for --source.")
@@ -106,4 +114,4 @@ def watched_sources(
         if recompress_on:
             raise Refusal("--recompress-on is for --source: write recompress_on into the list of sources")
         return load_sources(sources, recipe, find_recipe)
-    return one_by_one(source or (), name, recipe, overrides, find_recipe, recompress_on)
+    return one_by_one(source or (), name, recipe, overrides, find_recipe, [one.value for one in recompress_on])

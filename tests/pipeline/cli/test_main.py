@@ -304,3 +304,14 @@ def test_half_an_s3_is_refused(espalier: Espalier, recipe: Path, monkeypatch: py
     ended = espalier("run", recipe, "--model", "owner/model", "--name", "small", "--home", "home")
     assert ended.status == 1
     assert "ESPALIER_BUCKET is not set: name the bucket, or unset AWS_ENDPOINT_URL_S3" in ended.told
+
+
+def test_every_verb_shows_its_help(espalier: Espalier) -> None:
+    for verb in ("run", "why", "watch", "promote", "compile", "demo", "recipes", "services", "schedule"):
+        assert espalier(verb, "--help").status == 0
+
+
+def test_reasons_for_one_source_are_not_for_a_list(espalier: Espalier, tmp_path: Path) -> None:
+    ended = espalier("watch", "--once", str(tmp_path / "sources.yaml"), "--recompress-on", "recipe")
+    assert ended.status == 1
+    assert "--recompress-on is for --source" in ended.told

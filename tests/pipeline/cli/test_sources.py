@@ -115,7 +115,9 @@ def test_a_source_is_new_for_another_release_alone_unless_the_list_or_the_source
 def test_a_policy_without_the_release_or_with_an_unknown_reason_is_refused(folder: Path) -> None:
     for policy, said in (("[recipe]", "always holds release"), ("[release, weather]", "recompress_on")):
         with pytest.raises(Refusal, match=said):
-            sources_of(folder, f"recipe: recipe.yaml\nrecompress_on: {policy}\nsources: [{{release: owner/a, name: a}}]")
+            sources_of(
+                folder, f"recipe: recipe.yaml\nrecompress_on: {policy}\nsources: [{{release: owner/a, name: a}}]"
+            )
 
 
 def test_one_release_by_two_recipes_under_one_name_needs_the_recipe_in_the_policy(folder: Path) -> None:
