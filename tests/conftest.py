@@ -8,9 +8,14 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from components.lib.store.store import Store
 from pipeline.services.embedded import BUCKET, services
+
+# No example fails for taking long: a busy machine is no fault of the code.
+settings.register_profile("espalier", deadline=None)
+settings.load_profile("espalier")
 
 NAMED_ELSEWHERE = (
     "AWS_ENDPOINT_URL",
