@@ -232,7 +232,8 @@ def verify_export(
 
 
 # The largest change of a logit by another order of summation, relative to the largest logit: some tens of units in the last place.
-_ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# A recurrent state is summed step by step with the cache and in chunks without: 2.3e-4 was seen of a Nemotron-H in fp32.
+_ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @torch.inference_mode()
