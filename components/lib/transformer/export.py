@@ -213,10 +213,12 @@ def verify_export(
             f"{out} does not compute what it was exported from: its logits differ by up to {difference:.3g}"
         )
     cache_difference = _cache_difference(model, out)
-    if not cache_difference <= _ROUNDING[model.dtype]:  # so that NaN fails
+    # A recurrent state is summed step by step with the cache and in chunks without: 2.3e-4 was seen of a Nemotron-H in fp32.
+    cache_rounding = _ROUNDING[model.dtype] * (10 if getattr(model, "_is_stateful", False) else 1)
+    if not cache_difference <= cache_rounding:  # so that NaN fails
         raise VerificationError(
             f"{out} generates other text with its key-value cache than without: the logits differ by {cache_difference:.3g} "
-            f"of the largest, and rounding explains {_ROUNDING[model.dtype]}"
+            f"of the largest, and rounding explains {cache_rounding}"
         )
     return Verification(
         layers=checkpoint.layers,
@@ -232,8 +234,7 @@ def verify_export(
 
 
 # The largest change of a logit by another order of summation, relative to the largest logit: some tens of units in the last place.
-# A recurrent state is summed step by step with the cache and in chunks without: 2.3e-4 was seen of a Nemotron-H in fp32.
-_ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @torch.inference_mode()
