@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
@@ -69,6 +69,23 @@ def version_of(name: str, version: str) -> Version:
     return _version(found)
 
 
+def find_version(address: str) -> Version:
+    """The version behind `NAME@alias` or `NAME@number`, such as `my-model@champion`.
+
+    Raises:
+        Refusal: it is written otherwise, or there is no such model, alias or version.
+    """
+    name, _, which = address.rpartition("@")
+    if not name or not which:
+        raise Refusal(f"{address!r} names no version: write NAME@alias, such as NAME@champion, or NAME@number")
+    if which.isdecimal():
+        return version_of(name, which)
+    found = aliased(name, which)
+    if found is None:
+        raise Refusal(f"the registered model {name!r} has no alias {which!r}: {_versions_known(name)}")
+    return found
+
+
 def register_version(name: str, reference: Reference, run_id: str, tags: Mapping[str, str]) -> Version:
     """Register the checkpoint under `name`, or update the tags of the version that holds it already.
 
@@ -91,10 +108,26 @@ def register_version(name: str, reference: Reference, run_id: str, tags: Mapping
     return version_of(name, oldest.version)
 
 
+def versions(name: str) -> list[Version]:
+    """Every version of `name` with its aliases, oldest first; none if no model has this name."""
+    found: list[ModelVersion] = []
+    token = None
+    while token != "":
+        page = client().search_model_versions(f"name = '{name}'", page_token=token)
+        found += page
+        token = page.token or ""
+    aliases: dict[str, list[str]] = {}
+    if found:
+        for alias, version in client().get_registered_model(name).aliases.items():
+            aliases.setdefault(str(version), []).append(alias)
+    # A search gives no aliases.
+    made = [replace(_version(one), aliases=tuple(sorted(aliases.get(str(one.version), ())))) for one in found]
+    return sorted(made, key=lambda one: int(one.version))
+
+
 def _holding(name: str, digest: str) -> list[Version]:
     """The versions of `name` that hold the checkpoint with this digest, oldest first."""
-    found = (_version(one) for one in client().search_model_versions(f"name = '{name}'"))
-    return sorted((one for one in found if one.tags.get("espalier.digest") == digest), key=lambda one: int(one.version))
+    return [one for one in versions(name) if one.tags.get("espalier.digest") == digest]
 
 
 def made_for(name: str, key: str) -> Version | None:
@@ -159,5 +192,7 @@ def _version(found: ModelVersion) -> Version:
 
 
 def _versions_known(name: str) -> str:
-    versions = sorted(int(found.version) for found in client().search_model_versions(f"name = '{name}'"))
-    return f"it has {', '.join(map(str, versions))}" if versions else "no model is registered under that name"
+    """Name the versions there are, each with its aliases: "it has 1 (previous), 2"."""
+    found = versions(name)
+    told = [f"{one.version} ({', '.join(one.aliases)})" if one.aliases else one.version for one in found]
+    return f"it has {', '.join(told)}" if told else "no model is registered under that name"

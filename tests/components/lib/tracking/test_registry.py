@@ -109,3 +109,21 @@ class TestAnAlias:
         assert registry.aliased(name, "challenger") is not None
         registry.drop_alias(name, "challenger", "2")
         assert registry.aliased(name, "challenger") is None
+
+    def test_is_how_a_version_is_found(self, name: str) -> None:
+        registry.set_alias(name, "champion", "2")
+        assert registry.find_version(f"{name}@champion").version == "2"
+        assert registry.find_version(f"{name}@1").reference == reference("a")
+        with pytest.raises(Refusal, match=rf"'{name}' has no alias 'previous': it has 1, 2 \(champion\)"):
+            registry.find_version(f"{name}@previous")
+        with pytest.raises(Refusal, match=r"'m' names no version: write NAME@alias"):
+            registry.find_version("m")
+
+    def test_is_listed_with_its_version(self, name: str) -> None:
+        registry.set_alias(name, "champion", "2")
+        registry.set_alias(name, "previous", "2")
+        assert [(one.version, one.aliases) for one in registry.versions(name)] == [
+            ("1", ()),
+            ("2", ("champion", "previous")),
+        ]
+        assert registry.versions("no-such-model") == []
