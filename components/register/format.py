@@ -59,6 +59,15 @@ def times(value: float | None, digits: int = 3) -> str:
     return ABSENT if value is None else f"{value:.{digits}f}×"
 
 
+def percent(value: float | None) -> str:
+    """Format a part of a whole in per cent.
+
+    >>> percent(0.4831), percent(None)
+    ('48.3%', '–')
+    """
+    return ABSENT if value is None else f"{value:.1%}"
+
+
 def seconds(value: float) -> str:
     """Format a duration.
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from components.register.format import ABSENT, count, number, times
-from components.register.measured import ratio
+from components.register.accuracy import difference, mean_accuracy
+from components.register.format import ABSENT, count, number, percent, times
+from components.register.measured import Measured, ratio
 from components.register.report import Report
 from components.register.sections.section import Cell
 
@@ -31,6 +32,7 @@ def headline(report: Report) -> Mapping[str, Any]:
             )
             for text, value in candidate.perplexity.items()
         },
+        "accuracy": _recovered(report),
         "speed": {phase: _speedups(report, phase) for phase in candidate.speed},
     }
 
@@ -53,7 +55,7 @@ CONTROLS = {
 
 
 def control_sentences(report: Report) -> list[str]:
-    """Say for every control that was asked for whether the candidate beat it in perplexity, and by how much.
+    """Say for every control that was asked for whether the candidate beat it in perplexity and accuracy, and by how much.
 
     Returns:
         A sentence for each control, in the order of CONTROLS. Ratios are candidate / control; below 1 is better. A ratio
@@ -69,11 +71,25 @@ def _against(report: Report, name: str, who: str) -> str:
         return f"{who[0].upper()}{who[1:]} was asked for, but not measured."
     found = {text: ratio(value, control.perplexity.get(text)) for text, value in report.candidate.perplexity.items()}
     if not any(found.values()):
-        return f"Against {who}, no perplexity can be compared."
+        return f"Against {who}, no perplexity can be compared.{_accuracy_against(report, control)}"
     told = [f"{times(value)} on {text} ({_outcome(value)})" for text, value in found.items()]
     wins = sum(_outcome(value) == "better" for value in found.values())
     ratios = " and ".join(filter(None, (", ".join(told[:-1]), told[-1])))
-    return f"Against {who}, the candidate's perplexity is {ratios}: it beat the control {_on(wins, len(found))}."
+    return f"Against {who}, the candidate's perplexity is {ratios}: it beat the control {_on(wins, len(found))}.{_accuracy_against(report, control)}"
+
+
+def _accuracy_against(report: Report, control: Measured) -> str:
+    """Return a sentence on the mean accuracy, or nothing if there is none to compare."""
+    judged = report.judged_tasks()
+    one, other = (mean_accuracy(model.tasks, judged) for model in (report.candidate, control))
+    if one is None or other is None:
+        return ""
+    apart = difference(one, other)
+    points = round(100 * apart.value, 1)
+    told = f"{abs(points):.1f} points {'higher' if points > 0 else 'lower'}" if points else "equal"
+    error = "" if apart.error is None else f", with a standard error of at most {100 * apart.error:.1f} points"
+    tasks = judged[0] if len(judged) == 1 else f"{len(judged)} tasks"
+    return f" Its accuracy on {tasks} is {percent(one.value)} against {percent(other.value)}: {told}{error}."
 
 
 def _outcome(value: float | None) -> str:
@@ -95,6 +111,17 @@ def _on(wins: int, texts: int) -> str:
     if wins == texts:
         return "on both texts" if texts == 2 else f"on all {texts} texts"
     return f"on {wins or 'none'} of {texts} texts"
+
+
+def _recovered(report: Report) -> Cell | None:
+    """Return the part of the dense model's accuracy that the candidate keeps; None if no task was measured."""
+    judged = report.judged_tasks()
+    found, dense = (mean_accuracy(model.tasks, judged) for model in (report.candidate, report.dense))
+    if dense is None:
+        return None
+    tasks = judged[0] if len(judged) == 1 else f"mean of {len(judged)} tasks"
+    value = found.value if found else None
+    return Cell(times(ratio(value, dense.value)), f"{tasks}: {percent(value)} against {percent(dense.value)}")
 
 
 def _speedups(report: Report, phase: str) -> Cell:

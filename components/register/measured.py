@@ -47,8 +47,8 @@ class Measured(BaseModel):
     """None if they are not known."""
     perplexity: dict[str, Metric] = {}
     """By the text's name."""
-    tasks: dict[str, Any] = {}
-    """By the task's name, as the evaluation wrote it."""
+    tasks: dict[str, dict[str, Metric]] = {}
+    """By the task's name: its metrics and their standard errors, as lm-eval names them."""
     speed: dict[str, dict[str, Throughput]] = {}
     """By phase (`prefill`, `decode`), then by batch size; a phase that was not measured is left out."""
     prefill_flops: int | None = None

@@ -14,6 +14,7 @@ from components.lib.recipe.schema import Recipe
 from components.lib.report_parts import Part
 from components.lib.transformer.removal import Removal, removals
 from components.lib.transformer.selection import Selection
+from components.register.accuracy import accuracy
 from components.register.measured import Measured, finite, read_evaluation
 from components.register.verdict import Verdict, judge
 
@@ -70,6 +71,10 @@ class Report(BaseModel):
         """Every measured model by name: dense and candidate first, then the champion and the controls there are."""
         champion = {"champion": self.champion} if self.champion else {}
         return {"dense": self.dense, "candidate": self.candidate, **champion, **self.controls}
+
+    def judged_tasks(self) -> list[str]:
+        """Return the tasks whose accuracy counts in the mean: those that the dense model has an accuracy on."""
+        return [task for task, scores in self.dense.tasks.items() if accuracy(scores)]
 
     @property
     def layers(self) -> int:

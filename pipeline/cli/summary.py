@@ -10,7 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from components.lib.transformer.removal import NOUNS
-from components.register.format import ABSENT, count, number, times
+from components.register.accuracy import accuracy, mean_accuracy
+from components.register.format import ABSENT, count, number, percent, times
 from components.register.headline import control_sentences, verdict_sentence
 from components.register.measured import Measured, differing, ratio
 from components.register.report import Report
@@ -37,12 +38,12 @@ def summary_table(report: Report) -> Table:
     table.add_column("", no_wrap=True)
     for name in models:
         table.add_column(name, justify="right", style="bold" if name == "candidate" else "")
-    for label, cells in _rows(models):
+    for label, cells in _rows(models, report.judged_tasks()):
         table.add_row(escape(label), *cells)
     return table
 
 
-def _rows(models: Mapping[str, Measured]) -> Iterator[tuple[str, list[str]]]:
+def _rows(models: Mapping[str, Measured], tasks: list[str]) -> Iterator[tuple[str, list[str]]]:
     each = models.values()
     for axis in differing(each):
         counts = [model.along(axis) for model in each]
@@ -50,10 +51,22 @@ def _rows(models: Mapping[str, Measured]) -> Iterator[tuple[str, list[str]]]:
     yield "parameters", _beside([float(model.parameters) for model in each], count)
     for text in dict.fromkeys(text for model in each for text in model.perplexity):
         yield f"perplexity {text}", _beside([model.perplexity.get(text) for model in each], number)
+    yield from _accuracies(models, tasks)
     for phase in dict.fromkeys(phase for model in each for phase in model.speed):
         for batch in dict.fromkeys(batch for model in each for batch in model.speed.get(phase, {})):
             speeds = [model.tokens_per_second(phase, batch) for model in each]
             yield f"{phase} tok/s, batch {batch}", _beside(speeds, number, digits=2)
+
+
+def _accuracies(models: Mapping[str, Measured], tasks: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield the accuracy on each task, and the mean over tasks if there are several."""
+    found = {f"accuracy {task}": [accuracy(model.tasks.get(task)) for model in models.values()] for task in tasks}
+    if len(tasks) > 1:
+        found[f"accuracy, mean of {len(tasks)} tasks"] = [
+            mean_accuracy(model.tasks, tasks) for model in models.values()
+        ]
+    for label, each in found.items():
+        yield label, _beside([one.value if one else None for one in each], percent)
 
 
 def _beside(values: list[float | None], shown: Callable[[float], str], digits: int = 3) -> list[str]:

@@ -10,12 +10,14 @@ from components.register.sections.quality import quality
 from components.register.sections.removed import removed
 from components.register.sections.section import ReportSection
 from components.register.sections.speed import speed
+from components.register.sections.tasks import tasks
 from components.register.sections.training import training
 from components.register.sections.verdict import verdict
 
 SECTIONS: tuple[Callable[[Report, Curves], ReportSection | None], ...] = (
     verdict,
     quality,
+    tasks,
     speed,
     removed,
     training,

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
 from components.lib.recipe.schema import Recipe
 from components.lib.transformer.removal import NOUNS
 from components.register import figures
-from components.register.format import ABSENT, count, number, times, whole
-from components.register.measured import differing, names, ratio
+from components.register.accuracy import mean_accuracy
+from components.register.format import ABSENT, count, number, percent, times, whole
+from components.register.measured import Measured, differing, names, ratio
 from components.register.report import Curves, Report
 from components.register.sections.section import Cell, ReportSection
 
@@ -31,18 +30,18 @@ def quality(report: Report, curves: Curves) -> ReportSection:
 
 def _columns(report: Report) -> list[Cell]:
     """Return the heads of the table: a name, and below it the kind of number."""
-    texts, tasks = _measured_on(report)
+    judged = report.judged_tasks()
     return [
         *(Cell(NOUNS[axis].removesuffix(" a layer")) for axis in differing(report.models().values())),
         *(Cell(name) for name in ("parameters", "size")),
-        *(Cell(text, "perplexity") for text in texts),
-        *(Cell(task, "accuracy") for task in tasks),
+        *(Cell(text, "perplexity") for text in _texts(report)),
+        *([Cell("accuracy", judged[0] if len(judged) == 1 else f"mean of {len(judged)} tasks")] if judged else []),
     ]
 
 
 def _rows(report: Report) -> list[tuple[str, list[Cell]]]:
     """Return a model's name and its numbers in the order of the columns, each beside the dense model's."""
-    texts, tasks = _measured_on(report)
+    texts = _texts(report)
     dense, axes = report.dense, differing(report.models().values())
     return [
         (
@@ -52,17 +51,16 @@ def _rows(report: Report) -> list[tuple[str, list[Cell]]]:
                 Cell(count(model.parameters), times(ratio(model.parameters, dense.parameters))),
                 Cell(f"{count(model.bytes)}B", times(ratio(model.bytes, dense.bytes))),
                 *(_compared(model.perplexity.get(text), dense.perplexity.get(text)) for text in texts),
-                *(_accuracy(model.tasks.get(task), dense.tasks.get(task)) for task in tasks),
+                *([_accuracy(model, report)] if report.judged_tasks() else []),
             ],
         )
         for name, model in report.models().items()
     ]
 
 
-def _measured_on(report: Report) -> tuple[list[str], list[str]]:
-    """Return the names of the texts and of the tasks that any model was measured on."""
-    models = report.models().values()
-    return names(model.perplexity for model in models), names(model.tasks for model in models)
+def _texts(report: Report) -> list[str]:
+    """Return the names of the texts that any model was measured on."""
+    return names(model.perplexity for model in report.models().values())
 
 
 def _compared(value: float | None, base: float | None) -> Cell:
@@ -73,23 +71,12 @@ def _of(base: int | None) -> str:
     return ABSENT if base is None else f"of {base:,}"
 
 
-def _accuracy(found: Any, base: Any) -> Cell:
-    """Return a task's accuracy in per cent, and the points it lies above or below the dense model's."""
-    value, dense = task_accuracy(found), task_accuracy(base)
-    if value is None:
+def _accuracy(model: Measured, report: Report) -> Cell:
+    """Return the mean accuracy in per cent, and the points it lies above or below the dense model's."""
+    found, dense = (mean_accuracy(each.tasks, report.judged_tasks()) for each in (model, report.dense))
+    if found is None:
         return Cell(ABSENT)
-    return Cell(f"{value:.1%}", f"{100 * (value - dense):+.1f} points" if dense is not None else "")
-
-
-def task_accuracy(found: Any) -> float | None:
-    """Return a task's accuracy, between 0 and 1, or None if there is none.
-
-    Args:
-        found: a number, or metrics by name; of these the normalised accuracy is preferred.
-    """
-    if isinstance(found, Mapping):
-        found = next((found[name] for name in ("accuracy", "acc_norm", "acc") if found.get(name) is not None), None)
-    return float(found) if isinstance(found, int | float) and math.isfinite(found) else None
+    return Cell(percent(found.value), f"{100 * (found.value - dense.value):+.1f} points" if dense else "")
 
 
 def _notes(report: Report) -> Iterator[str]:

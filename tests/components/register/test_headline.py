@@ -75,6 +75,19 @@ def test_nothing_is_claimed_where_no_number_can_be_compared(rewrite: Rewrite, mo
     assert control_sentences(report)[0] == "Against the control that was cut first, no perplexity can be compared."
 
 
+def test_accuracy_is_compared_if_there_are_tasks(rewrite: Rewrite, models: dict[str, Any]) -> None:
+    for name, value in {"dense": 0.6, "candidate": 0.55, "pruned-first": 0.53, "dense-trained": 0.55}.items():
+        models[name]["tasks"] = {task: {"acc": value, "acc_stderr": 0.02} for task in ("a", "b")}
+    first, second = control_sentences(rewrite(models))
+    assert first.endswith(
+        "it beat the control on both texts. Its accuracy on 2 tasks is 55.0% against 53.0%: 2.0 points higher, "
+        "with a standard error of at most 2.0 points."
+    )
+    assert second.endswith(
+        "Its accuracy on 2 tasks is 55.0% against 55.0%: equal, with a standard error of at most 2.0 points."
+    )
+
+
 def test_without_controls_nothing_is_said_of_them(run: Path, models: dict[str, Any]) -> None:
     del models["pruned-first"], models["dense-trained"]
     recipe = RECIPE.replace("  controls: [pruned-first, dense-trained]\n", "")

@@ -18,7 +18,6 @@ from components.register import page as pages
 from components.register.page import render
 from components.register.report import Curves, Report
 from components.register.sections import SECTIONS
-from components.register.sections.quality import task_accuracy
 from components.register.sections.section import ReportSection
 from tests.components.register.conftest import (
     RECIPE,
@@ -214,7 +213,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     models = copy.deepcopy(measurements())
     for model in models.values():
         model["perplexity"][hostile] = 10.0
-        model["tasks"][hostile] = 0.5
+        model["tasks"][hostile] = {"acc": 0.5}
     report = build_report(
         write_run(tmp_path, models),
         release={**RELEASE, "source": hostile, "revision": hostile},
@@ -270,17 +269,31 @@ class TestNotes:
         assert "Only one text was measured" in page_of(rewrite(models)).text
 
 
-def test_tasks_are_told_in_points_beside_dense(rewrite: Rewrite, models: dict[str, Any]) -> None:
-    models["dense"]["tasks"] = {"piqa": {"acc": 0.70, "acc_norm": 0.72}}
-    models["candidate"]["tasks"] = {"piqa": {"acc": 0.69, "acc_norm": 0.70}}
-    text = page_of(rewrite(models)).text
-    assert "piqa accuracy" in text
-    assert "70.0% -2.0 points" in text
+class TestTasks:
+    @pytest.fixture
+    def text(self, rewrite: Rewrite, models: dict[str, Any]) -> str:
+        scores = {"dense": (0.70, 0.5), "candidate": (0.63, 0.4)}
+        for name, (piqa, other) in scores.items():
+            models[name]["tasks"] = {
+                "piqa": {"acc": 0.6, "acc_stderr": 0.03, "acc_norm": piqa, "acc_norm_stderr": 0.02},
+                "other": {"acc": other, "acc_stderr": 0.02},
+                "counted": {"exact_match": 0.25},
+            }
+        return page_of(rewrite(models)).text
 
+    def test_the_mean_of_the_headline_metrics_is_among_the_qualities(self, text: str) -> None:
+        assert "accuracy mean of 2 tasks" in text
+        assert "51.5% -8.5 points" in text
 
-@pytest.mark.parametrize(
-    ("found", "accuracy"),
-    [(0.7, 0.7), ({"acc": 0.6}, 0.6), ({"acc": 0.6, "acc_norm": 0.65}, 0.65), ({}, None), (None, None), ("x", None)],
-)
-def test_an_accuracy_is_found_however_it_is_written(found: Any, accuracy: float | None) -> None:
-    assert task_accuracy(found) == accuracy
+    def test_each_metric_has_its_error_and_what_was_recovered(self, text: str) -> None:
+        assert "mean of 2 tasks of the first metric of each 60.0% ± 1.4 51.5% ± 1.4 0.858×" in text
+        assert "piqa normalised accuracy 70.0% ± 2.0 63.0% ± 2.0 0.900×" in text
+        assert "piqa accuracy 60.0% ± 3.0 60.0% ± 3.0 1.000×" in text
+        assert "other accuracy 50.0% ± 2.0 40.0% ± 2.0 0.800×" in text
+        assert "counted exact match 0.2500 1.000× 0.2500 1.000×" in text
+
+    def test_the_headline_has_the_recovered_mean(self, text: str) -> None:
+        assert "0.858× mean of 2 tasks: 51.5% against 60.0%" in text
+
+    def test_there_is_no_section_without_tasks(self, report: Report) -> None:
+        assert "Task" not in page_of(report).text

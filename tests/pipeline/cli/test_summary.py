@@ -47,6 +47,15 @@ def test_the_last_lines_say_whether_the_candidate_beat_each_control(tmp_path: Pa
     assert text.endswith("1.120× on technical (worse): it beat the control on none of 2 texts.")
 
 
+def test_tasks_stand_below_the_texts_with_their_mean(tmp_path: Path) -> None:
+    models = measurements()
+    for name, value in {"dense": 0.6, "candidate": 0.45}.items():
+        models[name]["tasks"] = {"piqa": {"acc": 0.1, "acc_norm": value}, "arc": {"acc": 0.4}}
+    lines = printed(build_report(write_run(tmp_path, models)))
+    assert "accuracy piqa 60.0% 45.0% 0.750× – – –" in lines
+    assert "accuracy, mean of 2 tasks 50.0% 42.5% 0.850× – – –" in lines
+
+
 def test_broken_rules_are_named_with_what_was_found_and_asked(tmp_path: Path) -> None:
     models = measurements()
     models["candidate"]["perplexity"]["technical"] = None
