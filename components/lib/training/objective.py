@@ -8,14 +8,16 @@ its next-token distribution, and the hidden state h (after the final norm) from 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from components.lib.recipe.training import Objective
 from components.lib.transformer.gates import final_state
+from components.lib.transformer.perplexity import IGNORED, rows_raised
 
 
 class Targets(NamedTuple):
@@ -43,7 +45,7 @@ def targets(teacher: nn.Module | None, batch: Tensor, objective: Objective) -> T
 def weighted(
     objective: Objective, logits: Tensor, state: Tensor | None, batch: Tensor, target: Targets
 ) -> dict[str, Tensor]:
-    """Return the weighted sum as `loss`, and its parts by name, without their weights.
+    """Return the weighted sum as `loss`, and its parts by name, without their weights and without gradients.
 
     Args:
         objective: the weights.
@@ -52,25 +54,85 @@ def weighted(
         batch: token ids (batch, length).
         target: the teacher's outputs.
     """
-    log_probabilities = functional.log_softmax(logits.float(), dim=-1)
-    parts = {"lm": lm_loss(log_probabilities, batch)}
-    if target.logits is not None:
-        parts["kl"] = kl_divergence(log_probabilities, target.logits)
+    loss, lm, kl = next_token_losses(logits, batch, target.logits, objective.lm, objective.kl)
+    parts = {"lm": lm} if target.logits is None else {"lm": lm, "kl": kl}
     if target.state is not None and state is not None:
-        parts["state"] = relative_distance(state, target.state)
-    loss = torch.stack([getattr(objective, name) * part for name, part in parts.items()]).sum()
+        distance = relative_distance(state, target.state)
+        loss, parts["state"] = loss + objective.state * distance, distance.detach()
     return {"loss": loss, **parts}
 
 
-def lm_loss(log_probabilities: Tensor, batch: Tensor) -> Tensor:
-    """Return the mean cross-entropy, in nats, of every token of the windows except the first of each."""
-    return functional.nll_loss(log_probabilities[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+def lm_loss(logits: Tensor, batch: Tensor) -> Tensor:
+    """Return the mean cross-entropy, in nats, of every token of the windows (batch, length) except the first of each."""
+    return next_token_losses(logits, batch)[0]
 
 
-def kl_divergence(log_probabilities: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Return KL(teacher ‖ student) in nats, the mean over every position of the windows."""
-    teacher = functional.log_softmax(teacher_logits.float(), dim=-1)
-    return functional.kl_div(log_probabilities, teacher, reduction="sum", log_target=True) / teacher[..., 0].numel()
+def next_token_losses(
+    logits: Tensor, batch: Tensor, teacher_logits: Tensor | None = None, lm: float = 1.0, kl: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return lm · L_LM + kl · KL(teacher ‖ student), and both losses without a gradient, in nats.
+
+    L_LM is the mean over every token but the first of each window, KL the mean over every position. Both losses and the gradient
+
+        lm · (p − 1[next token]) / n_LM + kl · (p − p_T) / n_KL,    p = softmax(logits)
+
+    are computed a few rows of the vocabulary at a time, so that beside the logits only their gradient is held, in their type: the
+    probabilities of a batch in fp32 are several times as large, and moving them takes more than half of a step on a CPU.
+
+    Args:
+        logits: the student's (batch, length, vocabulary).
+        batch: token ids (batch, length).
+        teacher_logits: as `logits`; None if there is no teacher, and KL is then 0.
+        lm: weight of the LM loss.
+        kl: weight of the divergence.
+    """
+    following = functional.pad(batch[:, 1:], (0, 1), value=IGNORED).flatten()
+    teacher = None if teacher_logits is None else teacher_logits.flatten(0, 1)
+    loss, lm_part, kl_part = _NextToken.apply(logits.flatten(0, 1), following, teacher, lm, kl)
+    return loss, lm_part, kl_part
+
+
+class _NextToken(torch.autograd.Function):
+    """`next_token_losses` on rows: logits (tokens, vocabulary), next tokens (tokens,)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, following: Tensor, teacher: Tensor | None, lm: float, kl: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        known = following != IGNORED
+        lm_weights = known.float() / known.sum()  # of each row's cross-entropy in the mean
+        kl_weight = 1 / len(logits)
+        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        sums = logits.new_zeros(2, dtype=torch.float64)
+        for start in range(0, len(logits), rows_raised(logits)):
+            rows = slice(start, start + rows_raised(logits))
+            student = functional.log_softmax(logits[rows].float(), dim=-1)
+            correct = following[rows, None].clamp(min=0)
+            sums[0] -= (student.gather(1, correct)[:, 0] * lm_weights[rows]).sum()
+            wanted = None
+            if teacher is not None:
+                log_wanted = functional.log_softmax(teacher[rows].float(), dim=-1)
+                wanted = log_wanted.exp()
+                sums[1] += kl_weight * log_wanted.sub_(student).mul_(wanted).sum()
+            if gradient is not None:
+                weights = lm * lm_weights[rows] + (0.0 if wanted is None else kl * kl_weight)
+                slope = student.exp_().mul_(weights[:, None])
+                if wanted is not None:
+                    slope.add_(wanted, alpha=-kl * kl_weight)
+                slope.scatter_add_(1, correct, -lm * lm_weights[rows, None])
+                gradient[rows] = slope
+        ctx.save_for_backward(*([] if gradient is None else [gradient]))
+        lm_part, kl_part = sums.float().unbind()
+        loss = lm * lm_part + kl * kl_part
+        lm_part, kl_part = lm_part.clone(), kl_part.clone()  # a view would count as differentiable
+        ctx.mark_non_differentiable(lm_part, kl_part)
+        return loss, lm_part, kl_part
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream.to(gradient.dtype), None, None, None, None
 
 
 def relative_distance(state: Tensor, target: Tensor) -> Tensor:

@@ -124,4 +124,4 @@ class EarlyStopping:
 def _loss(model: nn.Module, batch: Tensor, step: int) -> Iterator[Mapping[str, Tensor]]:
     """Yield the LM loss, the mean over every token of the batch (batch, length)."""
     logits = model(input_ids=batch, use_cache=False).logits
-    yield {"loss": lm_loss(torch.log_softmax(logits.float(), dim=-1), batch)}
+    yield {"loss": lm_loss(logits, batch)}

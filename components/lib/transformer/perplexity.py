@@ -71,12 +71,17 @@ def _vocabulary(model: PreTrainedModel) -> int:
     return model.get_output_embeddings().weight.shape[0]
 
 
+def rows_raised(logits: Tensor) -> int:
+    """Return how many rows of logits (tokens, vocabulary) to raise to fp32 at once."""
+    return max(1, RAISED.get(logits.device.type, RAISED["cpu"]) // logits.shape[-1])
+
+
 @torch.inference_mode()
 def _batch_nll(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Sum the negative log-likelihood of a batch: (batch, length) → (), fp64 on the CPU."""
     logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)  # (batch · length, vocabulary), no copy
     targets = F.pad(ids[:, 1:], (0, 1), value=IGNORED).flatten()  # nothing follows a window's last token
-    rows = max(1, RAISED.get(logits.device.type, RAISED["cpu"]) // logits.shape[-1])
+    rows = rows_raised(logits)
     losses = [
         F.cross_entropy(some.float(), target, ignore_index=IGNORED, reduction="none")
         for some, target in zip(logits.split(rows), targets.split(rows), strict=True)

@@ -75,7 +75,7 @@ def _backward(model: PreTrainedModel, batch: Tensor, gates: Tensor, left: Tensor
     lm = torch.zeros((), device=batch.device)
     with skipped(model, removed), gated(model, applied, settings.placement):
         logits = model(input_ids=batch, use_cache=False).logits
-        lm = lm_loss(torch.log_softmax(logits.float(), dim=-1), batch)
+        lm = lm_loss(logits, batch)
         (lm + settings.strength * gates.abs().sum().to(lm.device)).backward()
     return lm.item()
 

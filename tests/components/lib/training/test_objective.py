@@ -9,37 +9,71 @@ from torch.nn import functional
 from components.lib.recipe.training import Objective
 from components.lib.training.objective import (
     Targets,
-    kl_divergence,
     lm_loss,
+    next_token_losses,
     relative_distance,
     targets,
     uses_teacher,
     weighted,
 )
+from components.lib.transformer.perplexity import RAISED
 from tests.components.lib.training.tiny import counting, llama
 
 
-def log_probabilities(seed: int = 0) -> torch.Tensor:
-    return torch.log_softmax(torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(seed)), dim=-1)
+def logits(seed: int = 0) -> torch.Tensor:
+    return torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(seed))
+
+
+BATCH = torch.tensor([[1, 2, 3, 4, 5], [6, 5, 4, 3, 0]])
 
 
 def test_lm_loss_is_the_one_transformers_computes_on_every_token() -> None:
     model, batch = llama(), counting()[:3]
     with torch.no_grad():
         output = model(input_ids=batch, labels=batch)
-    assert lm_loss(torch.log_softmax(output.logits, -1), batch).item() == pytest.approx(output.loss.item(), rel=1e-5)
+    assert lm_loss(output.logits, batch).item() == pytest.approx(output.loss.item(), rel=1e-5)
 
 
 def test_kl_is_the_mean_over_tokens_of_the_divergence_from_the_teacher() -> None:
-    student, teacher = log_probabilities(0), log_probabilities(1)
+    student, teacher = (torch.log_softmax(logits(seed), dim=-1) for seed in (0, 1))
     expected = (teacher.exp() * (teacher - student)).sum(-1).mean()
-    assert kl_divergence(student, teacher * 1.0).item() == pytest.approx(expected.item(), rel=1e-5)
-    assert kl_divergence(student, student).item() == pytest.approx(0, abs=1e-6)
+    assert next_token_losses(logits(0), BATCH, logits(1))[2].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert next_token_losses(logits(0), BATCH, logits(0))[2].item() == pytest.approx(0, abs=1e-6)
 
 
 def test_kl_reads_logits_whatever_their_offset() -> None:
-    student, teacher = log_probabilities(0), log_probabilities(1)
-    assert kl_divergence(student, teacher + 3).item() == pytest.approx(kl_divergence(student, teacher).item(), rel=1e-4)
+    assert next_token_losses(logits(0), BATCH, logits(1) + 3)[2].item() == pytest.approx(
+        next_token_losses(logits(0), BATCH, logits(1))[2].item(), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100])
+@pytest.mark.parametrize("teacher", [None, logits(1)], ids=["alone", "teacher"])
+def test_gradient_is_that_of_the_losses_written_out(
+    monkeypatch: pytest.MonkeyPatch, teacher: torch.Tensor | None, rows: int
+) -> None:
+    monkeypatch.setitem(RAISED, "cpu", rows * 7)
+    fused, plain = logits().requires_grad_(), logits().requires_grad_()
+    weighted_sum, lm, kl = next_token_losses(fused, BATCH, teacher, lm=0.5, kl=0.7)
+    assert not lm.requires_grad
+    assert not kl.requires_grad
+    (2 * weighted_sum).backward()
+    loss = 0.5 * functional.cross_entropy(plain[:, :-1].flatten(0, 1), BATCH[:, 1:].flatten())
+    if teacher is not None:
+        divergence = functional.kl_div(plain.log_softmax(-1), teacher.log_softmax(-1), reduction="sum", log_target=True)
+        loss = loss + 0.7 * divergence / 10
+    (2 * loss).backward()
+    torch.testing.assert_close(fused.grad, plain.grad)
+
+
+def test_gradient_of_bf16_logits_is_rounded_only_once() -> None:
+    half = logits().bfloat16().requires_grad_()
+    next_token_losses(half, BATCH)[0].backward()
+    exact = half.detach().float().requires_grad_()
+    next_token_losses(exact, BATCH)[0].backward()
+    assert half.grad is not None
+    assert exact.grad is not None
+    assert torch.equal(half.grad, exact.grad.bfloat16())
 
 
 def test_distance_is_relative_to_each_token_s_target() -> None:
