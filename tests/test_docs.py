@@ -52,16 +52,20 @@ def test_the_methods_that_are_shown_choose_what_they_say(tmp_path: Path) -> None
     last, last_channels = map(shown, methods())
     layers, channels = chosen(last), chosen(last_channels)
     both = chosen(last_channels, before=layers)
-    assert (layers.method, layers.order) == ("last", (3, 2))
-    assert (both.method, both.removed) == ("last+last-channels", (2, 3))
-    assert [len(gone) for gone in both.channels.ffn[2:]] == [0, 0]
-    assert (layers.removed, layers.channels) == ((2, 3), Channels())
+    assert (layers.method, layers.order) == ("last", (2, 1))
+    assert (both.method, both.removed) == ("last+last-channels", (1, 2))
+    assert [len(gone) for gone in both.channels.ffn[1:3]] == [0, 0]
+    assert (layers.removed, layers.channels) == ((1, 2), Channels())
     assert channels.removed == ()
     assert channels.channels.axes == ("ffn",)
     assert channels.channels.count("ffn") == zoo.SPECIMENS[0].model().config.intermediate_size // 2
     cut_checkpoint(
         zoo.release(zoo.SPECIMENS[0].model(layers=4), tmp_path / "a"), tmp_path / "b", channels=channels.channels
     )
+
+
+def test_the_method_of_layers_that_is_shown_is_the_shipped_one() -> None:
+    assert methods()[0] == (ROOT / "components" / "lib" / "methods" / "last.py").read_text()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -19,19 +19,22 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def ratio_of_magnitudes(model: PreTrainedModel, windows: Tensor, runs: Sequence[tuple[int, int]]) -> list[float]:
-    """Return Σ |x behind the last layer| / Σ |x before the first layer| of each run (first, last), in one pass.
+    """Return the magnitude of the stream behind the last layer of each run (first, last) over that before its first, in one pass.
 
-    The first token of each window is left out.
+    It is the mean, over windows and channels, of Σ_t |x behind| / Σ_t |x before| over the window's tokens t.
     """
-    before, behind = torch.zeros(len(runs), dtype=torch.float64), torch.zeros(len(runs), dtype=torch.float64)
+    summed = torch.zeros(len(runs), dtype=torch.float64)
     layers = sorted({layer for run in runs for layer in run})
     if layers:
         with watched(model, layers) as seen:
             for _ in run_blocks(model, windows, layers[-1]):
                 for number, (first, last) in enumerate(runs):
-                    before[number] += seen[first][0][:, 1:].double().abs().sum().cpu()
-                    behind[number] += seen[last][1][:, 1:].double().abs().sum().cpu()
-    return (behind / before).tolist()
+                    before = seen[first][0].double().abs().sum(1)
+                    behind = seen[last][1].double().abs().sum(1)  # (batch, hidden)
+                    # A channel that is 0 throughout says nothing.
+                    ratios = (behind / before).nan_to_num(nan=1.0, posinf=1.0)
+                    summed[number] += ratios.mean(-1).sum().cpu()
+    return (summed / len(windows)).tolist()
 
 
 @torch.no_grad()

@@ -2,11 +2,13 @@
 
 For every run of removed layers i … j,
 
-    α = Σ |x_{j+1}| / Σ |x_i|
+    α = mean over windows and channels of  Σ_t |x_{j+1}| / Σ_t |x_i|
 
-over tokens and channels of calibration windows, x_i the dense model's stream before layer i and x_{j+1} behind layer j; the first token
-of a window, whose state is many times larger than the others', is left out. Everything that writes the stream before the run is then
+over the tokens t of a calibration window, x_i the dense model's stream before layer i and x_{j+1} behind layer j. All channels count the
+same, as in the paper's code, so that the few of very large values do not decide. Everything that writes the stream before the run is then
 multiplied by α: token and position embeddings, and the last projections, with their biases, of attention and MLP in the layers 0 … i − 1.
+The paper removes one layer a round and measures α in the model with the factors so far, as the method `prunecomp` does while it chooses; here
+the α of a run is measured in the dense model, across the whole run.
 
 Below the run this is exact: a block reads the stream through a norm, which undoes a common factor but for its ε, so that only the
 stream's scale at the seam changes, by exactly α. A factor on embeddings or branches (Gemma, Granite) does not change that. A head

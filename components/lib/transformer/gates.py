@@ -80,16 +80,19 @@ def bypassed(model: nn.Module, layers: Sequence[int]) -> Iterator[None]:
 
     They leave their part of the key-value cache empty: for training and perplexity, not for generation.
     """
-    found = [blocks(model)[layer] for layer in layers]
     tuples = family_named(unwrapped(model).config.model_type).tuples
+    found = [blocks(model)[layer] for layer in layers]
+    # An attribute of the instance takes precedence over its class's method; one that is there already comes back.
+    before = [vars(block).get("forward") for block in found]
     for block in found:
-        # An attribute of the instance takes precedence over its class's method.
         block.forward = _identity_of_tuples if tuples else _identity
     try:
         yield
     finally:
-        for block in found:
+        for block, forward in zip(found, before, strict=True):
             del block.forward
+            if forward is not None:
+                block.forward = forward
 
 
 def _identity(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:

@@ -21,6 +21,7 @@ from components.lib.recipe.schema import Recipe, Text
 
 RECIPES = sorted((Path(pipeline.__file__).parent / "recipes").glob("*.yaml"))
 WHOLE = ["trsp", "dress"]
+PEERS = [path for path in RECIPES if path.stem in ("laco", "last", "prunecomp", "random", "replaceme", "taylor")]
 BASELINES = [path for path in RECIPES if path.stem in ("seam", "sleb", "shortgpt")]
 
 
@@ -93,12 +94,22 @@ def test_layers_and_channels_are_one_override_away(method: str) -> None:
     assert [chosen.name for chosen in recipe.methods.chosen] == ["trsp", "dress"]
 
 
+@pytest.mark.parametrize("path", PEERS, ids=lambda path: path.stem)
+def test_a_peer_has_the_texts_and_the_training_of_trsp_and_its_own_transfer(path: Path) -> None:
+    peer, trsp = load_recipe(path), load_recipe(RECIPES[0].with_stem("trsp"))
+    own = {"laco": "merge", "prunecomp": "scale", "replaceme": "linear"}.get(path.stem)
+    transfer = peer.regularize.transfer.chosen
+    assert (transfer and transfer.name) == own
+    assert peer.regularize.model_copy(update={"transfer": trsp.regularize.transfer}) == trsp.regularize
+    assert (peer.calibration, peer.recover) == (trsp.calibration, trsp.recover)
+
+
 @pytest.mark.parametrize("path", BASELINES, ids=lambda path: path.stem)
 def test_a_baseline_regularises_nothing(path: Path) -> None:
     assert load_recipe(path).regularize.schedule == "none"
 
 
-@pytest.mark.parametrize("path", BASELINES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", BASELINES + PEERS, ids=lambda path: path.stem)
 def test_a_baseline_names_every_setting_of_its_method(path: Path) -> None:
     assert settings(path)["methods"][path.stem].keys() == known_methods()[path.stem].model_fields.keys()
 
@@ -182,7 +193,7 @@ class TestChannelsOnTheCommandLine:
             ),
             (
                 "methods.dress=null",
-                "the recipe's methods: methods names none: name one of dress, seam, shortgpt, sleb, trsp",
+                "the recipe's methods: methods names none: name one of dress, laco, last, prunecomp, random, replaceme, seam, shortgpt, sleb, taylor, trsp",
             ),
         ],
     )

@@ -61,7 +61,10 @@ class TestMethods:
 
     def test_that_are_none_are_refused_with_those_there_are(self) -> None:
         said = refusal(methods={})
-        assert said == "the recipe's methods: methods names none: name one of dress, seam, shortgpt, sleb, trsp"
+        assert (
+            said
+            == "the recipe's methods: methods names none: name one of dress, laco, last, prunecomp, random, replaceme, seam, shortgpt, sleb, taylor, trsp"
+        )
 
     def test_that_are_a_list_are_refused(self) -> None:
         assert refusal(methods=["trsp", "dress"]).startswith("the recipe's field 'methods' is ['trsp', 'dress']: ")
@@ -77,7 +80,19 @@ class TestMethods:
         assert parse_recipe(made.to_yaml()) == made
 
     def test_have_a_field_for_each_file_of_the_methods_folder(self) -> None:
-        assert list(known_methods()) == ["dress", "seam", "shortgpt", "sleb", "trsp"]
+        assert list(known_methods()) == [
+            "dress",
+            "laco",
+            "last",
+            "prunecomp",
+            "random",
+            "replaceme",
+            "seam",
+            "shortgpt",
+            "sleb",
+            "taylor",
+            "trsp",
+        ]
         assert list(type(recipe().methods).model_fields) == list(known_methods())
 
 

@@ -87,7 +87,7 @@ class TestTheCode:
 
     def test_of_a_method_that_the_recipe_does_not_name_changes_nothing(self, tree: Path, digests: Digests) -> None:
         before = digests()
-        edit(tree / "components/lib/methods/shortgpt.py", "done = 0\n", "done = -1\n")
+        edit(tree / "components/lib/methods/shortgpt.py", "read = 0\n", "read = -1\n")
         edit(
             tree / "components/lib/methods/trsp/work.py", "self.order: list[int] = []", "self.order: list[int] = list()"
         )

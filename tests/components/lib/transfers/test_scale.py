@@ -50,7 +50,7 @@ def test_the_stream_before_the_run_is_scaled_to_its_magnitude_behind_it(specimen
     with watched(model, [1, 2]) as seen, torch.no_grad():
         model(input_ids=tokens)
         before, behind = seen[1][0].clone(), seen[2][1].clone()
-    ratio = behind[:, 1:].abs().mean() / before[:, 1:].abs().mean()
+    ratio = (behind.abs().mean(1) / before.abs().mean(1)).mean()
     Scale().apply(model, tokens, Selection(method="hand", removed=(1, 2)), journal=Silent())
     with watched(model, [1]) as seen, torch.no_grad():
         model(input_ids=tokens)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from components.lib.errors import Refusal
-from components.lib.transformer.gates import blocks, final_state, gated, skipped, watched
+from components.lib.transformer.gates import blocks, bypassed, final_state, gated, skipped, watched
 from tests.components.lib.transformer.zoo import SPECIMENS, logits, prompts
 
 BY_NAME = {specimen.name: specimen for specimen in SPECIMENS}
@@ -203,3 +203,13 @@ def test_an_unknown_model_is_refused(model: PreTrainedModel) -> None:
     model.config.model_type = "jamba"
     with pytest.raises(Refusal, match="'jamba' is not supported"):
         blocks(model)
+
+
+def test_a_layer_that_is_bypassed_twice_stays_bypassed_until_the_outer_one_ends(model: PreTrainedModel) -> None:
+    before = logits(model)
+    with bypassed(model, [1]):
+        expected = logits(model)
+        with bypassed(model, [1, 2]):
+            pass
+        assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(model), before)
