@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from components.evaluate.context import machine
-from components.evaluate.speed import measure_speed, prefill_flops
+from components.evaluate.speed import measure_speed, peak_memory, prefill_flops, prompt_batch
 from components.evaluate.tasks import ZeroShot
 from components.lib.errors import Refusal
 from components.lib.recipe.schema import Evaluate
@@ -58,10 +58,10 @@ def evaluate(
 ) -> None:
     """Measure the models and leave `evaluation.json`.
 
-    It holds `models` (name → parameters, bytes, layers, widths, dtype, perplexity, tasks, speed, prefill_flops, notes) and the
+    It holds `models` (name → parameters, bytes, layers, widths, dtype, perplexity, tasks, speed, prefill_flops, peak_memory, notes) and the
     `context` of the numbers. The layers and widths of a model of an unknown family may be null. A number that is not finite is
     null, and a note gives it. Bytes are those of the stored weights; prefill_flops are those of one sequence of `speed.prompt`
-    tokens.
+    tokens; peak_memory is that of the largest batch.
 
     Args:
         models: folders with a checkpoint in `model/`, by name: dense (always), candidate, champion, pruned-first, dense-trained.
@@ -261,7 +261,9 @@ def _speed(
     models = {name: evaluated.load() for name, evaluated in group.items()}
     figures = measure_speed(models, evaluate.speed, tokens, done=progress.advance)
     flops = {name: prefill_flops(model, evaluate.speed.prompt) for name, model in models.items()}
-    return {name: {"speed": figures[name], "prefill_flops": flops[name]} for name in group}
+    largest = prompt_batch(tokens, max(evaluate.speed.batches), evaluate.speed.prompt)
+    peaks = {name: peak_memory(model, largest) for name, model in models.items()}
+    return {name: {"speed": figures[name], "prefill_flops": flops[name], "peak_memory": peaks[name]} for name in group}
 
 
 def _context(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from components.lib.recipe.schema import Speed
@@ -61,11 +62,11 @@ def measure_speed(
     """
     results: dict[str, SpeedOf] = {name: {"prefill": {}, "decode": {}} for name in models}
     for batch in speed.batches:
-        prompts = _prompts(tokens, batch, speed.prompt)
+        ids = prompt_batch(tokens, batch, speed.prompt)
         timings = {name: _Timings() for name in models}
         for repetition in range(speed.repeats + 1):
             for name, model in models.items():
-                _time(model, prompts, speed.generate, timings[name], warm_up=repetition == 0)
+                _time(model, ids, speed.generate, timings[name], warm_up=repetition == 0)
                 if done:
                     done(batch * (speed.prompt + speed.generate))
         for name, timing in timings.items():
@@ -74,7 +75,7 @@ def measure_speed(
     return results
 
 
-def _prompts(tokens: Tensor, batch: int, prompt: int) -> Tensor:
+def prompt_batch(tokens: Tensor, batch: int, prompt: int) -> Tensor:
     """Fill (batch, prompt) with the tokens, and begin again at the start when they end."""
     return tokens.repeat(-(-batch * prompt // len(tokens)))[: batch * prompt].view(batch, prompt)
 
@@ -190,6 +191,35 @@ def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: 
 
 # The counter knows the fused attention kernels of CUDA and counts 0 for the kernel of the CPU.
 _CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
+@torch.inference_mode()
+def peak_memory(model: PreTrainedModel, prompts: Tensor) -> int | None:
+    """Count the bytes of all live tensors at the worst moment of a prefill: weights, cache and activations.
+
+    Counted from the tensors, not from the process: the number is the same on every run, and that of the other models in the
+    process is not in it. None if the batch does not fit in memory, or the model runs one module several times in a pass.
+
+    Args:
+        model: in evaluation mode.
+        prompts: (batch, prompt) token ids.
+    """
+    tracker = MemTracker()
+    tracker.track_external(model)
+    try:
+        with tracker:
+            model(
+                input_ids=prompts.to(model.device) % model.config.vocab_size,
+                use_cache=True,
+                **_last_logits_only(model),
+            )
+    except NotImplementedError:
+        return None
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+            raise
+        return None
+    return int(tracker.get_tracker_snapshot("peak")[model.device]["Total"])
 
 
 def promised_speedup(dense: PreTrainedModel, candidate: PreTrainedModel, prompt: int) -> float:

@@ -32,6 +32,11 @@ def accuracy(scores: Scores | None, metric: str = "") -> Accuracy | None:
     return None
 
 
+def judged_tasks(dense: Mapping[str, Scores]) -> list[str]:
+    """Return the tasks whose accuracy counts, those that the dense model has an accuracy on, given its tasks."""
+    return [task for task, scores in dense.items() if accuracy(scores)]
+
+
 def mean_accuracy(tasks: Mapping[str, Scores], names: Iterable[str]) -> Accuracy | None:
     """Return the mean of the headline accuracies of the named tasks, or None if one of them has none.
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, field_validator
 
 from components.lib.errors import Refusal
+from components.lib.recipe.schema import Recipe
 from components.lib.transformer.layout import Widths
 from components.lib.transformer.removal import ALONG, Along
 
@@ -53,6 +54,8 @@ class Measured(BaseModel):
     """By phase (`prefill`, `decode`), then by batch size; a phase that was not measured is left out."""
     prefill_flops: int | None = None
     """Floating-point operations of one prompt."""
+    peak_memory: int | None = None
+    """Bytes of weights, cache and activations at the prefill of the largest batch."""
     notes: tuple[str, ...] = ()
     """What the evaluation has to say of its numbers."""
 
@@ -73,6 +76,63 @@ class Measured(BaseModel):
         return measured.tokens_per_second if measured else None
 
 
+class Context(BaseModel):
+    """How the figures of an evaluation were measured."""
+
+    model_config = ConfigDict(frozen=True)
+
+    length: int | None = None
+    """Tokens of a window."""
+    digests: dict[str, str] = {}
+    """Of each text (hex)."""
+    task_limit: int | None = None
+    """Examples of a task; all if None."""
+    versions: dict[str, str | None] = {}
+    """Of the libraries, by name; `lm_eval` is the harness of the tasks."""
+    speed: dict[str, Any] = {}
+    """The settings of `evaluate.speed`."""
+
+    @classmethod
+    def asked(cls, recipe: Recipe) -> Context:
+        """Return the context that a recipe asks for; a text that is not pinned has no digest yet."""
+        texts = {name: text.path or "" for name, text in recipe.evaluate.perplexity.items()}
+        return cls(
+            length=recipe.evaluate.length,
+            digests={name: path.rpartition("@sha256:")[2] for name, path in texts.items() if "@sha256:" in path},
+            task_limit=recipe.evaluate.task_limit,
+            speed=recipe.evaluate.speed.model_dump(mode="json"),
+        )
+
+
+def unlike(figure: str, part: str, found: Context, other: Context) -> str:
+    """Return why a figure cannot be compared with that of another context; empty if it can.
+
+    Args:
+        figure: a figure of `promote.rules`.
+        part: the text, task or batch size.
+        found: the context that the figure was measured in.
+        other: that of the other figure, or the one that a recipe asks for.
+    """
+    if figure == "perplexity":
+        if found.length != other.length:
+            return f"measured with windows of {found.length or 'unknown'} tokens, not of {other.length}"
+        if part in other.digests and found.digests.get(part) != other.digests[part]:
+            return f"measured on another text than {part} is now"
+    if figure in ("accuracy", "mean_accuracy"):
+        version, wanted = (one.versions.get("lm_eval") for one in (found, other))
+        if version is None or (wanted is not None and wanted != version):
+            return f"measured with {f'lm-eval {version}' if version else 'an unknown version of lm-eval'}" + (
+                f", not {wanted}" if wanted else ""
+            )
+        if found.task_limit != other.task_limit:
+            return f"measured on {found.task_limit or 'all'} examples a task, not on {other.task_limit or 'all'}"
+    if figure in ("prefill", "decode", "peak_memory"):
+        for name, unit in (("prompt", "tokens of prompt"), ("generate", "generated tokens")):
+            if found.speed.get(name) != other.speed.get(name):
+                return f"measured with {found.speed.get(name, 'unknown')} {unit}, not with {other.speed.get(name)}"
+    return ""
+
+
 def differing(models: Iterable[Measured]) -> list[Along]:
     """Return the axes along which the models differ; layers if they differ along none."""
     measured = list(models)
@@ -90,6 +150,11 @@ def ratio(value: float | None, base: float | None) -> float | None:
     if value is None or base is None or not (0 < value < math.inf and 0 < base < math.inf):
         return None
     return value / base
+
+
+def read_context(folder: Path) -> Context:
+    """Read the context of `folder/evaluation.json`."""
+    return Context.model_validate(json.loads((folder / "evaluation.json").read_text()).get("context", {}))
 
 
 def read_evaluation(folder: Path) -> dict[str, Measured]:

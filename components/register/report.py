@@ -14,8 +14,8 @@ from components.lib.recipe.schema import Recipe
 from components.lib.report_parts import Part
 from components.lib.transformer.removal import Removal, removals
 from components.lib.transformer.selection import Selection
-from components.register.accuracy import accuracy
-from components.register.measured import Measured, finite, read_evaluation
+from components.register.accuracy import judged_tasks
+from components.register.measured import Measured, finite, read_context, read_evaluation
 from components.register.verdict import Verdict, judge
 
 CONTROLS = ("pruned-first", "dense-trained")
@@ -74,7 +74,7 @@ class Report(BaseModel):
 
     def judged_tasks(self) -> list[str]:
         """Return the tasks whose accuracy counts in the mean: those that the dense model has an accuracy on."""
-        return [task for task, scores in self.dense.tasks.items() if accuracy(scores)]
+        return judged_tasks(self.dense.tasks)
 
     @property
     def layers(self) -> int:
@@ -147,7 +147,7 @@ def build(
         candidate=models["candidate"],
         champion=models.get("champion"),
         controls={name: models[name] for name in CONTROLS if name in models},
-        verdict=judge(models, recipe),
+        verdict=judge(models, recipe, read_context(evaluation)),
         registered=Registered.model_validate(dict(registered)) if registered else None,
         timing=dict(timing),
         environment=dict(environment),

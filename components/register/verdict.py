@@ -1,38 +1,53 @@
 """The verdict: does the candidate pass every rule of the recipe's `promote` section?
 
-A rule compares a number of the candidate with the number of another model from the same evaluation. A missing or NaN number
-on either side fails the rule, and the note of the rule names it.
+A rule compares a figure of the candidate with the figure of another model from the same evaluation. A figure that is missing or
+NaN on either side, or was not measured as the recipe asks, fails the rule, and the note of the rule says so. This is the only
+place that judges: the report, the version's tags and the branch of the pipeline read the verdict.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from components.lib.recipe.promotion import Rule
 from components.lib.recipe.schema import Recipe
-from components.register.measured import Measured, ratio
+from components.register.accuracy import Accuracy, accuracy, judged_tasks, mean_accuracy
+from components.register.format import times
+from components.register.measured import Context, Measured, ratio, unlike
 
-Bound = Literal["at most", "at least"]
 
-
-class Rule(BaseModel):
-    """One rule, applied to one text or one batch size if it applies to each of them."""
+class Outcome(BaseModel):
+    """The outcome of one rule, on one text, task or batch size if it applies to each of them."""
 
     model_config = ConfigDict(frozen=True)
 
     name: str
-    """The field of `promote`, with the text or batch size: `perplexity_over_dense[wikitext2]`, `prefill_speedup[8]`."""
+    """The rule's name, with the text, task or batch size: `quality[wikitext2]`, `prefill[8]`."""
+    figure: str
+    """The figure that is compared."""
     value: float | None
-    """The candidate's number over the other model's; None if one of them is missing."""
+    """The candidate's figure over the other model's; None if it cannot be compared."""
+    error: float | None = None
+    """The standard error of the value, which counts against the candidate; None for a figure without one."""
     compared: dict[str, float | None] = {}
-    """The two numbers, by model."""
-    threshold: float
-    bound: Bound
+    """The two figures, by model."""
+    bound: float
+    sense: Literal["at most", "at least"]
     passed: bool
+    why: str
+    """The reason for the rule."""
     note: str = ""
     """The reason if the rule has no value; else empty."""
+
+    @property
+    def told(self) -> str:
+        """Return what was found and what was asked: "0.968× ± 0.012, asked at least 0.95×"; or the note."""
+        error = "" if self.error is None else f" ± {self.error:.3f}"
+        return self.note or f"{times(self.value)}{error}, asked {self.sense} {self.bound:g}×"
 
 
 class Verdict(BaseModel):
@@ -41,82 +56,114 @@ class Verdict(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     passed: bool
-    rules: tuple[Rule, ...]
+    rules: tuple[Outcome, ...]
 
     @property
-    def failed(self) -> tuple[Rule, ...]:
+    def failed(self) -> tuple[Outcome, ...]:
         """The rules that do not hold."""
         return tuple(rule for rule in self.rules if not rule.passed)
 
+    @property
+    def word(self) -> str:
+        """`pass` or `fail`."""
+        return "pass" if self.passed else "fail"
 
-def judge(models: Mapping[str, Measured], recipe: Recipe) -> Verdict:
+
+def judge(models: Mapping[str, Measured], recipe: Recipe, context: Context) -> Verdict:
     """Apply the recipe's rules to the models of one evaluation.
 
     The recipe names the texts and batch sizes, so that a rule on one that the evaluation left out fails. Without rules,
     every candidate passes.
 
     Args:
-        models: `dense` and `candidate`; `champion` and `pruned-first` if they were measured.
-        recipe: `promote` has the rules, `evaluate` the texts and batch sizes that they apply to.
+        models: `dense` and `candidate`; `champion` and the controls if they were measured.
+        recipe: `promote` has the rules, `evaluate` says how the figures are measured.
+        context: how they were measured.
     """
-    rules = (*_perplexity_rules(models, recipe), *_size_rules(models, recipe), *_speed_rules(models, recipe))
-    return Verdict(passed=all(rule.passed for rule in rules), rules=rules)
+    asked = Context.asked(recipe)
+    outcomes: list[Outcome] = []
+    for name, rule in recipe.promote.rules.items():
+        for part in rule.on or _parts(rule, models, recipe):
+            called = f"{name}[{part}]" if part else name
+            outcomes.append(_outcome(called, rule, part, models, unlike(rule.figure, part, context, asked)))
+    return Verdict(passed=all(one.passed for one in outcomes), rules=tuple(outcomes))
 
 
-def _perplexity_rules(models: Mapping[str, Measured], recipe: Recipe) -> Iterator[Rule]:
-    promote = recipe.promote
-    opponents = {
-        "perplexity_over_dense": ("dense", promote.perplexity_over_dense),
-        "perplexity_over_control": ("pruned-first", promote.perplexity_over_control),
-        "perplexity_over_champion": ("champion", promote.perplexity_over_champion),
-    }
-    for name, (opponent, threshold) in opponents.items():
-        if threshold is None:
-            continue
-        for text in recipe.evaluate.perplexity:
-            rule = f"{name}[{text}]"
-            if opponent == "champion" and "champion" not in models:
-                yield _holds_without(rule, threshold, "there is no champion yet")
-                continue
-            found = {side: _perplexity(models, side, text) for side in ("candidate", opponent)}
-            yield _rule(rule, found, threshold, "at most", f"perplexity on {text}")
+def _parts(rule: Rule, models: Mapping[str, Measured], recipe: Recipe) -> Sequence[str]:
+    """Return the texts, batch sizes or tasks that a rule applies to; one empty name for a figure of the whole model."""
+    if rule.figure == "perplexity":
+        return list(recipe.evaluate.perplexity)
+    if rule.figure in ("prefill", "decode"):
+        return [str(batch) for batch in recipe.evaluate.speed.batches]
+    if rule.figure == "accuracy":
+        # With no task at all, the empty name makes the rule fail instead of applying to nothing.
+        return judged_tasks(models["dense"].tasks) or [""]
+    return [""]
 
 
-def _size_rules(models: Mapping[str, Measured], recipe: Recipe) -> Iterator[Rule]:
-    threshold = recipe.promote.parameters_over_dense
-    if threshold is not None:
-        found = {side: float(models[side].parameters) for side in ("candidate", "dense")}
-        yield _rule("parameters_over_dense", found, threshold, "at most", "parameters")
+def _outcome(name: str, rule: Rule, part: str, models: Mapping[str, Measured], otherwise: str) -> Outcome:
+    """Judge one rule on one part.
 
-
-def _speed_rules(models: Mapping[str, Measured], recipe: Recipe) -> Iterator[Rule]:
-    thresholds = {"prefill": recipe.promote.prefill_speedup, "decode": recipe.promote.decode_speedup}
-    for phase, threshold in thresholds.items():
-        if threshold is None:
-            continue
-        for batch in map(str, recipe.evaluate.speed.batches):
-            found = {side: models[side].tokens_per_second(phase, batch) for side in ("candidate", "dense")}
-            yield _rule(f"{phase}_speedup[{batch}]", found, threshold, "at least", f"{phase} speed at batch {batch}")
-
-
-def _perplexity(models: Mapping[str, Measured], model: str, text: str) -> float | None:
-    return models[model].perplexity.get(text) if model in models else None
-
-
-def _rule(name: str, found: Mapping[str, float | None], threshold: float, bound: Bound, what: str) -> Rule:
-    """Judge the ratio of the two numbers of `found`, the candidate's first."""
-    value = ratio(*found.values())
-    missing = [model for model, number in found.items() if ratio(number, 1.0) is None]
-    return Rule(
+    Args:
+        name: the outcome's name.
+        rule: the rule.
+        part: the text, task or batch size; empty for a figure of the whole model.
+        models: the models by name.
+        otherwise: why the figure was not measured as the recipe asks; empty if it was.
+    """
+    made = Outcome(
         name=name,
-        value=value,
-        compared=dict(found),
-        threshold=threshold,
-        bound=bound,
-        passed=value is not None and (value <= threshold if bound == "at most" else value >= threshold),
-        note=f"not measured: {what} of {' and of '.join(missing)}" if value is None else "",
+        figure=rule.figure,
+        value=None,
+        bound=rule.bound,
+        sense="at least" if rule.at_least else "at most",
+        passed=False,
+        why=rule.why,
     )
+    if rule.against == "champion" and "champion" not in models:
+        return made.model_copy(update={"passed": True, "note": "there is no champion yet"})
+    found = {side: _figure(rule.figure, part, models, side) for side in ("candidate", rule.against)}
+    compared = {side: figure.value if figure else None for side, figure in found.items()}
+    missing = [side for side, value in compared.items() if ratio(value, 1.0) is None]
+    made = made.model_copy(update={"compared": compared})
+    if missing:
+        what = f"{rule.figure.replace('_', ' ')}{f' on {part}' if part else ''}"
+        return made.model_copy(update={"note": f"not measured: {what} of {' and of '.join(missing)}"})
+    if otherwise:
+        return made.model_copy(update={"note": otherwise})
+    return made.model_copy(update=_judged(rule, *(figure for figure in found.values() if figure)))
 
 
-def _holds_without(name: str, threshold: float, why: str) -> Rule:
-    return Rule(name=name, value=None, threshold=threshold, bound="at most", passed=True, note=why)
+def _judged(rule: Rule, candidate: Accuracy, other: Accuracy) -> dict[str, float | bool | str | None]:
+    """Compare the ratio with the bound.
+
+    The error of r = c / o is r·√((e_c/c)² + (e_o/o)²), an upper bound if both models answered the same questions. It counts
+    against the candidate: too few questions must not pass a model.
+    """
+    value = candidate.value / other.value
+    if rule.figure not in ("accuracy", "mean_accuracy"):
+        return {"value": value, "passed": value >= rule.bound if rule.at_least else value <= rule.bound}
+    if candidate.error is None or other.error is None:
+        return {"note": "its standard error is not known"}
+    error = value * math.hypot(candidate.error / candidate.value, other.error / other.value)
+    return {"value": value, "error": error, "passed": value - error >= rule.bound}
+
+
+def _figure(figure: str, part: str, models: Mapping[str, Measured], side: str) -> Accuracy | None:
+    """Return a model's figure, with its standard error if it has one; None if it was not measured."""
+    model = models.get(side)
+    if model is None:
+        return None
+    if figure == "accuracy":
+        return accuracy(model.tasks.get(part))
+    if figure == "mean_accuracy":
+        return mean_accuracy(model.tasks, judged_tasks(models["dense"].tasks))
+    value = {
+        "perplexity": lambda: model.perplexity.get(part),
+        "prefill": lambda: model.tokens_per_second("prefill", part),
+        "decode": lambda: model.tokens_per_second("decode", part),
+        "parameters": lambda: model.parameters,
+        "bytes": lambda: model.bytes,
+        "peak_memory": lambda: model.peak_memory,
+    }[figure]()
+    return None if value is None else Accuracy(float(value))

@@ -25,8 +25,7 @@ def print_summary(report: Report | Mapping[str, Any], console: Console) -> None:
     word, style = ("Pass", "bold green") if verdict.passed else ("Fail", "bold red")
     console.print(f"[{style}]{word}[/]: {escape(verdict_sentence(report))}", highlight=False)
     for rule in verdict.failed:
-        found = rule.note or f"{times(rule.value)}, asked {rule.bound} {rule.threshold:g}×"
-        console.print(f"  {escape(rule.name)}: {escape(found)}", highlight=False)
+        console.print(f"  {escape(rule.name)}: {escape(rule.told)}", highlight=False)
     for sentence in control_sentences(report):
         console.print(escape(sentence), highlight=False)
 

@@ -62,14 +62,21 @@ def _inside(name: str, kind: type[BaseModel]) -> Iterator[Place]:
     for field, info in kind.model_fields.items():
         inner = _model(info.annotation)
         if inner is not None and inner is not Text:
-            place = f"{name}.{field}".lstrip(".")
+            place = _place(name, field, info)
             yield place, inner
             yield from _inside(place, inner)
 
 
+def _place(section: str, field: str, info: FieldInfo) -> str:
+    """Return the dotted name of a section; one of several in a mapping is called NAME."""
+    named = ".NAME" if get_origin(info.annotation) is dict else ""
+    return f"{section}.{field}{named}".lstrip(".")
+
+
 def _model(annotation: Any) -> type[BaseModel] | None:
-    """Return the section that a field holds, or None."""
-    kinds = (annotation, *get_args(annotation)) if NoneType in get_args(annotation) else (annotation,)
+    """Return the section that a field holds, alone or in a mapping, or None."""
+    several = NoneType in get_args(annotation) or get_origin(annotation) is dict
+    kinds = (annotation, *get_args(annotation)) if several else (annotation,)
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
@@ -90,8 +97,9 @@ def _section(name: str, kind: type[BaseModel]) -> str:
 def _row(section: str, field: str, info: FieldInfo) -> tuple[str, str, str, str]:
     inner = _model(info.annotation)
     if inner is not None and inner is not Text:
-        place = f"{section}.{field}".lstrip(".")
-        kind, default = f"[section](#{_anchor(place)})", _presence(info)
+        kind, default = f"[section](#{_anchor(_place(section, field, info))})", _presence(info)
+        if get_origin(info.annotation) is dict:
+            kind, default = f"mapping of name to {kind}", "none"
     else:
         kind, default = type_name(info.rebuild_annotation()), _default(info)
     return f"`{field}`", _cell(kind), _cell(default), _cell(_oneline(info.description or ""))
@@ -143,7 +151,7 @@ def _bounds(metadata: tuple[Any, ...]) -> str:
 
 def _anchor(place: str) -> str:
     """Return GitHub's anchor for the heading of a section."""
-    return place.replace(".", "")
+    return place.replace(".", "").lower()
 
 
 def _oneline(text: str) -> str:

@@ -28,7 +28,10 @@ evaluate:
   perplexity: {test: TEST, other: OTHER}
   controls: [pruned-first, dense-trained]
   speed: {batches: [1], prompt: 16, generate: 4, repeats: 2}
-promote: {parameters_over_dense: 0.99, perplexity_over_champion: 2.0}
+promote:
+  rules:
+    size: {figure: parameters, bound: 0.99, why: it must be smaller}
+    champion: {figure: perplexity, against: champion, bound: 2.0, why: what is in service is not much better}
 """
 
 

@@ -189,14 +189,14 @@ def test_sleb_and_lora_rft_are_a_recipe_and_a_field_away(bench: Bench, named: Ml
         "regularize.schedule=none",
         "recover.enabled=true",
         "evaluate.controls=[]",
-        "promote.perplexity_over_dense=0.001",
+        "promote.rules.quality={figure: perplexity, bound: 0.001, why: nothing can}",
     )
     assert outcome.status == 3, outcome.told
     assert {"lora_rft", "prune"} <= set(outcome.stages("done"))
     assert "regularize" in outcome.stages("skipped")
     assert [rule["name"] for rule in outcome.report["verdict"]["rules"] if not rule["passed"]] == [
-        "perplexity_over_dense[test]",
-        "perplexity_over_dense[other]",
+        "quality[test]",
+        "quality[other]",
     ]
     assert outcome.report["registered"]["aliases"] == []
     assert bench.espalier("promote", "sleb").status == 1

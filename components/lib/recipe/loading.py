@@ -18,6 +18,17 @@ _BEFORE_METHODS = ("method", "target", "gates", "dress")
 """Fields of recipes written before each method had its own settings."""
 
 
+_BEFORE_RULES = {
+    "perplexity_over_dense": ("perplexity", "dense"),
+    "perplexity_over_control": ("perplexity", "pruned-first"),
+    "perplexity_over_champion": ("perplexity", "champion"),
+    "parameters_over_dense": ("parameters", "dense"),
+    "prefill_speedup": ("prefill", "dense"),
+    "decode_speedup": ("decode", "dense"),
+}
+"""Fields of `promote` in recipes written before each rule had a name: the figure, and the model it is compared with."""
+
+
 def parse_recipe(text: str, overrides: Sequence[str] = ()) -> Recipe:
     """Parse a recipe and apply `dotted.key=value` overrides, each value read as YAML; null removes the field.
 
@@ -35,6 +46,7 @@ def parse_recipe(text: str, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _override(settings, override)
     _refuse_old_form(settings)
+    _refuse_old_rules(settings.get("promote"))
     try:
         return Recipe.model_validate(settings)
     except ValidationError as error:
@@ -73,6 +85,18 @@ def _refuse_old_form(settings: dict[str, Any]) -> None:
         f"the recipe's field {old[0]!r} is of an older form, in which methods shared their settings: "
         f"replace {', '.join(old)} by {written[1:-1]}"
     )
+
+
+def _refuse_old_rules(promote: Any) -> None:
+    """Refuse rules of the old form with a sentence that gives the present form."""
+    old = [name for name in promote if name in _BEFORE_RULES] if isinstance(promote, dict) else []
+    if not old:
+        return
+    figure, against = _BEFORE_RULES[old[0]]
+    bound = promote[old[0]]
+    written = f"{{figure: {figure}, against: {against}, bound: {bound}, why: ...}}"
+    cure = "remove it" if bound is None else f"write promote.rules.NAME: {written}"
+    raise Refusal(f"the recipe's field 'promote.{old[0]}' is of an older form, in which rules had no names: {cure}")
 
 
 def _override(settings: dict[str, Any], override: str) -> None:

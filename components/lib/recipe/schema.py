@@ -14,7 +14,8 @@ import yaml
 from pydantic import Field, model_validator
 
 from components.lib.recipe.choices import Methods
-from components.lib.recipe.section import Count, Name, Rate, Section, descend
+from components.lib.recipe.promotion import Promote, Rule
+from components.lib.recipe.section import Count, Name, Section, descend
 from components.lib.recipe.training import Recover, Regularize
 
 
@@ -83,29 +84,6 @@ class Evaluate(Section):
     speed: Speed = Field(Speed(), description="Speed of prefill and decode.")
 
 
-class Promote(Section):
-    """The rules that a candidate must pass to become challenger. Ratios of perplexity apply to every text; a missing or NaN value fails."""
-
-    perplexity_over_dense: Rate | None = Field(
-        None, description="The candidate's perplexity over the dense model's, at most."
-    )
-    perplexity_over_control: Rate | None = Field(
-        None, description="The candidate's perplexity over the pruned-first control's, at most."
-    )
-    perplexity_over_champion: Rate | None = Field(
-        None, description="The candidate's perplexity over the present champion's, at most; passes if there is none."
-    )
-    parameters_over_dense: Rate | None = Field(
-        None, description="The candidate's parameters over the dense model's, at most."
-    )
-    prefill_speedup: Rate | None = Field(
-        None, description="The candidate's prefill throughput over the dense model's, at least, at every batch."
-    )
-    decode_speedup: Rate | None = Field(
-        None, description="The candidate's decode throughput over the dense model's, at least, at every batch."
-    )
-
-
 class Recipe(Section):
     """How a release is recompressed."""
 
@@ -118,7 +96,9 @@ class Recipe(Section):
     regularize: Regularize = Field(Regularize(), description="The training before the cut.")
     recover: Recover = Field(Recover(), description="The training after the cut.")
     evaluate: Evaluate = Field(description="The measurements.")
-    promote: Promote = Field(Promote(), description="The rules of the verdict.")
+    promote: Promote = Field(
+        Promote(), description="The rules of the verdict, and who makes a candidate champion that passes them."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -143,9 +123,23 @@ class Recipe(Section):
             raise ValueError(
                 "evaluate.controls compares with training, but regularize.schedule is none: set evaluate.controls to []"
             )
-        if self.promote.perplexity_over_control is not None and "pruned-first" not in self.evaluate.controls:
-            raise ValueError("promote.perplexity_over_control needs its control: add pruned-first to evaluate.controls")
+        for name, rule in self.promote.rules.items():
+            self._check_rule(f"promote.rules.{name}", rule)
         return self
+
+    def _check_rule(self, place: str, rule: Rule) -> None:
+        """Raise ValueError if the evaluation will not measure what the rule compares."""
+        if rule.against in ("pruned-first", "dense-trained") and rule.against not in self.evaluate.controls:
+            raise ValueError(f"{place} needs its control: add {rule.against} to evaluate.controls")
+        measured = {
+            "perplexity": ("evaluate.perplexity", tuple(self.evaluate.perplexity)),
+            "prefill": ("evaluate.speed.batches", tuple(map(str, self.evaluate.speed.batches))),
+            "decode": ("evaluate.speed.batches", tuple(map(str, self.evaluate.speed.batches))),
+        }
+        field, names = measured.get(rule.figure, ("", rule.on))
+        for name in rule.on:
+            if name not in names:
+                raise ValueError(f"{place}.on names {name!r}, which {field} does not have: it has {', '.join(names)}")
 
     @property
     def removes_layers(self) -> bool:

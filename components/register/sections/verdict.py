@@ -1,11 +1,11 @@
-"""Every rule of the recipe's `promote` section, with what was found and what was asked."""
+"""Every rule of the recipe's `promote` section, with the reason for it, what was found and what was asked."""
 
 from __future__ import annotations
 
 from components.register.format import number_or_count
 from components.register.report import Curves, Report
 from components.register.sections.section import ReportSection
-from components.register.verdict import Rule
+from components.register.verdict import Outcome
 
 
 def verdict(report: Report, curves: Curves) -> ReportSection:
@@ -14,7 +14,7 @@ def verdict(report: Report, curves: Curves) -> ReportSection:
     return ReportSection("Verdict, rule by rule", "verdict.html.j2", {"rules": rules})
 
 
-def _compared(rule: Rule) -> str:
+def _compared(rule: Outcome) -> str:
     """Return the two numbers of a rule: "58.72 against 59.41 (dense)"."""
     (_, value), (opponent, base) = rule.compared.items()
     return f"{number_or_count(value)} against {number_or_count(base)} ({opponent})"

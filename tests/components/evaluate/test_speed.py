@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from components.evaluate import speed as module
-from components.evaluate.speed import measure_speed, prefill_flops, promised_speedup, time_generation
+from components.evaluate.speed import measure_speed, peak_memory, prefill_flops, promised_speedup, time_generation
 from components.lib.recipe.schema import Speed
 from tests.components.lib.transformer.zoo import SPECIMENS, VOCABULARY, Specimen
 
@@ -143,3 +143,29 @@ def test_the_promise_is_the_ratio_of_the_operations(model: PreTrainedModel) -> N
     promised = promised_speedup(model, half, prompt=16)
     assert promised == prefill_flops(model, 16) / prefill_flops(half, 16)
     assert 1.9 < promised < 2  # the head's row stays
+
+
+def test_peak_memory_is_weights_cache_and_activations_and_the_same_every_time(model: PreTrainedModel) -> None:
+    ids = torch.full((4, 16), 5)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    cache = 4 * 2 * 4 * 16 * 2 * 8 * 4  # layers, keys and values, batch, prompt, heads, width, bytes
+    peak = peak_memory(model, ids)
+    assert peak is not None
+    assert peak > weights + cache
+    assert peak_memory(model, ids) == peak
+    # A model with half the layers has half of their weights and cache.
+    half = SPECIMENS[0].model(layers=2)
+    smaller = peak_memory(half, ids)
+    layers = sum(parameter.nbytes for layer in half.model.layers for parameter in layer.parameters())
+    assert smaller is not None
+    assert peak - smaller == layers + cache // 2
+
+
+def test_a_batch_that_does_not_fit_in_memory_has_no_peak(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(model, "forward", full)
+    assert peak_memory(model, torch.full((4, 16), 5)) is None

@@ -74,12 +74,16 @@ evaluate:
   perplexity: {wikitext2: data/wikitext2/test.txt, technical: data/technical/heldout.txt}
   controls: [pruned-first, dense-trained]
 promote:
-  perplexity_over_dense: 1.15
-  perplexity_over_control: 1.0
-  perplexity_over_champion: 1.05
-  parameters_over_dense: 0.8
-  prefill_speedup: 1.2
+  rules:
+    quality: {figure: perplexity, bound: 1.15, why: the answers must stay close}
+    control: {figure: perplexity, against: pruned-first, bound: 1.0, why: to train before the cut must pay}
+    champion: {figure: perplexity, against: champion, bound: 1.05, why: what is in service is as good}
+    size: {figure: parameters, bound: 0.8, why: it must be smaller}
+    prefill: {figure: prefill, bound: 1.2, why: it must be faster}
 """
+
+CONTROL = next(line for line in RECIPE.splitlines(keepends=True) if line.startswith("    control: "))
+"""The rule on the control that was cut first."""
 
 
 def with_methods(**methods: str) -> str:
@@ -112,6 +116,10 @@ ENVIRONMENT = {
     "length": 256,
     "data": {"calibration": "sha256:" + "ab" * 32, "wikitext2": "sha256:" + "cd" * 32},
 }
+
+
+CONTEXT = {"length": 256, "versions": {"lm_eval": "0.4.9"}, "speed": {"prompt": 512, "generate": 32}}
+"""How the models were measured."""
 
 
 def trajectory() -> list[dict[str, Any]]:
@@ -183,7 +191,7 @@ def write_run(folder: Path, models: dict[str, Any] | None = None, selection: Sel
         line |= slices(line["step"], selection.channels)
     write_lines(folder / "regularize" / "metrics.jsonl", training)
     write_lines(folder / "recover" / "metrics.jsonl", recovery())
-    found = {"models": measurements() if models is None else models}
+    found = {"models": measurements() if models is None else models, "context": CONTEXT}
     (folder / "evaluation" / "evaluation.json").write_text(json.dumps(found))
     return folder
 

@@ -13,7 +13,7 @@ from components.register import headline
 from components.register.headline import control_sentences
 from components.register.page import render
 from components.register.report import Curves, Report
-from tests.components.register.conftest import RECIPE, build_report, write_run
+from tests.components.register.conftest import CONTROL, RECIPE, build_report, write_run
 
 Rewrite = Callable[[dict[str, Any]], Report]
 
@@ -91,7 +91,7 @@ def test_accuracy_is_compared_if_there_are_tasks(rewrite: Rewrite, models: dict[
 def test_without_controls_nothing_is_said_of_them(run: Path, models: dict[str, Any]) -> None:
     del models["pruned-first"], models["dense-trained"]
     recipe = RECIPE.replace("  controls: [pruned-first, dense-trained]\n", "")
-    report = build_report(write_run(run, models), recipe.replace("  perplexity_over_control: 1.0\n", ""))
+    report = build_report(write_run(run, models), recipe.replace(CONTROL, ""))
     assert control_sentences(report) == []
     assert 'class="control"' not in render(report, Curves())
 

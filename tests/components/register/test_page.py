@@ -20,6 +20,7 @@ from components.register.report import Curves, Report
 from components.register.sections import SECTIONS
 from components.register.sections.section import ReportSection
 from tests.components.register.conftest import (
+    CONTROL,
     RECIPE,
     RELEASE,
     WIDTHS,
@@ -103,11 +104,9 @@ def test_the_headline_says_the_verdict_and_the_numbers_that_matter(report: Repor
 
 
 def test_a_broken_rule_is_named_in_the_headline_with_what_it_compared(run: Path) -> None:
-    text = page_of(
-        build_report(run, RECIPE.replace("perplexity_over_control: 1.0", "perplexity_over_control: 0.97"))
-    ).text
-    assert "Fail 1 of 10 rules broken: perplexity_over_control[wikitext2]" in text
-    assert "58.72 against 60.24 (pruned-first) 0.975× ≤ 0.97× fails" in text
+    text = page_of(build_report(run, RECIPE.replace("pruned-first, bound: 1.0", "pruned-first, bound: 0.97"))).text
+    assert "Fail 1 of 10 rules broken: control[wikitext2]" in text
+    assert "58.72 against 60.24 (pruned-first) to train before the cut must pay 0.975× ≤ 0.97× fails" in text
 
 
 def test_without_rules_the_page_says_that_none_were_asked_for(run: Path) -> None:
@@ -254,7 +253,7 @@ class TestNotes:
         recipe = RECIPE.replace("steps: 100", "schedule: none").replace(
             "  controls: [pruned-first, dense-trained]\n", ""
         )
-        recipe = recipe.replace("  perplexity_over_control: 1.0\n", "")
+        recipe = recipe.replace(CONTROL, "")
         text = page_of(build_report(write_run(run, models), recipe)).text
         assert "adapts" not in text
         assert "add pruned-first" not in text

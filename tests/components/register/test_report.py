@@ -42,7 +42,7 @@ def test_report_json_has_the_fields_that_are_promised(report: Report) -> None:
         assert {"parameters", "bytes", "perplexity", "speed"} <= set(model)
     assert set(told["candidate"]["speed"]["decode"]["8"]) == {"tokens_per_second", "latency_ms_p50", "latency_ms_p90"}
     assert told["candidate"]["perplexity"] == {"wikitext2": 58.72, "technical": 259.1}
-    assert {"name", "value", "threshold", "passed"} <= set(told["verdict"]["rules"][0])
+    assert {"name", "value", "bound", "passed", "why"} <= set(told["verdict"]["rules"][0])
     assert set(told["registered"]) == {"name", "version", "aliases", "source"}
     assert told["timing"] == TIMING
 

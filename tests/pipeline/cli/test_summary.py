@@ -59,12 +59,12 @@ def test_tasks_stand_below_the_texts_with_their_mean(tmp_path: Path) -> None:
 def test_broken_rules_are_named_with_what_was_found_and_asked(tmp_path: Path) -> None:
     models = measurements()
     models["candidate"]["perplexity"]["technical"] = None
-    recipe = RECIPE.replace("perplexity_over_dense: 1.15", "perplexity_over_dense: 0.9")
+    recipe = RECIPE.replace("bound: 1.15", "bound: 0.9")
     lines = printed(build_report(write_run(tmp_path, models), recipe))
     assert "perplexity technical 227.3 – 269.0 1.183× 231.4 1.018× 251.8 1.108×" in lines
-    assert any(line.startswith("Fail: 4 of 10 rules broken: perplexity_over_dense[wikitext2], ") for line in lines)
-    assert "perplexity_over_dense[wikitext2]: 0.988×, asked at most 0.9×" in lines
-    assert "perplexity_over_dense[technical]: not measured: perplexity on technical of candidate" in lines
+    assert any(line.startswith("Fail: 4 of 10 rules broken: quality[wikitext2], ") for line in lines)
+    assert "quality[wikitext2]: 0.988×, asked at most 0.9×" in lines
+    assert "quality[technical]: not measured: perplexity on technical of candidate" in lines
 
 
 def test_a_name_that_looks_like_markup_is_printed_as_it_is(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ class TestAValueThatIsNotAllowed:
             ("regularize__steps", 1.5),
             ("evaluate__perplexity", {}),
             ("evaluate__controls", ["pruned-last"]),
-            ("promote__perplexity_over_dense", float("nan")),
+            ("promote__rules__quality", {"figure": "perplexity", "bound": float("nan"), "why": "w"}),
             ("recover__enabled", "perhaps"),
         ],
     )

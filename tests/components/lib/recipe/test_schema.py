@@ -16,6 +16,7 @@ from components.lib.recipe.schema import Text
 from tests.components.lib.recipe.smallest import REFERENCE, recipe, refusal
 
 HALF = {"ratio": 0.5}
+RULE = {"figure": "perplexity", "bound": 1.0, "why": "it matters"}
 
 
 class TestTheSmallestRecipe:
@@ -38,9 +39,46 @@ class TestFieldsThatDoNotGoTogether:
         assert said.endswith("regularize.schedule is none: set evaluate.controls to []")
 
     def test_a_rule_on_a_control_needs_the_control(self) -> None:
-        rule = {"promote__perplexity_over_control": 1.0}
-        assert refusal(**rule, evaluate__controls=["dense-trained"]).endswith("add pruned-first to evaluate.controls")
-        assert recipe(**rule, evaluate__controls=["pruned-first"]).promote.perplexity_over_control == 1.0
+        rule = {"promote__rules__pays": {**RULE, "against": "pruned-first"}}
+        said = refusal(**rule, evaluate__controls=["dense-trained"])
+        assert said.endswith("promote.rules.pays needs its control: add pruned-first to evaluate.controls")
+        assert recipe(**rule, evaluate__controls=["pruned-first"]).promote.rules["pays"].bound == 1.0
+
+    def test_a_rule_applies_to_what_is_measured(self) -> None:
+        said = refusal(promote__rules__near={**RULE, "on": ["tset"]})
+        assert said.endswith("promote.rules.near.on names 'tset', which evaluate.perplexity does not have: it has test")
+        said = refusal(promote__rules__fast={**RULE, "figure": "decode", "on": [3]})
+        assert said.endswith("names '3', which evaluate.speed.batches does not have: it has 1, 8, 64")
+
+
+class TestARule:
+    def test_says_what_it_compares_and_why(self) -> None:
+        made = recipe(promote__rules__quality=RULE).promote.rules["quality"]
+        assert (made.figure, made.against, made.bound, made.at_least) == ("perplexity", "dense", 1.0, False)
+        assert refusal(promote__rules__quality={**RULE, "why": None}).startswith(
+            "the recipe's field 'promote.rules.quality.why' is None"
+        )
+        without = {"figure": "perplexity", "bound": 1.0}
+        assert refusal(promote__rules__quality=without).startswith(
+            "the recipe's field 'promote.rules.quality.why' is missing: add it (The reason for the rule"
+        )
+
+    @pytest.mark.parametrize("figure", ["accuracy", "mean_accuracy", "prefill", "decode"])
+    def test_on_a_figure_that_should_be_high_has_a_lower_bound(self, figure: str) -> None:
+        assert recipe(promote__rules__it={**RULE, "figure": figure}).promote.rules["it"].at_least
+
+    def test_on_the_whole_model_has_no_parts(self) -> None:
+        said = refusal(promote__rules__it={**RULE, "figure": "bytes", "on": ["test"]})
+        assert said.endswith("bytes is one number for the whole model: leave out 'on'")
+
+    def test_of_the_older_form_is_refused_with_the_present_one(self) -> None:
+        assert refusal(promote__perplexity_over_control=0.9) == (
+            "the recipe's field 'promote.perplexity_over_control' is of an older form, in which rules had no names: "
+            "write promote.rules.NAME: {figure: perplexity, against: pruned-first, bound: 0.9, why: ...}"
+        )
+
+    def test_is_removed_on_the_command_line(self) -> None:
+        assert recipe("promote.rules.it=null", promote__rules__it=RULE).promote.rules == {}
 
 
 class TestMethods:
