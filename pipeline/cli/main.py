@@ -15,6 +15,7 @@ from components.lib.recipe.loading import load_recipe
 from components.lib.recipe.schema import Recipe
 from pipeline.cli.options import ERROR, FAIL, HOME, PASS, Cluster, Home, Image, Mutable, console
 from pipeline.cli.schedule import schedule_app
+from pipeline.cli.serving import manifest, serve
 from pipeline.cli.watch import watch
 from pipeline.cli.why import why
 from pipeline.recipes import RECIPES, find_recipe
@@ -39,6 +40,8 @@ app.add_typer(services_app, name="services")
 app.add_typer(schedule_app, name="schedule")
 app.command()(watch)
 app.command()(why)
+app.command()(manifest)
+app.command()(serve)
 
 
 @app.command()

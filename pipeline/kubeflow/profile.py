@@ -32,6 +32,8 @@ LONGEST = 7 * 24 * 3600
 
 _SECRET = re.compile(r"(SECRET|TOKEN|PASSWORD|ACCESS_KEY|CREDENTIALS)(_ID|_KEY)?$")
 _PINNED = re.compile(r"^\S+@sha256:[0-9a-f]{64}$")
+_DERIVED = {"model", "served-model-name", "load-format"}
+"""Options of vLLM that a manifest writes itself."""
 
 Cpu = Annotated[str, BeforeValidator(str), Field(pattern=r"^([0-9]*\.)?[0-9]+m?$")]
 Bytes = Annotated[str, BeforeValidator(str), Field(pattern=r"^[0-9]+([EPTGMK]i?)?$")]
@@ -114,6 +116,40 @@ class Server(ProfileSection):
     experiment: str = "espalier"
 
 
+class Serving(ProfileSection):
+    """The server of a promoted model: what its manifest asks of the cluster."""
+
+    namespace: str | None = None
+    """The namespace of the manifest; that of `kubectl` if absent."""
+    service_account: str | None = None
+    """The account whose Secret or role lets the server read the bucket; the namespace's default if absent."""
+    replicas: Annotated[int, Field(ge=0)] = 1
+    cpu: Cpu = "4"
+    """Requested, without a limit."""
+    memory: Bytes = "16Gi"
+    """Requested and limited."""
+    gpu: Gpu | None = None
+    image: str | None = None
+    """The image of vLLM with its digest: for `--format compose`, which has no runtime that knows one."""
+    vllm: dict[str, bool | int | float | str] = {}
+    """Further options of vLLM by name, such as `max-model-len: 4096`; true is an option without a value."""
+
+    @field_validator("image")
+    @classmethod
+    def _fixed(cls, value: str | None) -> str | None:
+        if value is not None and not _PINNED.match(value):
+            raise ValueError(f"the image {value!r} has no digest: name it as registry/vllm@sha256:…")
+        return value
+
+    @field_validator("vllm")
+    @classmethod
+    def _written_here(cls, value: dict[str, bool | int | float | str]) -> dict[str, bool | int | float | str]:
+        for name in value:
+            if name.replace("_", "-") in _DERIVED:
+                raise ValueError(f"{name} is derived from the version that is served: leave it out")
+        return value
+
+
 class Profile(ProfileSection):
     """A cluster's settings for the pipeline."""
 
@@ -131,6 +167,8 @@ class Profile(ProfileSection):
     defaults: Needs = Needs()
     stages: dict[str, Needs] = {}
     """The fields that differ from `defaults`, by stage."""
+    serving: Serving = Serving()
+    """The server of the promoted model (docs/serving.md)."""
 
     @field_validator("environment")
     @classmethod
