@@ -30,20 +30,22 @@ class Sleb(LayerMethod):
 
         `scores["perplexity"]` is, for each layer, the perplexity without it in the last round that measured it.
         """
-        from components.lib.transformer.gates import blocks, bypassed
-        from components.lib.transformer.perplexity import perplexity
+        from components.lib.transformer.gates import blocks
+        from components.lib.transformer.perplexity import perplexities_without
 
         layers = range(len(blocks(model)))
         count = self.count(len(layers))
-        total = sum(len(layers) - removed for removed in range(count))
         order: list[int] = []
         scores = dict.fromkeys(layers, 0.0)
-        done = 0
+        read = 0
+
+        def done(tokens: int) -> None:
+            nonlocal read
+            read += tokens
+            journal.progress(read // windows.shape[1], count * len(windows))
+
         for _ in range(count):
-            for layer in (layer for layer in layers if layer not in order):
-                with bypassed(model, [*order, layer]):
-                    scores[layer] = perplexity(model, windows, self.batch_size)
-                done += 1
-                journal.progress(done, total, perplexity=scores[layer])
-            order.append(min((layer for layer in layers if layer not in order), key=scores.__getitem__))
+            left = [layer for layer in layers if layer not in order]
+            scores |= perplexities_without(model, windows, order, left, self.batch_size, done)
+            order.append(min(left, key=scores.__getitem__))
         return Selection.of_layers(self.name, order, {"perplexity": tuple(scores.values())})

@@ -81,7 +81,7 @@ def bypassed(model: nn.Module, layers: Sequence[int]) -> Iterator[None]:
     They leave their part of the key-value cache empty: for training and perplexity, not for generation.
     """
     tuples = family_named(unwrapped(model).config.model_type).tuples
-    found = [blocks(model)[layer] for layer in layers]
+    found = [blocks(model)[layer] for layer in set(layers)]
     # An attribute of the instance takes precedence over its class's method; one that is there already comes back.
     before = [vars(block).get("forward") for block in found]
     for block in found:
@@ -101,6 +101,49 @@ def _identity(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
 
 def _identity_of_tuples(hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
     return hidden_states, None
+
+
+@contextmanager
+def resumed(model: nn.Module, layer: int, windows: Tensor, stream: Tensor) -> Iterator[None]:
+    """Let every forward pass begin behind block `layer`, from a known stream: the blocks through it are not computed.
+
+    Like `bypassed` it is for training and perplexity, not for generation. A pass may read any rows of `windows`, in any batches.
+
+    Args:
+        model: a causal language model.
+        layer: the last block that is not computed.
+        windows: token ids (windows, length).
+        stream: the residual stream behind the block for each of the windows (windows, length, hidden), on any device.
+    """
+    rows: list[Tensor | slice] = []
+
+    def read(embedding: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        rows[:] = [_rows_of(windows, inputs[0])]
+
+    handle = unwrapped(model).get_input_embeddings().register_forward_pre_hook(read)
+    try:
+        with (
+            bypassed(model, range(layer + 1)),
+            _hooked([(blocks(model)[layer], lambda x, f: stream[rows[0]].to(f.device))]),
+        ):
+            yield
+    finally:
+        handle.remove()
+
+
+def _rows_of(windows: Tensor, ids: Tensor) -> Tensor | slice:
+    """Return where the rows of `ids` (batch, length) are in the windows.
+
+    Raises:
+        ValueError: one of them is not among the windows.
+    """
+    known = windows.to(ids.device)
+    if torch.equal(known.to(ids.dtype), ids):
+        return slice(None)
+    same = (known[None] == ids[:, None]).all(-1)  # (batch, windows)
+    if not same.any(-1).all():
+        raise ValueError("a forward pass reads a window for which no stream is known")
+    return same.int().argmax(-1).cpu()
 
 
 @contextmanager

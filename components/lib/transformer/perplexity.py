@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from components.lib.transformer.device import reused_memory
+from components.lib.transformer.gates import blocks, bypassed, resumed, watched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,11 +38,53 @@ def perplexity(
         batch_size: windows a forward pass, at most.
         done: called after each forward pass with the number of tokens it read.
     """
-    nll, tokens = negative_log_likelihood(model, windows, batch_size, done)
+    return _exp_of_mean(*negative_log_likelihood(model, windows, batch_size, done))
+
+
+def _exp_of_mean(nll: float, tokens: int) -> float:
     try:
         return math.exp(nll / tokens)
     except OverflowError:
         return math.inf
+
+
+def perplexities_without(
+    model: PreTrainedModel,
+    windows: Tensor,
+    removed: Sequence[int],
+    candidates: Sequence[int],
+    batch_size: int = 8,
+    done: Callable[[int], None] | None = None,
+) -> dict[int, float]:
+    """Return the perplexity without the layers `removed` and one of `candidates`, for each of them.
+
+    Each number is bit for bit that of `perplexity` with the layers bypassed. The layers below a candidate compute the same with it and
+    without it, so they run once for all candidates: if every layer is one, that is half of the work. The stream before each candidate is
+    held for the windows of one pass.
+
+    Args:
+        model: a causal language model, used as it stands.
+        windows: (N, L) token ids, on any device, L at least 2.
+        removed: layers that are bypassed throughout.
+        candidates: other layers.
+        batch_size: windows a forward pass, at most.
+        done: called with the number of tokens after each batch that all candidates have read.
+    """
+    count, length = windows.shape
+    totals = {layer: torch.zeros((), dtype=torch.float64) for layer in candidates}
+    above = range(max(candidates), len(blocks(model)))
+    with reused_memory(model.device):
+        for batch in windows.split(_batch_size(model, length, batch_size)):
+            ids = batch.to(model.device, torch.long)
+            with torch.inference_mode(), bypassed(model, [*removed, *above]), watched(model, candidates) as seen:
+                model.base_model(input_ids=ids, use_cache=False)
+                streams = {layer: x for layer, (x, _) in seen.items()}
+            for layer, stream in streams.items():
+                with bypassed(model, removed), resumed(model, layer, ids, stream):
+                    totals[layer] += _batch_nll(model, ids)
+            if done:
+                done(batch.numel())
+    return {layer: _exp_of_mean(total.item(), count * (length - 1)) for layer, total in totals.items()}
 
 
 def negative_log_likelihood(
@@ -57,18 +100,19 @@ def negative_log_likelihood(
     if windows.dim() != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise ValueError(f"windows must be (N >= 1, L >= 2) and are {tuple(windows.shape)}")
     count, length = windows.shape
-    size = max(1, min(batch_size, LOGITS // (length * _vocabulary(model))))
     total = torch.zeros((), dtype=torch.float64)
     with reused_memory(model.device):
-        for batch in windows.split(size):
+        for batch in windows.split(_batch_size(model, length, batch_size)):
             total += _batch_nll(model, batch.to(model.device, torch.long))
             if done:
                 done(batch.numel())
     return total.item(), count * (length - 1)
 
 
-def _vocabulary(model: PreTrainedModel) -> int:
-    return model.get_output_embeddings().weight.shape[0]
+def _batch_size(model: PreTrainedModel, length: int, most: int) -> int:
+    """Return how many windows of a length to read at once: at most `most`, and at most LOGITS logits."""
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    return max(1, min(most, LOGITS // (length * vocabulary)))
 
 
 def rows_raised(logits: Tensor) -> int:

@@ -17,8 +17,8 @@ from components.lib.methods import sample
 from components.lib.methods.trsp.gates import learn_gates
 from components.lib.methods.trsp.trajectory import Step, draw, save
 from components.lib.training.journal import Journal
-from components.lib.transformer.gates import blocks, bypassed
-from components.lib.transformer.perplexity import perplexity
+from components.lib.transformer.gates import blocks
+from components.lib.transformer.perplexity import perplexities_without
 from components.lib.transformer.selection import Selection
 
 if TYPE_CHECKING:
@@ -82,8 +82,8 @@ class _Search:
         smallest = sorted(left, key=lambda layer: self.gates[layer].item())
         listed = smallest[: max(1, self.settings.shortlist)]
         if self.settings.shortlist > 0:
-            for layer in listed:
-                with bypassed(self.model, [*self.order, layer]):
-                    self.perplexity[layer] = perplexity(self.model, self.measured, self.settings.batch_size)
+            found = perplexities_without(self.model, self.measured, self.order, listed, self.settings.batch_size)
+            for layer, value in found.items():
+                self.perplexity[layer] = value
             listed.sort(key=self.perplexity.__getitem__)
         self.order.append(listed[0])

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from components.lib.errors import Refusal
-from components.lib.transformer.gates import blocks, bypassed, final_state, gated, skipped, watched
+from components.lib.transformer.gates import blocks, bypassed, final_state, gated, resumed, skipped, watched
 from tests.components.lib.transformer.zoo import SPECIMENS, logits, prompts
 
 BY_NAME = {specimen.name: specimen for specimen in SPECIMENS}
@@ -213,3 +213,28 @@ def test_a_layer_that_is_bypassed_twice_stays_bypassed_until_the_outer_one_ends(
             pass
         assert torch.equal(logits(model), expected)
     assert torch.equal(logits(model), before)
+
+
+class TestResumed:
+    def test_a_pass_computes_what_it_computes_from_the_embedding(self, model: PreTrainedModel) -> None:
+        """Whichever rows of the windows it reads, in whichever order."""
+        windows, _ = prompts(padding=(0, 0))
+        with watched(model, [1]) as seen, torch.no_grad():
+            expected = model(input_ids=windows).logits
+            stream = seen[1][1]
+        with resumed(model, 1, windows, stream), torch.no_grad():
+            assert torch.equal(model(input_ids=windows, use_cache=False).logits, expected)
+            assert torch.equal(model(input_ids=windows.flip(0)[:1], use_cache=False).logits, expected.flip(0)[:1])
+
+    def test_the_stream_is_the_given_one(self, model: PreTrainedModel) -> None:
+        windows, _ = prompts(padding=(0, 0))
+        stream = torch.randn(*windows.shape, model.config.hidden_size)
+        with resumed(model, 2, windows, stream), watched(model, [3]) as seen, torch.no_grad():
+            model(input_ids=windows, use_cache=False)
+            assert torch.equal(seen[3][0], stream)
+
+    def test_refuses_a_window_that_it_does_not_know(self, model: PreTrainedModel) -> None:
+        windows, _ = prompts(padding=(0, 0))
+        stream = torch.zeros(*windows.shape, model.config.hidden_size)
+        with resumed(model, 1, windows, stream), pytest.raises(ValueError, match="no stream is known"):
+            model(input_ids=windows.roll(1, dims=1), use_cache=False)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from components.lib.transformer import perplexity as module
-from components.lib.transformer.perplexity import negative_log_likelihood, perplexity
-from tests.components.lib.transformer.zoo import SPECIMENS, VOCABULARY
+from components.lib.transformer.gates import blocks, bypassed
+from components.lib.transformer.perplexity import negative_log_likelihood, perplexities_without, perplexity
+from tests.components.lib.transformer.zoo import MODERN, SPECIMENS, VOCABULARY, Specimen
 
 LLAMA = next(specimen for specimen in SPECIMENS if specimen.name == "llama")
 
@@ -23,6 +26,21 @@ def model() -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def windows() -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (5, 12), generator=torch.Generator().manual_seed(0))
+
+
+@contextmanager
+def counted(model: PreTrainedModel) -> Iterator[list[int]]:
+    """How often the attention of each block runs: a bypassed block does not run it."""
+    calls = [0 for _ in blocks(model)]
+
+    def count(layer: int) -> None:
+        calls[layer] += 1
+
+    with ExitStack() as stack:
+        for layer, block in enumerate(blocks(model)):
+            hook = block.self_attn.register_forward_hook(lambda *_, layer=layer: count(layer))
+            stack.callback(hook.remove)
+        yield calls
 
 
 def by_hand(model: PreTrainedModel, windows: torch.Tensor) -> float:
@@ -120,3 +138,29 @@ def test_leaves_the_model_as_it_was(windows: torch.Tensor) -> None:
 def test_windows_that_predict_nothing_are_an_error(model: PreTrainedModel, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"windows must be \(N >= 1, L >= 2\)"):
         perplexity(model, torch.zeros(shape, dtype=torch.long))
+
+
+class TestWithoutOneMore:
+    """Of each candidate: the perplexity with it bypassed, at the cost of the layers above it."""
+
+    @pytest.mark.parametrize("specimen", [*SPECIMENS, *MODERN], ids=str)
+    def test_is_bit_for_bit_the_perplexity_with_the_layers_bypassed(self, specimen: Specimen) -> None:
+        model = specimen.model(layers=6)
+        windows = torch.randint(3, VOCABULARY, (5, 12), generator=torch.Generator().manual_seed(0))
+        found = perplexities_without(model, windows, [2], [0, 1, 3, 5], batch_size=2)
+        for layer, value in found.items():
+            with bypassed(model, [2, layer]):
+                assert value == perplexity(model, windows, batch_size=2)
+        assert list(found) == [0, 1, 3, 5]
+
+    def test_computes_the_layers_below_a_candidate_once_for_all(self, windows: torch.Tensor) -> None:
+        model = LLAMA.model(layers=6)
+        with counted(model) as calls:
+            perplexities_without(model, windows, [2], [0, 1, 3, 4, 5], batch_size=5)
+        # Once for all below layer 5, and for each candidate above it; layer 2 is removed.
+        assert calls == [1, 1 + 1, 0, 1 + 2, 1 + 3, 0 + 4]
+
+    def test_says_how_far_it_is(self, model: PreTrainedModel, windows: torch.Tensor) -> None:
+        read = list[int]()
+        perplexities_without(model, windows, [], [0, 1], batch_size=2, done=read.append)
+        assert read == [24, 24, 12]
