@@ -1,7 +1,7 @@
 """Choose runs of neighbouring layers by the divergence after re-fitting the projection before each run (transfer ridge).
 
 `components.lib.training.seam` has the search: one pass that records the streams, the cost of every run in nats a token, the cheapest
-sets of runs by dynamic programming, and a measurement of the first few.
+sets of runs by dynamic programming, and a measurement of the first few that differ enough.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class Seam(LayerMethod):
         default=8, description="The longest run that is compared; longer ones if the ratio needs them."
     )
     shortlist: int = Field(
-        default=6, ge=0, description="Sets of runs that are measured whole; 0 takes the one of least summed cost."
+        default=6,
+        ge=0,
+        description="Sets of runs, each unlike the others, that are measured whole; 0 takes the one of least summed cost.",
     )
     fit_tokens: Count = Field(default=4096, description="Calibration tokens that the runs are fitted on.")
     measure_tokens: Count = Field(

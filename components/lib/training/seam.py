@@ -8,23 +8,25 @@
        KL(p_dense ‖ p_run)   in nats a token.
 
    The layers below the run are never computed again. The error of the stream itself misleads: it does not tell which directions count.
-3. The sets of runs with the least sum of costs are found by dynamic programming, a layer that stays between any two runs.
-4. The first of them are measured whole: every seam fitted in order, then the divergence on the same windows. The least one is chosen.
+3. The sets of runs with the least sum of costs are found by dynamic programming, a layer that stays between any two runs. Many of them
+   are the first one with a layer or two exchanged, so the shortlist takes only sets that differ enough from those before them.
+4. The sets of the shortlist are measured whole: every seam fitted in order, then the divergence on the same windows. The least one is
+   chosen. The layers below the first seam are never computed again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from heapq import nsmallest
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from components.lib.training.journal import Journal
+from components.lib.training.objective import next_token_losses
 from components.lib.training.refit import (
     BATCH,
     Sums,
@@ -33,14 +35,19 @@ from components.lib.training.refit import (
     run_blocks,
     runs_of,
     seen_by,
-    streams,
     writer_of,
 )
-from components.lib.transformer.gates import blocks, bypassed, watched
+from components.lib.transformer.gates import blocks, bypassed, resumed, watched
 from components.lib.transformer.selection import Selection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+CANDIDATES = 500
+"""The cheapest sets of runs, among which the shortlist is sought."""
+APART = 1 / 3
+"""The part of its layers in which a set of the shortlist differs at least from every one before it."""
 
 
 @dataclass(frozen=True)
@@ -60,56 +67,35 @@ class Run:
         return self.last - self.first + 1
 
 
-@torch.no_grad()
-def runs_with_costs(
-    model: PreTrainedModel,
-    fitted: Tensor,
-    probed: Tensor,
-    longest: int,
-    strength: float,
-    done: Callable[[int, int], None] = lambda number, total: None,
-    batch_size: int = BATCH,
-) -> list[Run]:
-    """Return every run of 1 … `longest` layers that does not begin with layer 0, with its costs.
+@dataclass(frozen=True)
+class Recorded:
+    """The dense model on the windows to fit on, followed by those to measure on. Everything is in the model's type, on the CPU."""
 
-    The streams behind all layers and the inputs of all projections are held at once, on the CPU, in the model's type: about
-    2 · layers · (hidden + ffn) bytes a token.
+    windows: Tensor
+    """Token ids (windows, length)."""
+    fitted: int
+    """How many of them are there to fit on."""
+    states: Sequence[Tensor]
+    """The stream behind each layer, (windows, length, hidden)."""
+    inputs: Sequence[Tensor]
+    """The input of each layer's last projection, (windows, length, ffn)."""
+    logits: Tensor
+    """Of the windows to measure on, (windows, length, vocabulary)."""
+
+
+@torch.no_grad()
+def record(model: PreTrainedModel, fitted: Tensor, probed: Tensor, batch_size: int = BATCH) -> Recorded:
+    """Run the dense model once.
+
+    About 2 · layers · (hidden + ffn) bytes a token are held.
 
     Args:
-        model: the dense model; it is left as it was.
+        model: the dense model.
         fitted: token ids (windows, length) to fit on.
         probed: other windows, to measure on.
-        longest: the longest run.
-        strength: λ of the fit, relative to the mean diagonal.
-        done: called with the number of layers that are done, and of all.
         batch_size: windows a forward pass.
     """
-    layers = len(blocks(model))
-    states, inputs = _record(model, torch.cat([fitted, probed]), batch_size)
-    dense = _log_probabilities(model, probed)
-    count = len(fitted)
-    runs = []
-    for layer in range(layers - 1):
-        writer = writer_of(model, layer, "ffn")
-        scale = branch_scale(model, fitted, layer, writer)
-        x, lasts = inputs[layer], range(layer + 1, min(layer + longest + 1, layers))
-        missing = [(states[last].float() - states[layer].float()) / scale for last in lasts]
-        sums = Sums(x.shape[-1], sum(part.shape[-1] for part in missing), x.device)
-        # One system for all runs behind this layer: they share its inputs.
-        sums.add(x[:count, 1:].flatten(0, 1), torch.cat([part[:count, 1:].flatten(0, 1) for part in missing], dim=-1))
-        change, shift = sums.solve(strength, bias=writer.bias is not None)
-        added = (x[count:].float() @ change.float() + shift.float()).chunk(len(missing), dim=-1)
-        for last, lacks, gets in zip(lasts, missing, added, strict=True):
-            error = (gets - lacks[count:])[:, 1:].square().sum() / lacks[count:, 1:].square().sum()
-            stream = (states[layer][count:].float() + scale * gets).to(states[layer].dtype)
-            divergence = _divergence(dense, _log_probabilities(model, probed, last, stream))
-            runs.append(Run(layer + 1, last, divergence, error.item()))
-        done(layer + 1, layers - 1)
-    return runs
-
-
-def _record(model: PreTrainedModel, windows: Tensor, batch_size: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the streams behind all layers (windows, length, hidden), and the inputs of their last projections (…, ffn)."""
+    windows = torch.cat([fitted, probed])
     layers = range(len(blocks(model)))
     states: list[list[Tensor]] = [[] for _ in layers]
     inputs: list[list[Tensor]] = [[] for _ in layers]
@@ -120,40 +106,71 @@ def _record(model: PreTrainedModel, windows: Tensor, batch_size: int) -> tuple[l
             for layer in layers:
                 states[layer].append(at[layer][1].cpu())
                 inputs[layer].append(seen[layer][0].reshape(*batch.shape, -1).cpu())
-    return [torch.cat(parts) for parts in states], [torch.cat(parts) for parts in inputs]
+    joined = [torch.cat(parts) for parts in states]
+    with resumed(model, layers[-1], windows, joined[-1]):
+        logits = _logits(model, probed)
+    return Recorded(windows, len(fitted), joined, [torch.cat(parts) for parts in inputs], logits)
 
 
-@contextmanager
-def _injected(model: PreTrainedModel, layer: int, stream: Tensor) -> Iterator[None]:
-    """Let the stream behind a layer be `stream` (windows, length, hidden), and compute none of the layers through it."""
-
-    def replace(block: nn.Module, inputs: Any, named: Any, output: Any) -> Tensor:
-        return stream.to(model.device)
-
-    with bypassed(model, range(layer + 1)):
-        handle = blocks(model)[layer].register_forward_hook(replace, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
+def _logits(model: PreTrainedModel, windows: Tensor) -> Tensor:
+    return model(input_ids=windows.long().to(model.device), use_cache=False).logits.cpu()
 
 
-def _log_probabilities(
-    model: PreTrainedModel, windows: Tensor, layer: int | None = None, stream: Tensor | None = None
-) -> Tensor:
-    """Return the log-probabilities (windows, length, vocabulary) on the CPU, from a given stream behind `layer` if there is one."""
-    with ExitStack() as stack:
-        if layer is not None and stream is not None:
-            stack.enter_context(_injected(model, layer, stream))
-        logits = model(input_ids=windows.long().to(model.device), use_cache=False).logits
-    return functional.log_softmax(logits.float(), dim=-1).cpu()
+@torch.no_grad()
+def runs_with_costs(
+    model: PreTrainedModel,
+    dense: Recorded,
+    longest: int,
+    strength: float,
+    done: Callable[[int, int], None] = lambda number, total: None,
+) -> list[Run]:
+    """Return every run of 1 … `longest` layers that does not begin with layer 0, with its costs.
+
+    Args:
+        model: the dense model; it is left as it was.
+        dense: what it computes.
+        longest: the longest run.
+        strength: λ of the fit, relative to the mean diagonal.
+        done: called with the number of layers that are done, and of all.
+    """
+    layers, count = len(dense.states), dense.fitted
+    probed = dense.windows[count:]
+    runs = []
+    for layer in range(layers - 1):
+        writer = writer_of(model, layer, "ffn")
+        with _from_below(model, dense, layer):
+            scale = branch_scale(model, dense.windows[:count], layer, writer)
+        x, lasts = dense.inputs[layer], range(layer + 1, min(layer + longest + 1, layers))
+        missing = [(dense.states[last].float() - dense.states[layer].float()) / scale for last in lasts]
+        sums = Sums(x.shape[-1], sum(part.shape[-1] for part in missing), x.device)
+        # One system for all runs behind this layer: they share its inputs.
+        sums.add(x[:count, 1:].flatten(0, 1), torch.cat([part[:count, 1:].flatten(0, 1) for part in missing], dim=-1))
+        change, shift = sums.solve(strength, bias=writer.bias is not None)
+        added = (x[count:].float() @ change.float() + shift.float()).chunk(len(missing), dim=-1)
+        for last, lacks, gets in zip(lasts, missing, added, strict=True):
+            error = (gets - lacks[count:])[:, 1:].square().sum() / lacks[count:, 1:].square().sum()
+            stream = (dense.states[layer][count:].float() + scale * gets).to(dense.states[layer].dtype)
+            with resumed(model, last, probed, stream):
+                divergence = _divergence(dense, _logits(model, probed))
+            runs.append(Run(layer + 1, last, divergence, error.item()))
+        done(layer + 1, layers - 1)
+    return runs
 
 
-def _divergence(dense: Tensor, other: Tensor) -> float:
-    """Return KL(dense ‖ other), nats a token, of log-probabilities (windows, length, vocabulary); first tokens are left out."""
-    # A window at a time: the vocabulary is large.
-    tokens = [(p.exp() * (p - q)).sum(-1)[1:] for p, q in zip(dense, other, strict=True)]
-    return torch.cat(tokens).mean().item()
+def _from_below(model: PreTrainedModel, dense: Recorded, layer: int) -> AbstractContextManager[None]:
+    """Let the forward passes on the recorded windows begin with a layer, below which nothing was changed."""
+    return resumed(model, layer - 1, dense.windows, dense.states[layer - 1]) if layer else nullcontext()
+
+
+def _divergence(dense: Recorded, logits: Tensor) -> float:
+    """Return KL(dense ‖ other), nats a token, of the logits (windows, length, vocabulary); first tokens are left out."""
+    windows = dense.windows[dense.fitted :].long()
+    # A window at a time, so that leaving out its first token copies nothing: the vocabulary is large.
+    found = [
+        next_token_losses(q[None, 1:], ids[None, 1:], p[None, 1:])[2].item()
+        for q, ids, p in zip(logits, windows, dense.logits, strict=True)
+    ]
+    return sum(found) / len(found)
 
 
 def cheapest_sets(runs: Sequence[Run], layers: int, count: int, keep: int) -> list[tuple[int, ...]]:
@@ -190,26 +207,42 @@ def cheapest_sets(runs: Sequence[Run], layers: int, count: int, keep: int) -> li
     return [chosen for _, chosen in best[layers][count]]
 
 
+def far_apart(sets: Sequence[tuple[int, ...]], keep: int) -> list[tuple[int, ...]]:
+    """Return the first `keep` sets of layers of which each has APART of its layers that are not in any one before it.
+
+    >>> far_apart([(3, 4, 5), (3, 4, 6), (3, 7, 8)], 2)
+    [(3, 4, 5), (3, 4, 6)]
+    """
+    listed: list[tuple[int, ...]] = []
+    for layers in sets:
+        if len(listed) < keep and all(len({*layers} - {*other}) >= APART * len(layers) for other in listed):
+            listed.append(layers)
+    return listed
+
+
 @torch.no_grad()
 def divergence_after_fit(
-    model: PreTrainedModel,
-    fitted: Tensor,
-    probed: Tensor,
-    targets: dict[int, Tensor],
-    removed: Sequence[int],
-    strength: float,
-    batch_size: int = BATCH,
+    model: PreTrainedModel, dense: Recorded, removed: Sequence[int], strength: float, batch_size: int = BATCH
 ) -> float:
-    """Return KL(p_dense ‖ p_cut), nats a token, of the model without `removed` and with its seams fitted; the model is left as it was."""
-    dense = _log_probabilities(model, probed)
-    seams = [writer_of(model, first - 1, "ffn") for first, _ in runs_of(removed) if first > 0]
+    """Return KL(p_dense ‖ p_cut), nats a token, of the model without `removed` and with its seams fitted; the model is left as it was.
+
+    Args:
+        model: the dense model.
+        dense: what it computes.
+        removed: layers to remove, without layer 0.
+        strength: λ of the fit, relative to the mean diagonal.
+        batch_size: windows a forward pass.
+    """
+    fitted, probed = dense.windows[: dense.fitted], dense.windows[dense.fitted :]
+    targets = {last: dense.states[last][: dense.fitted] for _, last in runs_of(removed)}
+    seams = [writer_of(model, first - 1, "ffn") for first, _ in runs_of(removed)]
     kept = [(seam, seam.weight.clone(), None if seam.bias is None else seam.bias.clone()) for seam in seams]
+    selection = Selection(method="seam", removed=tuple(removed))
     try:
-        fit_seams(
-            model, fitted, targets, Selection(method="seam", removed=tuple(removed)), strength, batch_size=batch_size
-        )
-        with bypassed(model, removed):
-            return _divergence(dense, _log_probabilities(model, probed))
+        with _from_below(model, dense, min(removed) - 1):
+            fit_seams(model, fitted, targets, selection, strength, batch_size=batch_size)
+            with bypassed(model, removed):
+                return _divergence(dense, _logits(model, probed))
     finally:
         for seam, weight, bias in kept:
             seam.weight.copy_(weight)
@@ -239,7 +272,7 @@ def choose_runs(
         journal: takes progress.
         strength: λ of the fit, relative to the mean diagonal.
         longest: the longest run that is compared; longer ones if no set of such runs has `count` layers.
-        shortlist: how many sets of runs are measured whole; 0 takes the set of least summed cost.
+        shortlist: how many sets of runs are measured whole, fewer if no more are apart; 0 takes the set of least summed cost.
         fit_tokens: how many tokens the runs are fitted on, from the first windows.
         measure_tokens: how many the divergence is measured on, from the last windows, at most a quarter of all.
         batch_size: windows a forward pass.
@@ -249,31 +282,24 @@ def choose_runs(
     """
     layers = len(blocks(model))
     total = layers - 1 + shortlist
-    fitted, probed = _parted(windows, fit_tokens, measure_tokens)
     # Of n layers in runs of at most k, each with a layer before it, n − ⌈n / (k + 1)⌉ can be removed.
     while layers - -(-layers // (longest + 1)) < count:
         longest += 1
-    costs = runs_with_costs(
-        model,
-        fitted,
-        probed,
-        min(longest, count),
-        strength,
-        lambda number, _: journal.progress(number, total),
-        batch_size,
+    dense = record(model, *_parted(windows, fit_tokens, measure_tokens), batch_size)
+    runs = runs_with_costs(
+        model, dense, min(longest, count), strength, lambda number, _: journal.progress(number, total)
     )
-    sets = cheapest_sets(costs, layers, count, max(1, shortlist))
-    if shortlist == 0 or len(sets) == 1:
+    sets = far_apart(cheapest_sets(runs, layers, count, CANDIDATES if shortlist > 1 else 1), max(1, shortlist))
+    if len(sets) == 1:
         if shortlist:
             journal.progress(total, total)
-        return sets[0], costs
-    targets = streams(model, fitted, sorted({last for chosen in sets for _, last in runs_of(chosen)}), batch_size)
+        return sets[0], runs
     measured = []
     for number, chosen in enumerate(sets, 1):
-        measured.append(divergence_after_fit(model, fitted, probed, targets, chosen, strength, batch_size))
+        measured.append(divergence_after_fit(model, dense, chosen, strength, batch_size))
         done = total if number == len(sets) else layers - 1 + number
         journal.progress(done, total, divergence=measured[-1])
-    return sets[measured.index(min(measured))], costs
+    return sets[measured.index(min(measured))], runs
 
 
 def _parted(windows: Tensor, fit_tokens: int, measure_tokens: int) -> tuple[Tensor, Tensor]:

@@ -10,12 +10,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from components.lib.training.journal import Silent
-from components.lib.training.refit import runs_of, streams
-from components.lib.training.seam import Run, cheapest_sets, choose_runs, divergence_after_fit, runs_with_costs
+from components.lib.training.refit import runs_of
+from components.lib.training.seam import (
+    Run,
+    cheapest_sets,
+    choose_runs,
+    divergence_after_fit,
+    far_apart,
+    record,
+    runs_with_costs,
+)
 from components.lib.transfers.ridge import Ridge
 from components.lib.transformer.gates import bypassed
 from components.lib.transformer.selection import Selection
-from tests.components.lib.transformer.zoo import SPECIMENS, VOCABULARY
+from tests.components.lib.transformer.zoo import SPECIMENS, VOCABULARY, counted
 
 BY_NAME = {specimen.name: specimen for specimen in SPECIMENS}
 LAYERS = 6
@@ -47,7 +55,8 @@ def test_a_run_costs_what_its_removal_costs_after_the_transfer(name: str) -> Non
     """Streams are injected and layers shared, and the result is that of the cut model."""
     model = BY_NAME[name].model(LAYERS)
     before = log_probabilities(model)
-    runs = {(run.first, run.last): run for run in runs_with_costs(model, FITTED, PROBED, longest=3, strength=0.1)}
+    dense = record(model, FITTED, PROBED)
+    runs = {(run.first, run.last): run for run in runs_with_costs(model, dense, longest=3, strength=0.1)}
     assert torch.equal(log_probabilities(model), before)
     assert set(runs) == {(first, last) for first in range(1, LAYERS) for last in range(first, min(first + 3, LAYERS))}
     for first, last in [(1, 1), (2, 4), (4, 5)]:
@@ -59,10 +68,35 @@ def test_a_run_costs_what_its_removal_costs_after_the_transfer(name: str) -> Non
 def test_the_cost_of_a_set_is_that_of_its_removal_after_the_transfer_and_leaves_the_model() -> None:
     model = BY_NAME["llama"].model(LAYERS)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    targets = streams(model, FITTED, range(LAYERS))
-    found = divergence_after_fit(model, FITTED, PROBED, targets, (1, 2, 4), 0.1)
-    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
-    assert found == pytest.approx(divergence(model, 1, 2, 4), rel=1e-3)
+    dense = record(model, FITTED, PROBED)
+    for removed in ((1, 2, 4), (3, 5)):
+        found = divergence_after_fit(model, dense, removed, 0.1)
+        assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+        assert found == pytest.approx(divergence(BY_NAME["llama"].model(LAYERS), *removed), rel=1e-3)
+
+
+def test_the_layers_below_the_first_seam_are_never_computed_again() -> None:
+    model = BY_NAME["llama"].model(LAYERS)
+    dense = record(model, FITTED, PROBED)
+    with counted(model) as calls:
+        divergence_after_fit(model, dense, (4,), 0.1)
+    assert calls[:3] == [0, 0, 0]
+    assert calls[3] > 0
+    with counted(model) as calls:
+        runs_with_costs(model, dense, longest=2, strength=0.1)
+    # Of each layer but the last: two passes for the scale of its branch. Of those above a run: one, for the run's cost.
+    behind = [sum(last < layer for first in range(1, LAYERS) for last in (first, first + 1)) for layer in range(LAYERS)]
+    assert calls == [2 + behind[layer] for layer in range(LAYERS - 1)] + [behind[-1]]
+
+
+def test_a_shortlist_holds_no_two_sets_that_are_nearly_the_same() -> None:
+    near, far = (3, 4, 5, 6, 7, 9), (3, 4, 5, 6, 12, 13)
+    assert far_apart([(3, 4, 5, 6, 7, 8), near, far, (3, 4, 5, 6, 12, 14), (20, 21, 22, 23, 24, 25)], keep=3) == [
+        (3, 4, 5, 6, 7, 8),
+        far,
+        (20, 21, 22, 23, 24, 25),
+    ]
+    assert far_apart([(3, 4), (5, 6), (7, 8)], keep=2) == [(3, 4), (5, 6)]
 
 
 def test_the_cheapest_sets_are_the_cheapest_of_all() -> None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from components.lib.transformer import perplexity as module
-from components.lib.transformer.gates import blocks, bypassed
+from components.lib.transformer.gates import bypassed
 from components.lib.transformer.perplexity import negative_log_likelihood, perplexities_without, perplexity
-from tests.components.lib.transformer.zoo import MODERN, SPECIMENS, VOCABULARY, Specimen
+from tests.components.lib.transformer.zoo import MODERN, SPECIMENS, VOCABULARY, Specimen, counted
 
 LLAMA = next(specimen for specimen in SPECIMENS if specimen.name == "llama")
 
@@ -26,21 +24,6 @@ def model() -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def windows() -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (5, 12), generator=torch.Generator().manual_seed(0))
-
-
-@contextmanager
-def counted(model: PreTrainedModel) -> Iterator[list[int]]:
-    """How often the attention of each block runs: a bypassed block does not run it."""
-    calls = [0 for _ in blocks(model)]
-
-    def count(layer: int) -> None:
-        calls[layer] += 1
-
-    with ExitStack() as stack:
-        for layer, block in enumerate(blocks(model)):
-            hook = block.self_attn.register_forward_hook(lambda *_, layer=layer: count(layer))
-            stack.callback(hook.remove)
-        yield calls
 
 
 def by_hand(model: PreTrainedModel, windows: torch.Tensor) -> float:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from components.lib.transformer.channels import channels_to_remove, kept_rows, l
 from components.lib.transformer.checkpoint import WEIGHTS
 from components.lib.transformer.families import FAMILIES
 from components.lib.transformer.family import HEADS
+from components.lib.transformer.gates import blocks
 from components.lib.transformer.layout import Axis, Widths
 from components.lib.transformer.selection import AXES, Channels
 
@@ -606,3 +608,18 @@ def logits(model: PreTrainedModel, padding: Sequence[int] = (0, 0, 7), **setting
     """Return the logits of the real tokens of `prompts`, (tokens, vocabulary)."""
     tokens, mask = prompts(padding)
     return model(input_ids=tokens, attention_mask=mask, **settings).logits[mask.bool()]
+
+
+@contextmanager
+def counted(model: PreTrainedModel) -> Iterator[list[int]]:
+    """How often the attention of each block runs: a bypassed block does not run it."""
+    calls = [0 for _ in blocks(model)]
+
+    def count(layer: int) -> None:
+        calls[layer] += 1
+
+    with ExitStack() as stack:
+        for layer, block in enumerate(blocks(model)):
+            hook = block.self_attn.register_forward_hook(lambda *_, layer=layer: count(layer))
+            stack.callback(hook.remove)
+        yield calls
