@@ -71,7 +71,7 @@ class TestTheCode:
         before = digests()
         lib = tree / "components" / "lib"
         edit(lib / "methods/sleb.py", '"""Choose greedily', '"""Search greedily')
-        edit(lib / "methods/sleb.py", "        done = 0\n", "        done = 0  # removals measured so far\n\n")
+        edit(lib / "methods/sleb.py", "        read = 0\n", "        read = 0  # tokens so far\n\n")
         edit(lib / "store/store.py", "class Store:\n", "class Store:\n    colour = 'blue'\n\n")
         edit(lib / "training/journal.py", "class Silent:\n", "class Silent:\n    colour = 'blue'\n\n")
         for module in (lib / "tracking").glob("*.py"):
@@ -82,7 +82,7 @@ class TestTheCode:
 
     def test_of_a_method_changes_the_choice_alone(self, tree: Path, digests: Digests) -> None:
         before = digests()
-        edit(tree / "components/lib/methods/sleb.py", "        done = 0\n", "        done = -1\n")
+        edit(tree / "components/lib/methods/sleb.py", "        read = 0\n", "        read = -1\n")
         assert changed(before, digests()) == {"learn_gates"}
 
     def test_of_a_method_that_the_recipe_does_not_name_changes_nothing(self, tree: Path, digests: Digests) -> None:
