@@ -27,7 +27,7 @@ def recompress(release: str, recipe: str, name: str, run: str):  # type: ignore[
     Args:
         release: a Hub id with an optional @revision, an s3:// prefix, models:/name@alias, or a reference.
         recipe: the recipe's YAML.
-        name: the registered model's name.
+        name: the registered model's name; nothing is registered if it is empty.
         run: a label of this run, which its stages share.
     """
     with dsl.ExitHandler(finish(run=run)):

@@ -26,5 +26,5 @@ def pin_run(release: str, recipe: str, name: str, run: str) -> tuple[str, str, s
             **{f"espalier.text.{dotted}": text for dotted, text in texts.items()},
         }
         runs.open_parent(run, tags, pinned.model_dump(mode="json"))
-        champion = registry.aliased(name, "champion")
+        champion = registry.aliased(name, "champion") if name else None
         return str(reference), pinned.to_yaml(), str(champion.reference) if champion else ""

@@ -16,6 +16,7 @@ def register(
     """Write the report, register the candidate, and make it challenger if the rules hold. Returns the verdict: pass or fail.
 
     Args:
+        name: the registered model's name; nothing is registered if it is empty.
         outputs: the references of the run's stages by name; an empty one is an output that this run does without.
     """
     from components.register.run import register_run

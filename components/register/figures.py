@@ -10,7 +10,7 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import accumulate, cycle
 from typing import Any
 
@@ -157,6 +157,50 @@ def pareto(models: Mapping[str, Measured], text: str) -> str:
         _label(axes, points)
 
     return _panel(draw, "parameters, of dense", f"perplexity on {text}, of dense", f"Size and perplexity on {text}")
+
+
+Interval = tuple[float, float, float]
+"""A median, the lowest and the highest value."""
+
+
+def tradeoff(
+    groups: Mapping[str, Mapping[str, tuple[Interval, Interval]]],
+    best: Collection[str],
+    *,
+    x: str,
+    y: str,
+    summary: str,
+) -> str:
+    """Draw points with their ranges, those of a group on one line, and dense at (1, 1).
+
+    Args:
+        groups: for each name in the legend, the points' (x, y) by their labels, relative to the dense model.
+        best: labels of the points to fill: no other is better.
+        x: the label of the horizontal axis.
+        y: the label above the vertical axis.
+        summary: the picture in words.
+    """
+
+    def draw(axes: Axes) -> None:
+        axes.plot(1, 1, "D", markersize=6, color=INK)
+        labels = {"dense": (1.0, 1.0)}
+        for (group, points), look in zip(groups.items(), cycle(_LOOKS), strict=False):
+            placed = {name: (across[0], up[0]) for name, (across, up) in points.items()}
+            line = sorted(placed.values())
+            axes.plot(*_columns(line), linewidth=1, label=group, color=look["color"], linestyle=look["linestyle"])
+            for name, (across, up) in points.items():
+                axes.plot(across[1:], (up[0], up[0]), linewidth=0.8, color=look["color"])
+                axes.plot((across[0], across[0]), up[1:], linewidth=0.8, color=look["color"])
+                face = look["color"] if name in best else PAPER
+                axes.plot(*placed[name], "o", markersize=6, markeredgecolor=look["color"], markerfacecolor=face)
+            labels |= placed
+        axes.margins(0.2, 0.2)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2f}×"))
+        _label(axes, labels)
+        axes.legend(frameon=False, fontsize=8.5, loc="best")
+
+    return _panel(draw, x, y, summary)
 
 
 def spread(positions: Sequence[float], gap: float) -> list[float]:

@@ -22,7 +22,7 @@ from components.register.words import ABOUT
 def render(report: Report, curves: Curves) -> str:
     """Return the page. The same report and curves give the same page."""
     sections = [section for make in SECTIONS if (section := make(report, curves)) is not None]
-    page = _templates().get_template("page.html.j2")
+    page = templates().get_template("page.html.j2")
     return page.render(
         report=report,
         title=_title(report),
@@ -38,14 +38,15 @@ def _title(report: Report) -> str:
 
 
 def _body(section: ReportSection) -> Markup:
-    return Markup(_templates().get_template(section.template).render(**section.data).strip())
+    return Markup(templates().get_template(section.template).render(**section.data).strip())
 
 
 @cache
-def _templates() -> Environment:
+def templates(*folders: Path) -> Environment:
+    """Return the report's templates, and those in `folders`, which may extend or include them."""
     here = Path(__file__).parent
     environment = Environment(
-        loader=FileSystemLoader([here, here / "sections"]),
+        loader=FileSystemLoader([here, here / "sections", *folders]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

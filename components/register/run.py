@@ -40,7 +40,7 @@ def register_run(name: str, run: str, recipe: str, outputs: Mapping[str, str], p
     Registering is idempotent: the same checkpoint is the same version, whose evidence is brought up to date.
 
     Args:
-        name: the registered model's name.
+        name: the registered model's name; nothing is registered if it is empty, as for the cells of a comparison.
         run: the run's label; the report lies at `runs/<run>/` in the store.
         recipe: the pinned recipe's YAML.
         outputs: the stages' references.
@@ -64,9 +64,8 @@ def register_run(name: str, run: str, recipe: str, outputs: Mapping[str, str], p
             timing=_timing(run, manifests),
             environment=_environment(parsed, folders["evaluation"], manifests),
         )
-        registered = _register(
-            name, run, Reference.parse(outputs["candidate"]), Reference.parse(outputs["evaluation"]), draft
-        )
+        candidate, evaluation = (Reference.parse(outputs[output]) for output in ("candidate", "evaluation"))
+        registered = _register(name, run, candidate, evaluation, draft) if name else None
         report = draft.model_copy(update={"registered": registered})
         recovered = folders["candidate"] if outputs["candidate"] != outputs["pruned"] else None
         curves = read_curves(

@@ -13,6 +13,7 @@ from rich.table import Table
 from components.lib.errors import Refusal, StageFailed
 from components.lib.recipe.loading import load_recipe
 from components.lib.recipe.schema import Recipe
+from pipeline.cli.compare import compare
 from pipeline.cli.options import ERROR, FAIL, HOME, PASS, Cluster, Home, Image, Mutable, console
 from pipeline.cli.schedule import schedule_app
 from pipeline.cli.serving import manifest, serve
@@ -38,6 +39,7 @@ app = typer.Typer(
 services_app = typer.Typer(help="The embedded S3 server and MLflow.", no_args_is_help=True)
 app.add_typer(services_app, name="services")
 app.add_typer(schedule_app, name="schedule")
+app.command()(compare)
 app.command()(watch)
 app.command()(why)
 app.command()(manifest)

@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,7 @@ class Result:
 def run(
     recipe: Recipe,
     release: str,
-    name: str,
+    name: str | None,
     home: Path,
     console: Console,
     label: str = "",
@@ -50,7 +50,7 @@ def run(
     Args:
         recipe: the recipe, with its texts not yet in the store.
         release: a folder, an s3:// prefix, a Hub id with an optional @revision, or models:/name@alias.
-        name: the registered model's name.
+        name: the registered model's name; None measures and registers nothing.
         home: the folder of all state.
         console: shows the progress.
         label: the run's label if a watcher chose it; a new one if it is empty.
@@ -62,7 +62,7 @@ def run(
     """
     check(recipe, release, name)
     if on.embeds:
-        check_room(recipe, release, home)
+        check_room([recipe], release, home)
         # Check external services before starting embedded ones.
         check_services()
     label = label or f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
@@ -73,16 +73,17 @@ def run(
         arguments = {
             "release": to_store(release, recipe, store),
             "recipe": texts_to_store(recipe, store).to_yaml(),
-            "name": name,
+            "name": name or "",
             "run": label,
         }
         on.run(arguments, folder / "log.txt", console)
-        return Result(_fetch_report(store, label, folder), folder)
+        return Result(fetch_report(store, label, folder), folder)
 
 
-def check(recipe: Recipe, release: str, name: str) -> None:
-    """Check the name, and a release and texts on this machine. Raises Refusal before anything is started."""
-    check_name(name)
+def check(recipe: Recipe, release: str, name: str | None) -> None:
+    """Check the name if there is one, and a release and texts on this machine. Raises Refusal before anything is started."""
+    if name is not None:
+        check_name(name)
     if is_local(release):
         check_checkpoint(Path(release).expanduser(), recipe)
     for _, text in recipe.texts():
@@ -96,17 +97,22 @@ def check_name(name: str) -> None:
         raise Refusal(f"the registered model's name is {name!r}: use letters, digits, '.', '_' and '-'")
 
 
-def check_room(recipe: Recipe, release: str, home: Path) -> None:
-    """Raise Refusal if the store is embedded and its disk has no room for every checkpoint that the run leaves there.
+def check_room(recipes: Sequence[Recipe], release: str, home: Path) -> None:
+    """Raise Refusal if the store is embedded and its disk has no room for every checkpoint that runs of the recipes leave there.
 
     Files that are in the home already reduce the space needed, so that a resumed run does not need it twice.
     """
     if StoreSettings().bucket or not is_local(release):
         return
-    asked = [task for task in tasks_of(recompress) if task.stage and task.stage.asked(recipe, task.variant)]
-    checkpoints = 1 + sum(task.stage.leaves_checkpoint for task in asked if task.stage)  # 1 is the release
+    checkpoints = 1 + sum(map(_checkpoints, recipes))  # 1 is the release
     size = Checkpoint.open(Path(release).expanduser()).bytes
     need_space(home, checkpoints * size - _bytes_below(home))
+
+
+def _checkpoints(recipe: Recipe) -> int:
+    """Return how many checkpoints a run of the recipe leaves in the store."""
+    stages = ((task.stage, task.variant) for task in tasks_of(recompress))
+    return sum(stage.leaves_checkpoint and stage.asked(recipe, variant) for stage, variant in stages if stage)
 
 
 def _bytes_below(folder: Path) -> int:
@@ -150,7 +156,8 @@ def _is_local_text(text: Text) -> bool:
     return text.path is not None and not text.path.startswith("s3://")
 
 
-def _fetch_report(store: Store, label: str, folder: Path) -> Report:
+def fetch_report(store: Store, label: str, folder: Path) -> Report:
+    """Copy a run's report from the store into `folder`. Raises StageFailed if the run left none."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("report.json", "report.html"):
         text = store.read_text(f"runs/{label}/{name}")

@@ -18,7 +18,7 @@ def lineage(report: Report, curves: Curves) -> ReportSection:
     data = {
         "release": report.release,
         "registered": report.registered,
-        "environment": [(name, list(_flat(value))) for name, value in report.environment.items()],
+        "environment": [(name, list(flat(value))) for name, value in report.environment.items()],
         "stages": stages,
         "of_stages": sum(stages.values()),
         "of_run": report.timing.get("total"),
@@ -27,11 +27,11 @@ def lineage(report: Report, curves: Curves) -> ReportSection:
     return ReportSection("Lineage", "lineage.html.j2", data)
 
 
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+def flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     """Flatten a setting into (name, value) pairs; a plain value has no name."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _flat(inner, f"{name} {key}".strip())
+            yield from flat(inner, f"{name} {key}".strip())
     elif isinstance(value, list | tuple):
         yield name, ", ".join(map(str, value))
     else:

@@ -306,8 +306,43 @@ def test_half_an_s3_is_refused(espalier: Espalier, recipe: Path, monkeypatch: py
     assert "ESPALIER_BUCKET is not set: name the bucket, or unset AWS_ENDPOINT_URL_S3" in ended.told
 
 
+class TestACompare:
+    """What every cell would be refused for is refused before anything is started."""
+
+    @pytest.fixture
+    def refusal(self, espalier: Espalier, recipe: Path, release: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+        def refusal(*arguments: object, model: object = release) -> str:
+            monkeypatch.setattr(
+                "pipeline.services.embedded.services", lambda home: pytest.fail("services were started")
+            )
+            ended = espalier("compare", recipe, "--model", model, "--home", "home", *arguments)
+            assert (ended.status, ended.printed, Path("home").exists()) == (1, "", False)
+            (sentence,) = ended.told.splitlines()
+            return sentence.removeprefix("espalier: ")
+
+        return refusal
+
+    def test_of_ratios_that_all_leave_no_layer(self, refusal: Callable[..., str]) -> None:
+        assert refusal("--ratios", "0.95,0.99").startswith("methods.trsp.ratio 0.95 removes 4 of the model's 4 layers")
+
+    def test_of_no_release(self, refusal: Callable[..., str]) -> None:
+        assert refusal(model="./nothing").startswith("nothing has no config.json")
+
+    def test_with_seeds_that_are_no_numbers(self, refusal: Callable[..., str]) -> None:
+        said = refusal("--seeds", "0,1.5")
+        assert said == "--seeds is '0,1.5': write whole numbers with commas between them, such as --seeds 0,1"
+
+    def test_whose_cells_do_not_fit_on_the_disk(
+        self, refusal: Callable[..., str], release: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        size = (release / "model.safetensors").stat().st_size
+        # The release, and for each of two ratios a regularised model, a pruned one and a control.
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=6.5 * size))
+        assert refusal("--ratios", "0.25,0.5").startswith("home needs ")
+
+
 def test_every_verb_shows_its_help(espalier: Espalier) -> None:
-    for verb in ("run", "why", "watch", "promote", "compile", "demo", "recipes", "services", "schedule"):
+    for verb in ("run", "compare", "why", "watch", "promote", "compile", "demo", "recipes", "services", "schedule"):
         assert espalier(verb, "--help").status == 0
 
 

@@ -1,0 +1,100 @@
+"""The verb `compare`: recipes × ratios × seeds on one release."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from components.lib.errors import Refusal
+from components.register.format import ABSENT, times
+from pipeline.cli.options import ERROR, HOME, PASS, Home, Image, console
+
+if TYPE_CHECKING:
+    from pipeline.compare.comparison import Comparison, Row
+
+T = TypeVar("T")
+
+
+def compare(
+    recipes: Annotated[list[str], typer.Argument(help="Recipes' files, or shipped recipes' names such as trsp.")],
+    model: Annotated[
+        str, typer.Option(help="A folder, an s3:// prefix, a Hub id with an optional @revision, or models:/name@alias.")
+    ],
+    ratios: Annotated[
+        str, typer.Option(help="The ratio of every method, such as 0.1,0.25,0.5; each recipe's own when absent.")
+    ] = "",
+    seeds: Annotated[str, typer.Option(help="Every seed, such as 0,1,2; each recipe's own when absent.")] = "",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Another value for a field; methods.NAME.… applies to the recipes that name this method.",
+        ),
+    ] = None,
+    on: Annotated[
+        Literal["local", "docker"], typer.Option(help="Where the stages run: processes or containers of this machine.")
+    ] = "local",
+    image: Image = None,
+    home: Home = HOME,
+) -> None:
+    """Compare recipes over ratios and seeds, and register nothing. Exit status 0: every cell was measured; 1: one failed."""
+    from pipeline.compare.cells import load_recipes
+    from pipeline.runners.compare import compare as run_cells
+    from pipeline.runners.docker import IMAGE, DockerRunner
+    from pipeline.runners.local import LocalRunner
+
+    loaded = load_recipes(recipes, set_ or ())
+    parts = _numbers("--ratios", ratios, float), _numbers("--seeds", seeds, int)
+    runner = DockerRunner(image or IMAGE) if on == "docker" else LocalRunner()
+    command = _command(recipes, model, ratios, seeds, set_ or (), on)
+    compared = run_cells(loaded, model, *parts, home, console, command, runner)
+    _show(compared.comparison)
+    for suffix in ("html", "csv", "json"):
+        print(compared.folder / f"comparison.{suffix}")
+    raise typer.Exit(ERROR if compared.comparison.failed else PASS)
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], T]) -> list[T]:
+    try:
+        return [kind(part) for part in text.split(",") if text]
+    except ValueError:
+        name = "whole numbers" if kind is int else "numbers"
+        raise Refusal(f"{option} is {text!r}: write {name} with commas between them, such as {option} 0,1") from None
+
+
+def _command(recipes: Sequence[str], model: str, ratios: str, seeds: str, overrides: Sequence[str], on: str) -> str:
+    words = ["espalier", "compare", *recipes, "--model", model]
+    words += ["--ratios", ratios] if ratios else []
+    words += ["--seeds", seeds] if seeds else []
+    words += [word for override in overrides for word in ("--set", override)]
+    return shlex.join([*words, *(["--on", on] if on != "local" else [])])
+
+
+def _show(comparison: Comparison) -> None:
+    """Print the medians over the seeds, each with its ratio to the dense model's, and every failed cell."""
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for head in ("", "", "seeds", *comparison.metrics):
+        table.add_column(escape(head), justify="right" if head else "left")
+    for row in comparison.rows:
+        seeds = f"{row.done}" if row.done == row.cells else f"{row.done} of {row.cells}"
+        name, model = (row.name, row.model if row.recipe else "")
+        table.add_row(escape(name), model, seeds, *(_cell(row, metric) for metric in comparison.metrics))
+    console.print(table)
+    for cell in comparison.failed:
+        console.print(f"{cell.name} failed: {cell.reason}", highlight=False, markup=False)
+
+
+def _cell(row: Row, metric: str) -> str:
+    from pipeline.compare.page import shown
+
+    value, over = row.values.get(metric), row.over_dense.get(metric)
+    if value is None:
+        return ABSENT
+    beside = f" [dim]{times(over.median)}[/]" if over and row.recipe else ""
+    return f"{shown(metric, value.median)}{beside}"
