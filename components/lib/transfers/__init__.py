@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from components.lib.errors import Refusal
 from components.lib.plugins import classes_of
 from components.lib.recipe.section import Section
 from components.lib.training.journal import Journal
 from components.lib.transformer.checkpoint import PrunableCheckpoint
+from components.lib.transformer.family import Family
 from components.lib.transformer.selection import Selection
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ class Transfer(Section):
         raise NotImplementedError
 
 
-def check_writers(checkpoint: PrunableCheckpoint, asked: str, cure: str = "use merge or none") -> None:
+def check_writers(checkpoint: PrunableCheckpoint, asked: str, cure: str = "use reconstruct, merge or none") -> None:
     """Refuse a family whose blocks do not add a projection's output to the residual stream as it is.
 
     Args:
@@ -55,16 +57,23 @@ def check_writers(checkpoint: PrunableCheckpoint, asked: str, cure: str = "use m
         cure: what to do instead.
 
     Raises:
-        Refusal: the family has no layout, as mixtures of experts have none, or its branches pass a norm before the stream.
+        Refusal: as `why_not_fitted` says.
     """
-    family = checkpoint.family
+    reason = why_not_fitted(checkpoint.family, checkpoint.config)
+    if reason:
+        raise Refusal(f"{asked}, but {checkpoint.family.title} {reason}: {cure}")
+
+
+def why_not_fitted(family: Family, config: Mapping[str, Any]) -> str | None:
+    """Return why no projection of the family can be fitted to the residual stream; None if it can.
+
+    A mixture of experts has no layout, and the branches of some families pass a norm before the stream.
+    """
     if family.layout is None:
-        reason = "has no layout of the projections that write the residual stream"
-    elif family.layout.norms_after(checkpoint.config):
-        reason = "has norms between its projections and the residual stream"
-    else:
-        return
-    raise Refusal(f"{asked}, but {family.title} {reason}: {cure}")
+        return "has no layout of the projections that write the residual stream"
+    if family.layout.norms_after(config):
+        return "has norms between its projections and the residual stream"
+    return None
 
 
 @cache

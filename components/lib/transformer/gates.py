@@ -118,7 +118,7 @@ def resumed(model: nn.Module, layer: int, windows: Tensor, stream: Tensor) -> It
     rows: list[Tensor | slice] = []
 
     def read(embedding: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        rows[:] = [_rows_of(windows, inputs[0])]
+        rows[:] = [rows_of(windows, inputs[0])]
 
     handle = unwrapped(model).get_input_embeddings().register_forward_pre_hook(read)
     try:
@@ -131,7 +131,7 @@ def resumed(model: nn.Module, layer: int, windows: Tensor, stream: Tensor) -> It
         handle.remove()
 
 
-def _rows_of(windows: Tensor, ids: Tensor) -> Tensor | slice:
+def rows_of(windows: Tensor, ids: Tensor) -> Tensor | slice:
     """Return where the rows of `ids` (batch, length) are in the windows.
 
     Raises:

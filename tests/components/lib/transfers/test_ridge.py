@@ -254,5 +254,5 @@ def test_runs_are_neighbouring_layers() -> None:
 
 
 def test_naming_a_transfer_imports_no_torch() -> None:
-    code = "import sys; from components.lib.transfers import linear, merge, ridge, scale; assert 'torch' not in sys.modules"
+    code = "import sys; from components.lib.transfers import linear, merge, reconstruct, ridge, scale; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
