@@ -8,7 +8,10 @@ from __future__ import annotations
 import gc
 import json
 import math
-from collections.abc import Iterable, Mapping
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +21,12 @@ import torch
 from torch import Tensor
 
 from components.evaluate.context import machine
+from components.evaluate.continuations import questions, write_task
 from components.evaluate.speed import measure_speed, peak_memory, prefill_flops, prompt_batch
-from components.evaluate.tasks import ZeroShot
+from components.evaluate.zero_shot import Scores, zero_shot
 from components.lib.errors import Refusal
 from components.lib.recipe.schema import Evaluate
+from components.lib.tasks.load import Loaded, load_tasks
 from components.lib.training.journal import Journal
 from components.lib.transformer.checkpoint import Checkpoint, load_model, load_tokenizer, require_loadable
 from components.lib.transformer.device import best_device
@@ -49,6 +54,7 @@ TOGETHER = 0.25
 def evaluate(
     models: Mapping[str, Path],
     texts: Mapping[str, Path],
+    tasks: Mapping[str, Path] | None = None,
     *,
     evaluate: Evaluate,
     out: Path,
@@ -66,6 +72,7 @@ def evaluate(
     Args:
         models: folders with a checkpoint in `model/`, by name: dense (always), candidate, champion, pruned-first, dense-trained.
         texts: a folder with one text file, or the file, for each name in `evaluate.perplexity`.
+        tasks: the folder of collected task files for each of them in `evaluate.tasks`.
         evaluate: the recipe's section, with its length set.
         out: an empty folder.
         journal: takes the progress, in tokens, and each perplexity.
@@ -79,13 +86,13 @@ def evaluate(
     twins = _twins(models, model_digests or {})
     opened = {name: EvaluatedModel.open(name, models[name] / "model") for name in dict.fromkeys(twins.values())}
     tokenized = {name: _tokenize(folder, name, opened[REFERENCE], evaluate) for name, folder in texts.items()}
-    zero_shot = ZeroShot(evaluate.tasks, evaluate.task_limit, SEED) if evaluate.tasks else None
-    progress = Progress(journal, len(opened) * _tokens_per_model(tokenized, evaluate))
-
     together = _fit_together(opened.values())
-    measured = {
-        name: _quality(evaluated, tokenized, zero_shot, evaluate, progress) for name, evaluated in opened.items()
-    }
+    with _loaded_tasks(evaluate, texts, tasks or {}) as loaded:
+        tokens = _tokens_per_model(tokenized, len(loaded["tasks"]), evaluate)
+        progress = Progress(journal, len(opened) * tokens)
+        measured = {
+            name: _quality(evaluated, tokenized, loaded, evaluate, progress) for name, evaluated in opened.items()
+        }
     for group in _groups(opened, together) if evaluate.speed.enabled else ():
         for name, figures in _speed(group, tokenized, evaluate, progress).items():
             measured[name] |= figures
@@ -161,17 +168,40 @@ def _twins(models: Mapping[str, Path], digests: Mapping[str, str]) -> dict[str, 
 def _tokenize(folder: Path, name: str, reference: EvaluatedModel, evaluate: Evaluate) -> TokenizedText:
     if evaluate.length is None:
         raise Refusal("evaluate.length is not set: set it to the tokens of a window, such as 2048")
-    documents = read_documents(text_file(folder), evaluate.perplexity[name].field)
+    documents = _documents(folder, name, evaluate)
     windows = consecutive_windows(token_stream(documents, reference.tokenizer), evaluate.length)
     probe = SEPARATOR.join(documents)[:PROBE]
     return TokenizedText(probe, windows, token_stream([probe], reference.tokenizer))
 
 
-def _tokens_per_model(tokenized: Mapping[str, TokenizedText], evaluate: Evaluate) -> int:
+@contextmanager
+def _loaded_tasks(evaluate: Evaluate, texts: Mapping[str, Path], folders: Mapping[str, Path]) -> Iterator[Loaded]:
+    """Yield the recipe's tasks, and those made of its texts; their data is in a temporary folder."""
+    if not evaluate.tasks and not evaluate.continuations:
+        yield {"tasks": {}, "groups": {}}
+        return
+    with tempfile.TemporaryDirectory(prefix="espalier-tasks-") as scratch:
+        made = [
+            write_task(
+                f"continue_{name}",
+                questions(_documents(texts[name], name, evaluate), evaluate.continuations, SEED),
+                Path(scratch),
+            )
+            for name in texts
+            if evaluate.continuations
+        ]
+        yield load_tasks(evaluate.named_tasks, list(folders.values()), made, evaluate.remote_code)
+
+
+def _documents(folder: Path, name: str, evaluate: Evaluate) -> list[str]:
+    return read_documents(text_file(folder), evaluate.perplexity[name].field)
+
+
+def _tokens_per_model(tokenized: Mapping[str, TokenizedText], tasks: int, evaluate: Evaluate) -> int:
     """Return the work on one model in tokens, read and written; a task counts as many as the texts together."""
     texts = sum(text.windows.numel() for text in tokenized.values())
     passes = _tokens_of_speed(evaluate) if evaluate.speed.enabled else 0
-    return texts * (1 + len(evaluate.tasks)) + passes
+    return texts * (1 + tasks) + passes
 
 
 def _tokens_of_speed(evaluate: Evaluate) -> int:
@@ -183,22 +213,38 @@ def _tokens_of_speed(evaluate: Evaluate) -> int:
 def _quality(
     evaluated: EvaluatedModel,
     tokenized: Mapping[str, TokenizedText],
-    zero_shot: ZeroShot | None,
+    tasks: Loaded,
     evaluate: Evaluate,
     progress: Progress,
 ) -> dict[str, Any]:
     """Measure everything of a model but its speed."""
     model = evaluated.load()
     perplexities, notes = _perplexities(evaluated, model, tokenized, evaluate.batch_size, progress)
-    tasks = zero_shot(model, evaluated.tokenizer, evaluate.batch_size) if zero_shot else {}
-    progress.advance(len(evaluate.tasks) * sum(text.windows.numel() for text in tokenized.values()))
+    scores = _scores(evaluated, model, tasks, evaluate, progress.journal)
+    progress.advance(len(tasks["tasks"]) * sum(text.windows.numel() for text in tokenized.values()))
     return {
         **evaluated.size,
         "perplexity": perplexities,
-        "tasks": tasks,
+        "tasks": scores,
         "speed": {"prefill": {}, "decode": {}},
         "notes": notes,
     }
+
+
+def _scores(
+    evaluated: EvaluatedModel, model: PreTrainedModel, tasks: Loaded, evaluate: Evaluate, journal: Journal
+) -> Scores:
+    """Return the scores by task, and log them."""
+    if not tasks["tasks"]:
+        return {}
+    scores = zero_shot(
+        tasks, model, evaluated.tokenizer, batch_size=evaluate.batch_size, limit=evaluate.task_limit, seed=SEED
+    )
+    for task, metrics in scores.items():
+        # MLflow takes few signs in a name, and lm-eval puts a comma before the name of a filter.
+        names = {metric: re.sub(r"[^\w./ -]", "-", f"{evaluated.name}.{task}.{metric}") for metric in metrics}
+        journal.metrics({names[metric]: value for metric, value in metrics.items()}, step=0)
+    return scores
 
 
 def _perplexities(

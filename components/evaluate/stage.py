@@ -12,10 +12,11 @@ from components.lib.stage.declaration import MODEL, Job, References, Stage, read
 
 @dataclass(frozen=True)
 class Inputs:
-    """The models by name, and the texts by their names in `evaluate.perplexity`."""
+    """The models by name, the texts by their names in `evaluate.perplexity`, the task files by their place in `evaluate.tasks`."""
 
     models: Mapping[str, Path] = reads(*MODEL)
     texts: Mapping[str, Path] = reads()
+    tasks: Mapping[str, Path] = reads()
 
 
 def work(inputs: Inputs, recipe: Recipe, job: Job) -> None:
@@ -25,6 +26,7 @@ def work(inputs: Inputs, recipe: Recipe, job: Job) -> None:
     evaluate(
         inputs.models,
         inputs.texts,
+        inputs.tasks,
         evaluate=recipe.evaluate,
         out=job.out,
         journal=job.journal,
@@ -34,7 +36,7 @@ def work(inputs: Inputs, recipe: Recipe, job: Job) -> None:
 
 
 def _complete(given: References, recipe: Recipe) -> References:
-    """Add the texts, and drop a champion that is equal to the candidate.
+    """Add the texts and the task files, and drop a champion that is equal to the candidate.
 
     A candidate is not compared with itself, so an evaluation stays valid when its candidate becomes champion.
     """
@@ -45,12 +47,15 @@ def _complete(given: References, recipe: Recipe) -> References:
     order = sorted(models, key=lambda name: (name != "dense", name != "candidate", name))
     others = {name: models[name] for name in order if name != "champion" or digest[name] != digest["candidate"]}
     texts = {name: text.path or "" for name, text in recipe.evaluate.perplexity.items()}
-    return {"models": others, "texts": texts}
+    tasks = {str(place): task for place, task in enumerate(recipe.evaluate.task_files)}
+    return {"models": others, "texts": texts, "tasks": tasks}
 
 
 def _unused(recipe: Recipe) -> tuple[str, ...]:
     """Without tasks, lm-eval and its version change nothing."""
-    return () if recipe.evaluate.tasks else ("components.evaluate.tasks",)
+    if recipe.evaluate.tasks or recipe.evaluate.continuations:
+        return ()
+    return ("components.evaluate.zero_shot", "components.evaluate.continuations", "components.lib.tasks.load")
 
 
 STAGE = Stage("evaluate", Inputs, work, sections=("evaluate",), complete=_complete, unused=_unused)

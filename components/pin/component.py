@@ -9,7 +9,7 @@ from components.lib.stage.face import component
 def pin(release: str, recipe: str, name: str, run: str) -> NamedTuple(
     "Pinned", [("release", str), ("recipe", str), ("champion", str)]
 ):
-    """Pin the release, the recipe's texts and the present champion, and open the run in MLflow.
+    """Pin the release, the recipe's texts and task files and the present champion, and open the run in MLflow.
 
     Args:
         release: a reference, an s3:// prefix, models:/name@alias, or a Hub id with an optional @revision.
@@ -19,7 +19,7 @@ def pin(release: str, recipe: str, name: str, run: str) -> NamedTuple(
 
     Returns:
         release and champion as references (champion is empty if there is none), and the recipe with a reference in place of
-        each text.
+        each text and task file.
     """
     from collections import namedtuple
 

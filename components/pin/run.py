@@ -7,6 +7,7 @@ from components.lib.stage.events import reported
 from components.lib.store.store import Store
 from components.lib.tracking import registry, runs
 from components.pin.pin import pin_release, pin_text
+from components.pin.tasks import check_loadable, pin_task
 
 
 def pin_run(release: str, recipe: str, name: str, run: str) -> tuple[str, str, str]:
@@ -15,8 +16,10 @@ def pin_run(release: str, recipe: str, name: str, run: str) -> tuple[str, str, s
         store = Store.from_environment()
         parsed = parse_recipe(recipe)
         texts = {dotted: str(pin_text(text, store)) for dotted, text in parsed.texts()}
+        tasks = {task: str(pin_task(task, parsed.evaluate.remote_code, store)) for task in parsed.evaluate.task_files}
+        pinned = parsed.with_texts(texts).with_tasks(tasks)
+        check_loadable(pinned.evaluate, store)
         reference = pin_release(release, parsed, store)
-        pinned = parsed.with_texts(texts)
         made = store.manifest(reference).metadata
         tags = {
             "espalier.release": str(made.get("source")),
@@ -24,6 +27,7 @@ def pin_run(release: str, recipe: str, name: str, run: str) -> tuple[str, str, s
             "espalier.digest": reference.digest,
             "espalier.name": name,
             **{f"espalier.text.{dotted}": text for dotted, text in texts.items()},
+            **({"espalier.tasks": " ".join(pinned.evaluate.tasks)} if tasks else {}),
         }
         runs.open_parent(run, tags, pinned.model_dump(mode="json"))
         champion = registry.aliased(name, "champion") if name else None

@@ -18,8 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from components.lib.errors import Refusal
 from components.lib.recipe.loading import parse_recipe
-from components.lib.recipe.schema import Text
+from components.lib.recipe.schema import Recipe, Text
 from components.lib.sources.resolve import Resolved, checkpoint_files, resolve_release, resolve_text
+from components.lib.sources.tasks import task_digest
 from components.lib.stage.code import ROOT, code_of
 from components.lib.store.artifacts import Manifest, Reference, describe
 from components.lib.store.store import Store
@@ -92,12 +93,19 @@ def identify(watched: Watched, store: Store) -> Item:
         "release": identity,
         "recipe": {
             "texts": {dotted: _text(text, store) for dotted, text in recipe.texts()},
-            "fields": recipe.with_texts({dotted: "" for dotted, _ in recipe.texts()}).model_dump(mode="json"),
+            "fields": _without_paths(recipe).model_dump(mode="json"),
+            "tasks": [task_digest(task, recipe.evaluate.remote_code, store) for task in recipe.evaluate.task_files],
         },
         "code": {stage: code_of(stage).digest for stage in _stages()},
     }
     key = _digest({reason: everything[reason] for reason in watched.recompress_on})
     return Item(watched.name, release, watched.recipe, identity[-1], key, claim=_digest(everything))
+
+
+def _without_paths(recipe: Recipe) -> Recipe:
+    """Return the recipe without the paths of its texts and task files: their content counts."""
+    texts = {dotted: "" for dotted, _ in recipe.texts()}
+    return recipe.with_texts(texts).with_tasks(dict.fromkeys(recipe.evaluate.task_files, "/"))
 
 
 def _digest(value: Any) -> str:

@@ -107,7 +107,7 @@ def _cluster_sources(watched: Sequence[Watched], profile: Profile) -> list[Watch
     """Return the sources with their texts in the store. Raises Refusal if a release is a folder of this machine."""
     from components.lib.store.store import Store
     from pipeline.kubeflow.profile import variables
-    from pipeline.runners.run import in_environment, is_local, texts_to_store
+    from pipeline.runners.run import files_to_store, in_environment, is_local
 
     for one in watched:
         if is_local(one.release):
@@ -117,5 +117,5 @@ def _cluster_sources(watched: Sequence[Watched], profile: Profile) -> list[Watch
             )
     with in_environment(variables(profile, os.environ)):
         store = Store.from_environment()
-        recipes = [texts_to_store(parse_recipe(one.recipe), store).to_yaml() for one in watched]
+        recipes = [files_to_store(parse_recipe(one.recipe), store).to_yaml() for one in watched]
     return [one.model_copy(update={"recipe": recipe}) for one, recipe in zip(watched, recipes, strict=True)]

@@ -20,6 +20,7 @@ from components.lib.store.store import Store, need_space
 from components.lib.tracking import client
 from components.lib.transformer.checkpoint import Checkpoint
 from components.pin.pin import check_checkpoint, check_text, pin_folder, pin_text
+from components.pin.tasks import check_task, pin_task
 from components.register.report import Report
 from pipeline.recompress import recompress
 from pipeline.runners.graph import tasks_of
@@ -48,7 +49,7 @@ def run(
     """Recompress `release` as the recipe says and register it under `name`.
 
     Args:
-        recipe: the recipe, with its texts not yet in the store.
+        recipe: the recipe, with its texts and task files not yet in the store.
         release: a folder, an s3:// prefix, a Hub id with an optional @revision, or models:/name@alias.
         name: the registered model's name; None measures and registers nothing.
         home: the folder of all state.
@@ -72,7 +73,7 @@ def run(
         check_services()
         arguments = {
             "release": to_store(release, recipe, store),
-            "recipe": texts_to_store(recipe, store).to_yaml(),
+            "recipe": files_to_store(recipe, store).to_yaml(),
             "name": name or "",
             "run": label,
         }
@@ -81,7 +82,7 @@ def run(
 
 
 def check(recipe: Recipe, release: str, name: str | None) -> None:
-    """Check the name if there is one, and a release and texts on this machine. Raises Refusal before anything is started."""
+    """Check the name if there is one, and a release, texts and task files on this machine. Raises Refusal before anything is started."""
     if name is not None:
         check_name(name)
     if is_local(release):
@@ -89,6 +90,9 @@ def check(recipe: Recipe, release: str, name: str | None) -> None:
     for _, text in recipe.texts():
         if _is_local_text(text):
             check_text(text.path or "")
+    for task in recipe.evaluate.task_files:
+        if not task.startswith("s3://"):
+            check_task(task, recipe.evaluate.remote_code)
 
 
 def check_name(name: str) -> None:
@@ -145,11 +149,15 @@ def to_store(release: str, recipe: Recipe, store: Store) -> str:
     return str(pin_folder(Path(release).expanduser(), recipe, store)) if is_local(release) else release
 
 
-def texts_to_store(recipe: Recipe, store: Store) -> Recipe:
-    """Put the recipe's local texts into the store, and return the recipe with references in their places."""
-    return recipe.with_texts(
-        {dotted: str(pin_text(text, store)) for dotted, text in recipe.texts() if _is_local_text(text)}
-    )
+def files_to_store(recipe: Recipe, store: Store) -> Recipe:
+    """Put the recipe's local texts and task files into the store, and return the recipe with references in their places."""
+    texts = {dotted: str(pin_text(text, store)) for dotted, text in recipe.texts() if _is_local_text(text)}
+    tasks = {
+        task: str(pin_task(task, recipe.evaluate.remote_code, store))
+        for task in recipe.evaluate.task_files
+        if not task.startswith("s3://")
+    }
+    return recipe.with_texts(texts).with_tasks(tasks)
 
 
 def _is_local_text(text: Text) -> bool:

@@ -14,6 +14,7 @@ from components.lib.stage.run import Opened
 from components.lib.store.store import Store
 from components.lib.tracking import registry
 from components.pin.pin import find_release, find_text
+from components.pin.tasks import find_task
 from pipeline.recompress import recompress
 from pipeline.runners.graph import Output, Task, tasks_of
 
@@ -36,7 +37,7 @@ def why(recipe: Recipe, release: str, name: str, store: Store) -> list[Answer]:
     """Say for each stage whether its output is in the store, and if not, how its key differs from the newest output.
 
     Args:
-        recipe: the recipe, with its texts not yet in the store.
+        recipe: the recipe, with its texts and task files not yet in the store.
         release: a folder, an s3:// prefix, a Hub id with an optional @revision, or models:/name@alias.
         name: the registered model's name; its champion is an input of the evaluation.
 
@@ -45,12 +46,15 @@ def why(recipe: Recipe, release: str, name: str, store: Store) -> list[Answer]:
     """
     dense = find_release(release, recipe, store)
     texts = {dotted: find_text(text, store) for dotted, text in recipe.texts()}
-    if dense is None or None in texts.values():
-        missing = [dotted for dotted, text in texts.items() if text is None] + ([] if dense else ["the release"])
+    tasks = {task: find_task(task, recipe.evaluate.remote_code, store) for task in recipe.evaluate.task_files}
+    if dense is None or None in {**texts, **tasks}.values():
+        missing = [name for name, found in {**texts, **tasks}.items() if found is None]
+        missing += [] if dense else ["the release"]
         reason = f"not in the store yet: {', '.join(missing)}"
         return [Answer(task.name, "to make", (reason,)) for task in tasks_of(recompress) if task.stage]
     champion = registry.aliased(name, "champion")
     pinned = recipe.with_texts({dotted: str(text) for dotted, text in texts.items()})
+    pinned = pinned.with_tasks({task: str(reference) for task, reference in tasks.items()})
     outputs: dict[Output, str | None] = {
         Output("pin", "release"): str(dense),
         Output("pin", "champion"): str(champion.reference) if champion else "",

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from components.lib.recipe.loading import parse_recipe
 from components.lib.recipe.schema import Recipe
 from components.lib.store.store import Store
-from pipeline.runners.run import texts_to_store
+from pipeline.runners.run import files_to_store
 from pipeline.services.embedded import Services
 from pipeline.watch import watch_pipeline
 from tests.e2e.conftest import Bench, environment
@@ -107,7 +107,7 @@ def test_the_pipeline_itself_finds_recompresses_and_finds_nothing_more(
     source = {
         "release": put(bench.release, store, "releases/new"),
         "name": "scheduled",
-        "recipe": texts_to_store(recipe, store).to_yaml(),
+        "recipe": files_to_store(recipe, store).to_yaml(),
     }
     local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path / "root"))
     watch = watch_pipeline(at_most=2)

@@ -6,7 +6,7 @@ description of every field is its documentation: `docs/recipe.md` is written fro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -79,9 +79,30 @@ class Evaluate(Section):
         (),
         description="pruned-first: the same cut made first, without a transfer, then the same training. dense-trained: the dense model with the same training.",
     )
-    tasks: tuple[str, ...] = Field((), description="Zero-shot tasks of lm-eval, such as piqa or hellaswag.")
+    tasks: tuple[str, ...] = Field(
+        (),
+        description="Zero-shot tasks: names of lm-eval's tasks and groups, such as piqa; task files (.yaml), and folders of them, written with a /. Files are stored with the data that they name.",
+    )
+    continuations: Count | None = Field(
+        None,
+        description="Questions made of each text of perplexity: which of four continuations is the true one? A task for domains without a benchmark; none when absent.",
+    )
     task_limit: Count | None = Field(None, description="Examples a task; all when absent.")
+    remote_code: bool = Field(
+        False,
+        description="Whether Python code that comes with task files (!function) may run, and metrics that lm-eval lacks be fetched.",
+    )
     speed: Speed = Field(Speed(), description="Speed of prefill and decode.")
+
+    @property
+    def named_tasks(self) -> tuple[str, ...]:
+        """Return the tasks that lm-eval knows by their names."""
+        return tuple(task for task in self.tasks if task not in self.task_files)
+
+    @property
+    def task_files(self) -> tuple[str, ...]:
+        """Return the tasks that are files, folders or, in a pinned recipe, references."""
+        return tuple(task for task in self.tasks if "/" in task or task.endswith((".yaml", ".yml")))
 
 
 class Recipe(Section):
@@ -164,6 +185,13 @@ class Recipe(Section):
         for name, path in texts.items():
             section, leaf = descend(settings, name)
             section[leaf] = {"path": path, "field": dict(self.texts())[name].field}
+        return Recipe.model_validate(settings)
+
+    def with_tasks(self, tasks: Mapping[str, str]) -> Recipe:
+        """Return the recipe with each task of `tasks` (path → reference) replaced."""
+        settings = self.model_dump(mode="json", exclude_unset=True)
+        if tasks:
+            settings["evaluate"]["tasks"] = [tasks.get(task, task) for task in self.evaluate.tasks]
         return Recipe.model_validate(settings)
 
     def to_yaml(self) -> str:

@@ -20,6 +20,7 @@ from components.evaluate.evaluate import evaluate
 from components.lib.errors import Refusal
 from components.lib.recipe.schema import Evaluate
 from components.lib.stage.declaration import Job
+from components.lib.tasks.files import collect
 from components.lib.training.journal import Silent
 from components.lib.transformer.checkpoint import Checkpoint, load_model
 from components.lib.transformer.perplexity import perplexity
@@ -264,10 +265,37 @@ def test_the_stage_hands_models_and_texts_on_under_their_names(models: dict, tex
     digests = {"models": {"dense": "a", "candidate": "a"}, "texts": {"home": "t", "away": "u"}}
     job = Job(tmp_path, Silent(), SeveralKept(tmp_path), "", {}, digests)
     made = recipe(calibration__length=LENGTH).model_copy(update={"evaluate": settings(**QUICK)})
-    stage.work(stage.Inputs(models=models, texts=texts), made, job)
+    stage.work(stage.Inputs(models=models, texts=texts, tasks={}), made, job)
     found = json.loads((tmp_path / "evaluation.json").read_text())
     assert found["models"]["dense"] == found["models"]["candidate"]
     assert found["context"]["digests"] == {"home": "t", "away": "u"}
+
+
+def test_tasks_of_files_and_of_the_texts_are_asked_of_every_model(models: dict, texts: dict, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    own = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "rows.jsonl"}}, "test_split": "test"}
+    own |= {"task": "own", "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_target": "{{a}}"}
+    for name in ("source", "collected", "long", "out"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "source" / "own.yaml").write_text(json.dumps(own | {"doc_to_choice": ["w20", "w30"]}))
+    (tmp_path / "source" / "rows.jsonl").write_text('{"q": "w10 w9", "a": 0}\n{"q": "w11 w9", "a": 1}\n')
+    collect(tmp_path / "source", tmp_path / "collected")
+    long = tmp_path / "long" / "a.txt"
+    long.write_text(" ".join(f"w{3 + number * number % 90}" for number in range(900)))
+
+    journal = Recorded()
+    made = settings(**QUICK, perplexity={"home": "home.txt"}, tasks=["own.yaml"], continuations=25, task_limit=22)
+    tasks = {"0": tmp_path / "collected"}
+    evaluate(models, {"home": long}, tasks, evaluate=made, out=tmp_path / "out", journal=journal)
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())["models"]
+    for name in ("dense", "candidate"):
+        assert list(found[name]["tasks"]) == ["own", "continue_home"]
+        assert set(found[name]["tasks"]["continue_home"]) == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
+        assert 22 * found[name]["tasks"]["continue_home"]["acc"] == pytest.approx(
+            round(22 * found[name]["tasks"]["continue_home"]["acc"])
+        )
+        assert journal.values[f"{name}.own.acc"] == found[name]["tasks"]["own"]["acc"]
+    assert journal.done[-1][0] == journal.done[-1][1]
 
 
 def test_two_exports_of_a_tokenizer_tokenize_alike() -> None:

@@ -215,3 +215,15 @@ def test_the_lengths_that_a_model_must_read_are_told_by_their_fields() -> None:
 def test_a_recipe_is_immutable() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         recipe().calibration.samples = 5  # type: ignore[misc]
+
+
+class TestTasks:
+    def test_are_names_or_files(self) -> None:
+        made = recipe(evaluate__tasks=["piqa", "tasks/", "own.yaml", REFERENCE])
+        assert made.evaluate.named_tasks == ("piqa",)
+        assert made.evaluate.task_files == ("tasks/", "own.yaml", REFERENCE)
+
+    def test_that_are_files_are_replaced_by_references_in_their_places(self) -> None:
+        made = recipe(evaluate__tasks=["tasks/", "piqa"]).with_tasks({"tasks/": REFERENCE})
+        assert made.evaluate.tasks == (REFERENCE, "piqa")
+        assert parse_recipe(made.to_yaml()) == made

@@ -127,7 +127,8 @@ class TestTheLibraries:
     def test_count_lm_eval_only_for_tasks(self, recipe: Recipe) -> None:
         evaluate = declared_stages()["evaluate"]
         assert "lm_eval" not in evaluate.code(recipe).libraries
-        assert "lm_eval" in evaluate.code(parse_recipe(RECIPE, ["evaluate.tasks=[piqa]"])).libraries
+        for asked in ("tasks=[piqa]", "continuations=50"):
+            assert "lm_eval" in evaluate.code(parse_recipe(RECIPE, [f"evaluate.{asked}"])).libraries
 
     def test_count_by_their_version_and_not_by_their_build(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(code, "version", lambda library: "9.9.0+cu130")

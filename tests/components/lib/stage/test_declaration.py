@@ -41,7 +41,7 @@ def test_every_folder_with_a_declaration_has_a_face_of_its_name() -> None:
 def test_the_face_takes_the_inputs_that_the_work_reads(name: str) -> None:
     face = importlib.import_module(f"components.{name}.component")
     taken = set(getattr(face, name).component_spec.inputs) - {"recipe", "run", "kind"}
-    completed = {"calibrate": {"text"}, "evaluate": {"texts"}}.get(name, set())
+    completed = {"calibrate": {"text"}, "evaluate": {"texts", "tasks"}}.get(name, set())
     assert taken | completed == {one.name for one in fields(STAGES[name].inputs)}
 
 
