@@ -1,6 +1,6 @@
 """The pipeline: recompress a model release into a smaller model, measure both, and register the result.
 
-    release ─▶ pin ─▶ calibrate ─▶ learn gates ─▶ regularize ─▶ prune ─▶ LoRA-RFT ─▶ evaluate ─▶ register
+    release ─▶ pin ─▶ calibrate ─▶ learn gates ─▶ regularize ─▶ prune ─▶ LoRA-RFT ─▶ evaluate ─▶ register ─▶ promote
 
 The stages pass references (a URI and a digest), never files. A stage whose output is in the store does nothing, so the same
 pipeline started again continues where the last run ended, on this machine or on a cluster.
@@ -15,6 +15,7 @@ from components.finish.component import finish
 from components.learn_gates.component import learn_gates
 from components.lora_rft.component import lora_rft
 from components.pin.component import pin
+from components.promote.component import promote
 from components.prune.component import prune
 from components.register.component import register
 from components.regularize.component import regularize
@@ -67,4 +68,7 @@ def recompress(release: str, recipe: str, name: str, run: str):  # type: ignore[
             "dense-trained": dense_trained,
             "evaluation": evaluation,
         }
-        register(name=name, outputs=outputs, **shared)
+        decision = register(name=name, outputs=outputs, **shared).outputs["Output"]
+        # Only with `approval: auto` in the recipe; else the version waits as challenger for espalier promote.
+        with dsl.If(decision == "promote"):
+            promote(name=name, run=run)

@@ -16,6 +16,8 @@ class StoreSettings(BaseSettings):
 
     bucket: str | None = None
     """The bucket, or bucket/prefix, that the stages share; `s3://` in front is allowed."""
+    commit: str | None = None
+    """The commit of the code in an image."""
     scratch: str | None = None
     """The folder for a stage's temporary files; the system's own if not set."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from components.lib.recipe.loading import parse_recipe
 from components.lib.stage.events import reported
-from components.lib.store.store import Store
+from components.lib.store.store import Reference, Store
 from components.lib.tracking import registry, runs
 from components.pin.pin import pin_release, pin_text
 from components.pin.tasks import check_loadable, pin_task
@@ -24,11 +24,14 @@ def pin_run(release: str, recipe: str, name: str, run: str) -> tuple[str, str, s
         tags = {
             "espalier.release": str(made.get("source")),
             "espalier.revision": str(made.get("revision")),
-            "espalier.digest": reference.digest,
+            "sha256.release": reference.digest,
             "espalier.name": name,
             **{f"espalier.text.{dotted}": text for dotted, text in texts.items()},
             **({"espalier.tasks": " ".join(pinned.evaluate.tasks)} if tasks else {}),
         }
-        runs.open_parent(run, tags, pinned.model_dump(mode="json"))
+        run_id = runs.open_parent(run, tags, pinned.model_dump(mode="json"))
+        for dotted, text in texts.items():
+            section, *_, last = dotted.split(".")
+            runs.log_data(run_id, {last: Reference.parse(text)}, context=section)
         champion = registry.aliased(name, "champion") if name else None
         return str(reference), pinned.to_yaml(), str(champion.reference) if champion else ""

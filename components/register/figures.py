@@ -40,6 +40,9 @@ _CSS = {
     PAPER: "var(--paper)",
 }
 
+_COLOURS = {INK: "#1f2328", MUTED: "#656d76", RULE: "#d0d7de", ACCENT: "#1a7f37", PAPER: "#ffffff"}
+"""The colours of a picture that stands alone."""
+
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "espalier",
@@ -139,6 +142,18 @@ def pareto(models: Mapping[str, Measured], text: str) -> str:
 
     Models without a perplexity on the text are left out; all are, if the dense model has none.
     """
+    return _panel(*_pareto(models, text), f"Size and perplexity on {text}")
+
+
+def pareto_file(models: Mapping[str, Measured], text: str) -> str:
+    """Draw `pareto` as an SVG file in colours of its own, for a page that is not ours."""
+    drawn = _drawn(*_pareto(models, text))
+    for standin, colour in _COLOURS.items():
+        drawn = drawn.replace(standin, colour)
+    return drawn
+
+
+def _pareto(models: Mapping[str, Measured], text: str) -> tuple[Callable[[Axes], None], str, str]:
     dense = models["dense"]
     points: dict[str, tuple[float, float]] = {}
     for name, model in models.items():
@@ -156,7 +171,7 @@ def pareto(models: Mapping[str, Measured], text: str) -> str:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2f}×"))
         _label(axes, points)
 
-    return _panel(draw, "parameters, of dense", f"perplexity on {text}, of dense", f"Size and perplexity on {text}")
+    return draw, "parameters, of dense", f"perplexity on {text}, of dense"
 
 
 Interval = tuple[float, float, float]
@@ -280,6 +295,11 @@ def _columns(points: Points) -> tuple[list[float], list[float]]:
 
 
 def _panel(draw: Callable[[Axes], None], x: str, y: str, alt: str) -> str:
+    """Draw one panel as an element of the report's page."""
+    return _inline(_drawn(draw, x, y), alt)
+
+
+def _drawn(draw: Callable[[Axes], None], x: str, y: str) -> str:
     """Draw one panel; the label of the vertical axis is written horizontally above it, to be read more easily."""
     with mpl.rc_context(_STYLE):
         figure = Figure(SIZE, layout="constrained")
@@ -291,7 +311,7 @@ def _panel(draw: Callable[[Axes], None], x: str, y: str, alt: str) -> str:
         draw(axes)
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
-    return _inline(drawn.getvalue(), alt)
+    return drawn.getvalue()
 
 
 def _inline(svg: str, alt: str) -> str:

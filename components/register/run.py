@@ -6,6 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,15 @@ from components.lib.stage.events import reported
 from components.lib.store.runs import item_of
 from components.lib.store.store import Manifest, Reference, Store
 from components.lib.tracking import registry, runs
+from components.lib.tracking.origin import commit, program
+from components.register.description import PICTURE, describe, drawn_text, methods_with_ratios, ratios
+from components.register.figures import pareto_file
+from components.register.measured import Context
 from components.register.page import render
 from components.register.report import Registered, Report, build, read_curves
+
+EVALUATION = "sha256.evaluation"
+"""The tag with the reference of the evaluation that the version's LoggedModel was made of."""
 
 SMALL = {
     "selection": ["selection.json", "choice.json", "*.jsonl"],
@@ -47,7 +55,7 @@ def register_run(name: str, run: str, recipe: str, outputs: Mapping[str, str], p
         page: where the HTML report is written, for Kubeflow's user interface.
 
     Returns:
-        `pass` or `fail`.
+        What is to be done with the version: `fail` and `pass`, nothing; `promote`, make it champion.
     """
     with reported("register", run) as events, tempfile.TemporaryDirectory(prefix="espalier-") as scratch:
         store = Store.from_environment()
@@ -64,8 +72,8 @@ def register_run(name: str, run: str, recipe: str, outputs: Mapping[str, str], p
             timing=_timing(run, manifests),
             environment=_environment(parsed, folders["evaluation"], manifests),
         )
-        candidate, evaluation = (Reference.parse(outputs[output]) for output in ("candidate", "evaluation"))
-        registered = _register(name, run, candidate, evaluation, draft) if name else None
+        made = Made(references["candidate"], references["evaluation"], manifests)
+        registered = _register(name, run, made, draft) if name else None
         report = draft.model_copy(update={"registered": registered})
         recovered = folders["candidate"] if outputs["candidate"] != outputs["pruned"] else None
         curves = read_curves(
@@ -74,9 +82,15 @@ def register_run(name: str, run: str, recipe: str, outputs: Mapping[str, str], p
         html = render(report, curves)
         _leave(store, run, report, html, page)
         runs.record_reused(run, _made_by_stages(manifests))
-        verdict = "pass" if report.verdict.passed else "fail"
-        events.finish(verdict=verdict)
-        return verdict
+        events.finish(verdict=report.verdict.word)
+        return decision(report)
+
+
+def decision(report: Report) -> str:
+    """Return what the pipeline does with the version: `fail` and `pass`, nothing; `promote`, make it champion."""
+    approved = report.verdict.passed and report.parsed_recipe().promote.approval == "auto"
+    waits = report.registered is not None and "champion" not in report.registered.aliases
+    return "promote" if approved and waits else report.verdict.word
 
 
 def _small(store: Store, output: str, outputs: Mapping[str, str], scratch: Path) -> Path:
@@ -119,14 +133,33 @@ def _environment(recipe: Recipe, evaluation: Path, manifests: Mapping[str, Manif
     return {**context, "texts": texts, "code": {**code, "all": code_of_everything()}}
 
 
-def _register(name: str, run: str, candidate: Reference, evaluation: Reference, report: Report) -> Registered:
+@dataclass(frozen=True)
+class Made:
+    """What a run made, of which a version is registered."""
+
+    candidate: Reference
+    evaluation: Reference
+    manifests: Mapping[str, Manifest]
+    """Of the run's outputs, by name."""
+
+    def compared_with(self, recipe: Recipe) -> str:
+        """Return the digest of the champion that the candidate was compared with, or that no rule compares, or that there was none."""
+        if not any(rule.against == "champion" for rule in recipe.promote.rules.values()):
+            return registry.ANY
+        champion = self.manifests["evaluation"].metadata.get("inputs", {}).get("models/champion")
+        return Reference.parse(champion).digest if champion else registry.NONE
+
+
+def _register(name: str, run: str, made: Made, report: Report) -> Registered:
     """Register the version, set or take away `challenger`, and tie its numbers to their data sets."""
     parent = runs.find_parent(run)
     run_id = parent.info.run_id if parent else ""
-    version = registry.register_version(name, candidate, run_id, _evidence(run, evaluation, report))
-    if version.tags.get("espalier.evaluation") != evaluation.digest or "espalier.logged_model" not in version.tags:
+    evaluation = str(made.evaluation)
+    version = registry.register_version(name, made.candidate, run_id, _evidence(run, made, report))
+    registry.describe(version, describe(report, run_id))
+    if version.tags.get(EVALUATION) != evaluation or "espalier.logged_model" not in version.tags:
         model_id = registry.log_model_evidence(name, run_id, {"espalier.version": version.version}, _measured(report))
-        registry.tag_version(version, {"espalier.evaluation": evaluation.digest, "espalier.logged_model": model_id})
+        registry.tag_version(version, {EVALUATION: evaluation, "espalier.logged_model": model_id})
     if not report.verdict.passed:
         registry.drop_alias(name, "challenger", version.version)
     elif "champion" not in version.aliases:
@@ -135,9 +168,16 @@ def _register(name: str, run: str, candidate: Reference, evaluation: Reference, 
     return Registered(name=name, version=version.version, aliases=version.aliases, source=version.source)
 
 
-def _evidence(run: str, evaluation: Reference, report: Report) -> dict[str, str]:
+def _evidence(run: str, made: Made, report: Report) -> dict[str, str]:
     """Return a version's tags: its origin, how to make it again, its verdict, and the item that it was made for."""
     item = item_of(run, Store.from_environment())
+    recipe = report.parsed_recipe()
+    digests = {
+        "release": report.release.digest,
+        "key": made.manifests["candidate"].metadata.get("key"),
+        "code": report.environment["code"].get("all"),
+        **{f"text.{name}": digest for name, digest in Context.asked(recipe).digests.items()},
+    }
     ratios = {
         f"perplexity.{text}": f"{value:.4g} (dense {report.dense.perplexity.get(text) or float('nan'):.4g})"
         for text, value in report.candidate.perplexity.items()
@@ -147,12 +187,16 @@ def _evidence(run: str, evaluation: Reference, report: Report) -> dict[str, str]
         "espalier.run": run,
         "espalier.release": report.release.source,
         "espalier.revision": str(report.release.revision),
-        "espalier.release_digest": report.release.digest,
         "espalier.method": report.selection.method,
+        "espalier.ratio": methods_with_ratios(report.recipe),
         "espalier.removed": removed(report),
-        "espalier.verdict": "pass" if report.verdict.passed else "fail",
-        "espalier.evaluation_reference": str(evaluation),
+        "espalier.verdict": report.verdict.word,
+        "espalier.failed": ", ".join(rule.name for rule in report.verdict.failed) or "none",
+        "espalier.version": program(),
+        "espalier.commit": commit() or "unknown",
         "espalier.recipe": json.dumps(report.recipe)[:4900],
+        **{f"sha256.{name}": digest for name, digest in digests.items() if digest},
+        registry.COMPARED: made.compared_with(recipe),
         **({f"{registry.ITEM}.{item}": "made"} if item else {}),
         **ratios,
     }
@@ -183,12 +227,17 @@ def _leave(store: Store, run: str, report: Report, html: str, page: str) -> None
     store.write_text(f"runs/{run}/report.html", html)
     Path(page).parent.mkdir(parents=True, exist_ok=True)
     Path(page).write_text(html)
-    runs.leave_report(run, {"report.json": report.to_json(), "report.html": html}, _summary(report))
+    files = {"report.json": report.to_json(), "report.html": html}
+    text = drawn_text(report.models())
+    if text is not None:
+        files[PICTURE] = pareto_file(report.models(), text)
+    parent = runs.find_parent(run)
+    runs.leave_report(run, files, _summary(report), describe(report, parent.info.run_id if parent else ""))
 
 
 def _summary(report: Report) -> dict[str, float]:
-    """The parent run's metrics: each model's size and perplexities."""
-    summary: dict[str, float] = {}
+    """The parent run's metrics: ratios to the dense model, then each model's size and perplexities, as MLflow sorts them."""
+    summary = {f"candidate over dense/{name}": value for name, value in ratios(report).items()}
     for name, model in report.models().items():
         summary[f"{name}/parameters"] = model.parameters
         summary |= {f"{name}/perplexity.{text}": value for text, value in model.perplexity.items() if value is not None}

@@ -23,10 +23,10 @@ from components.lib.sources.resolve import Resolved, checkpoint_files, resolve_r
 from components.lib.sources.tasks import task_digest
 from components.lib.stage.code import ROOT, code_of
 from components.lib.store.artifacts import Manifest, Reference, describe
+from components.lib.store.claims import Claims
 from components.lib.store.store import Store
 from components.lib.tracking import client, registry
 from components.lib.transformer.checkpoint import PrunableCheckpoint
-from components.watch.claims import Claims
 
 Reason = Literal["release", "recipe", "code"]
 

@@ -14,6 +14,7 @@ from components.lib.errors import Refusal, StageFailed
 from components.lib.recipe.loading import load_recipe
 from components.lib.recipe.schema import Recipe
 from pipeline.cli.compare import compare
+from pipeline.cli.models import diff, models, promote, rollback
 from pipeline.cli.options import ERROR, FAIL, HOME, PASS, Cluster, Home, Image, Mutable, console
 from pipeline.cli.schedule import schedule_app
 from pipeline.cli.serving import manifest, serve
@@ -42,6 +43,10 @@ app.add_typer(schedule_app, name="schedule")
 app.command()(compare)
 app.command()(watch)
 app.command()(why)
+app.command()(models)
+app.command()(diff)
+app.command()(promote)
+app.command()(rollback)
 app.command()(manifest)
 app.command()(serve)
 
@@ -102,26 +107,6 @@ def demo(home: Home = HOME) -> None:
         release = make_release(home / "demo", journal=journal)
     recipe = load_recipe(find_recipe("trsp"), [*OVERRIDES, *release.overrides()])
     _run(recipe, str(release.model), "demo", home, _runner("local"))
-
-
-@app.command()
-def promote(
-    name: Annotated[str, typer.Argument(help="The registered model's name.")],
-    version: Annotated[str, typer.Option(help="Its version; the challenger when absent.")] = "",
-    force: Annotated[bool, typer.Option("--force", help="Promote a version whose verdict was fail.")] = False,
-    home: Home = HOME,
-) -> None:
-    """Make a registered version champion after checking its files against their digests."""
-    from pipeline.runners.run import check_name, check_services, in_environment
-    from pipeline.services.embedded import services
-
-    check_name(name)
-    check_services()
-    with services(home) as environment, in_environment(environment):
-        from components.promote.promote import promote as make_champion
-
-        champion = make_champion(name, version, force)
-    console.print(f"{champion.name} version {champion.version} is champion: {champion.source}", highlight=False)
 
 
 @app.command()

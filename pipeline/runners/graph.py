@@ -33,6 +33,8 @@ class Task:
     """The stage with a key that it runs; None for a task without one, such as pin."""
     inputs: Mapping[str, Any]
     """A value, an `Output`, or a mapping of these, by the name of the parameter."""
+    condition: frozenset[str] = frozenset()
+    """The names of the tasks whose outputs decide whether it runs."""
 
     @property
     def variant(self) -> str:
@@ -42,7 +44,7 @@ class Task:
     @property
     def reads(self) -> set[str]:
         """The names of the tasks whose outputs it reads."""
-        return _needs(self.inputs)
+        return _needs(self.inputs) | self.condition
 
     def resolved(self, outputs: Mapping[Output, str]) -> dict[str, Any]:
         """Return the inputs with the values of other tasks' outputs."""
@@ -55,13 +57,21 @@ def tasks_of(pipeline: GraphComponent) -> list[Task]:
     components = spec["components"]
     stages = declared_stages()
     found: dict[str, Task] = {}
-    dags = [spec["root"]["dag"], *(one["dag"] for one in components.values() if "dag" in one)]
-    for name, task in ((name, task) for dag in dags for name, task in dag["tasks"].items()):
+    dags = {"": spec["root"]["dag"]} | {name: one["dag"] for name, one in components.items() if "dag" in one}
+    tasks = [(around, name, task) for around, dag in dags.items() for name, task in dag["tasks"].items()]
+    conditions = {task["componentRef"]["name"]: _decides(task) for _, _, task in tasks}
+    for around, name, task in tasks:
         component = task["componentRef"]["name"]
-        if "dag" not in components[component]:
+        if component not in dags:
             stage = stages.get(re.sub(r"-\d+$", "", component.removeprefix("comp-")).replace("-", "_"))
-            found[name] = Task(name, stage, dict(_inputs(task)))
+            found[name] = Task(name, stage, dict(_inputs(task)), conditions.get(around, frozenset()))
     return list(_in_order(found))
+
+
+def _decides(task: Mapping[str, Any]) -> frozenset[str]:
+    """Return the names of the tasks whose outputs a condition around other tasks compares; none for the exit handler."""
+    given = task.get("inputs", {}).get("parameters", {}).values()
+    return frozenset(_needs({str(index): _value(value) for index, value in enumerate(given)}))
 
 
 def _inputs(task: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -15,10 +15,10 @@ from rich.console import Console
 
 from components.lib.errors import Refusal, StageFailed, Unavailable
 from components.lib.recipe.loading import parse_recipe
+from components.lib.store.claims import Claims
 from components.lib.store.runs import Ending, failure
 from components.lib.store.store import Store
 from components.lib.tracking import client
-from components.watch.claims import Claims
 from components.watch.find import Finding, Item, Watched, look, take
 from pipeline.runners.run import in_environment, run
 from pipeline.services.embedded import services

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from components.lib.differences import changed, flat
 from components.lib.recipe.schema import Recipe
 from components.lib.stage.run import Opened
 from components.lib.store.store import Store
@@ -113,33 +114,19 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[s
         before: the parts of an earlier output's key (`Opened.made_of`).
         now: the parts of the present key.
     """
-    for name, one, other in _changed(before["inputs"], now["inputs"]):
+    for name, one, other in changed(before["inputs"], now["inputs"]):
         if one is None or other is None:
             yield f"input {name}: {'added' if one is None else 'absent now'}"
         else:
             yield f"input {name}: other content"
-    for name, one, other in _changed(_flat(before["settings"]), _flat(now["settings"])):
+    for name, one, other in changed(flat(before["settings"]), flat(now["settings"])):
         yield f"setting {name}: {_shown(one)} → {_shown(other)}"
-    for name, one, other in _changed(before["modules"], now["modules"]):
+    for name, one, other in changed(before["modules"], now["modules"]):
         yield f"code {name}: {'added' if one is None else 'no longer used' if other is None else 'changed'}"
-    for name, one, other in _changed(before["libraries"], now["libraries"]):
+    for name, one, other in changed(before["libraries"], now["libraries"]):
         yield f"library {name}: {_shown(one)} → {_shown(other)}"
     if before["salt"] != now["salt"]:
         yield f"salt: {before['salt']} → {now['salt']}"
-
-
-def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    for name in sorted({*before, *now}):
-        if before.get(name) != now.get(name):
-            yield name, before.get(name), now.get(name)
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested settings into dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
 
 
 def _shown(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -204,15 +205,34 @@ def test_sleb_and_lora_rft_are_a_recipe_and_a_field_away(bench: Bench, named: Ml
 
 
 def test_the_challenger_becomes_champion_and_is_measured_beside_the_next(bench: Bench, first: Outcome) -> None:
-    promoted = bench.espalier("promote", "first")
+    unanswered = bench.espalier("promote", "first")
+    assert unanswered.status == 1
+    assert "There is no terminal to ask on: pass --yes" in unanswered.told
+    promoted = bench.espalier("promote", "first", "--yes", "--why", "it is the first")
     assert promoted.status == 0, promoted.told
-    assert "champion" in promoted.printed
+    assert "first version 1 is champion" in promoted.printed
+    assert "match their digests" in promoted.printed
 
-    outcome = bench.run("first", "methods.trsp.ratio=0.5", "evaluate.controls=[]")
+    approved = ("methods.trsp.ratio=0.5", "evaluate.controls=[]", "promote.approval=auto")
+    outcome = bench.run("first", *approved)
     assert outcome.status == 0, outcome.told
     assert outcome.report["champion"]["perplexity"] == first.report["candidate"]["perplexity"]
     assert outcome.report["candidate"]["layers"] == 4
     assert outcome.report["registered"]["version"] == "2"
+    assert "promote" in outcome.stages("done")
+
+    listed = bench.espalier("models", "first").printed
+    assert "it is the first" in listed
+    assert f"run {outcome.folder.name}" in listed.replace("\n", " ")
+    differing = bench.espalier("diff", "first", "1", "champion").printed
+    assert re.search(r"methods\.trsp\.ratio\s+0\.25\s+0\.5", differing)
+    assert re.search(r"perplexity test\s", differing)
+    assert (
+        "first version 1 is champion, and version 2 was it before" in bench.espalier("rollback", "first", "-y").printed
+    )
+
+    again = bench.run("first", *approved)
+    assert again.status == 0, again.told
 
 
 def _wait_for_step(runs: Path, step: int) -> None:

@@ -113,7 +113,7 @@ def test_the_pipeline_itself_finds_recompresses_and_finds_nothing_more(
     watch = watch_pipeline(at_most=2)
     watch(sources=[source])
     (tagged,) = MlflowClient().search_model_versions("name = 'scheduled'")
-    assert any(tag.startswith("espalier.item.") for tag in tagged.tags)
+    assert any(tag.startswith("sha256.item.") for tag in tagged.tags)
     watch(sources=[source])
     assert versions("scheduled") == ["1"]
     assert store.folders("claims/scheduled") == [], "a registered item is no longer claimed"

@@ -152,9 +152,11 @@ class Opened(Generic[I]):
             inputs = self._fetch(Path(scratch) / "inputs")
             out = Path(scratch) / "out"
             out.mkdir()
-            tags = {"espalier.key": self.key, "espalier.code": self.stage.code(self.recipe).digest}
+            tags = {"sha256.key": self.key, "sha256.code": self.stage.code(self.recipe).digest}
             tags |= {f"espalier.input.{name}": str(reference) for name, reference in self.flat.items()}
-            with stage_run(self.run, self.stage.name, self.variant, tags, self.settings, out, report.emit) as journal:
+            with stage_run(
+                self.run, self.stage.name, self.variant, tags, self.settings, out, report.emit, self._texts()
+            ) as journal:
                 job = Job(
                     out,
                     journal,
@@ -185,6 +187,12 @@ class Opened(Generic[I]):
         for name, found in self.references.items():
             given[name] = {one: folders[f"{name}/{one}"] for one in found} if isinstance(found, dict) else folders[name]
         return self.stage.inputs(**given)
+
+    def _texts(self) -> dict[str, Reference]:
+        """The texts among the inputs, by their last names."""
+        return {
+            name.rpartition("/")[2]: reference for name, reference in self.flat.items() if "/texts/" in reference.uri
+        }
 
     def _several(self) -> dict[str, dict[str, str]]:
         return {

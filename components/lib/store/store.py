@@ -191,6 +191,13 @@ class Store:
                 transfer.download(*split(f"{reference.uri}/{file.name}"), hashed)
             _same(File(name=file.name, size=hashed.size, sha256=hashed.sha256.hexdigest()), file, reference.uri)
 
+    def strangers(self, reference: Reference) -> list[str]:
+        """Return the names of the objects below the artifact's prefix that its manifest does not name."""
+        known = {file.name for file in self.manifest(reference).files} | {MANIFEST}
+        start = split(f"{reference.uri}/")[1]
+        names = (found["Key"].removeprefix(start) for found in self._list(f"{reference.uri}/"))
+        return sorted(name for name in names if name not in known)
+
     def delete(self, prefix: str) -> None:
         """Delete everything below `prefix`, the manifest first, so that a partly deleted artifact does not count as complete."""
         if not prefix.strip("/"):

@@ -12,10 +12,21 @@ from mlflow.exceptions import MlflowException
 from components.lib.errors import Refusal
 from components.lib.store.store import Reference
 from components.lib.tracking.client import client, experiment_id
+from components.lib.tracking.runs import DIGITS
 
 log = logging.getLogger(__name__)
 
-ITEM = "espalier.item"
+DIGEST = "sha256.checkpoint"
+"""The tag with the checkpoint's digest. MLflow shows tags by name, so that `espalier.*`, in words, come before `sha256.*`."""
+
+COMPARED = "sha256.compared_with"
+"""The tag with the digest of the champion that the version was compared with; ANY or NONE."""
+ANY = "any"
+"""No rule compares with a champion."""
+NONE = "none"
+"""There was no champion."""
+
+ITEM = "sha256.item"
 """Prefix of the tag that names, with an item's key, a watched item for which the version was made; it may be made for several."""
 
 _ABSENT = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}
@@ -96,7 +107,7 @@ def register_version(name: str, reference: Reference, run_id: str, tags: Mapping
         client().create_registered_model(name)
     except MlflowException:
         log.debug("the model %s is registered already", name)
-    evidence = {**tags, "espalier.reference": str(reference), "espalier.digest": reference.digest}
+    evidence = {**tags, "espalier.reference": str(reference), DIGEST: reference.digest}
     made = None
     if not _holding(name, reference.digest):
         made = client().create_model_version(name, source, run_id=run_id, tags=evidence)
@@ -127,7 +138,15 @@ def versions(name: str) -> list[Version]:
 
 def _holding(name: str, digest: str) -> list[Version]:
     """The versions of `name` that hold the checkpoint with this digest, oldest first."""
-    return [one for one in versions(name) if one.tags.get("espalier.digest") == digest]
+    return [one for one in versions(name) if one.tags.get(DIGEST) == digest]
+
+
+def of_run(name: str, run: str) -> Version:
+    """The version that the run registered last. Raises Refusal if there is none."""
+    found = [one for one in versions(name) if one.tags.get("espalier.run") == run]
+    if not found:
+        raise Refusal(f"the run {run} registered no version of {name}, or another run registered the same one since")
+    return found[-1]
 
 
 def made_for(name: str, key: str) -> Version | None:
@@ -138,7 +157,7 @@ def made_for(name: str, key: str) -> Version | None:
 
 def made_of_revision(name: str, revision: str) -> Version | None:
     """The newest version of `name` that was made of the release at this revision, or of a folder with this digest; or None."""
-    for tag in ("espalier.revision", "espalier.release_digest"):
+    for tag in ("espalier.revision", "sha256.release"):
         found = client().search_model_versions(f"name = '{name}' and tags.`{tag}` = '{revision}'")
         if found:
             return _version(max(found, key=lambda one: int(one.version)))
@@ -149,6 +168,12 @@ def tag_version(version: Version, tags: Mapping[str, str]) -> None:
     """Set tags of a registered version."""
     for key, value in tags.items():
         client().set_model_version_tag(version.name, version.version, key, value)
+
+
+def describe(version: Version, text: str) -> None:
+    """Set the description of a registered version, Markdown that MLflow's page shows, unless it is that already."""
+    if client().get_model_version(version.name, version.version).description != text:
+        client().update_model_version(version.name, version.version, text)
 
 
 def set_alias(name: str, alias: str, version: str) -> None:
@@ -181,7 +206,7 @@ def log_model_evidence(
     )
     for metric, (value, dataset, digest) in measured.items():
         client().log_metric(
-            run_id, metric, value, model_id=model.model_id, dataset_name=dataset, dataset_digest=digest[:32]
+            run_id, metric, value, model_id=model.model_id, dataset_name=dataset, dataset_digest=digest[:DIGITS]
         )
     client().finalize_logged_model(model.model_id, "READY")
     return model.model_id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -9,17 +10,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 
 from components.lib.settings import MlflowSettings
 from components.lib.stage.events import EventSink
+from components.lib.store.store import Reference
 from components.lib.tracking.client import client, experiment_id
 from components.lib.tracking.journal import StageJournal
+from components.lib.tracking.origin import source_tags
 
 log = logging.getLogger(__name__)
 
 LABEL = "espalier.run"
 """The tag of a parent run that holds its label."""
+
+DIGITS = 32
+"""MLflow keeps at most 36 characters of a data set's digest."""
 
 STAGE_OF = "espalier.stage_of"
 """The tag of a stage's run that holds the label of the recompression it is a part of."""
@@ -41,9 +47,27 @@ def open_parent(label: str, tags: Mapping[str, str], recipe: Mapping[str, Any]) 
     run_id = found.info.run_id if found else _plugin_parent(label)
     if run_id is None:
         run_id = client().create_run(experiment_id(), run_name=label).info.run_id
-    texts = {LABEL: label, **tags}
-    _log(run_id, texts, recipe)
+    _log(run_id, {LABEL: label, **source_tags(), **tags}, recipe)
     return run_id
+
+
+def log_data(run_id: str, data: Mapping[str, Reference], context: str) -> None:
+    """Log data sets as inputs of a run, with their digests; one that is logged already is not logged again.
+
+    Args:
+        run_id: the run.
+        data: the data sets in the store, by name.
+        context: what they are used for, such as `calibration`.
+    """
+    inputs = [
+        DatasetInput(
+            Dataset(name, reference.digest[:DIGITS], "s3", json.dumps({"uri": reference.uri})),
+            [InputTag("mlflow.data.context", context)],
+        )
+        for name, reference in data.items()
+    ]
+    if inputs:
+        client().log_inputs(run_id, inputs)
 
 
 def close_parent(label: str, succeeded: bool) -> None:
@@ -66,6 +90,7 @@ def stage_run(
     settings: Mapping[str, Any],
     out: Path,
     sink: EventSink,
+    data: Mapping[str, Reference] | None = None,
 ) -> Iterator[StageJournal]:
     """Open a stage's nested run, and end it with the state in which the block ends.
 
@@ -75,14 +100,16 @@ def stage_run(
         label: the recompression that the stage is a part of.
         name: the stage.
         variant: tells apart several runs of one stage in a recompression; may be empty.
-        tags: the run's other tags, such as espalier.key and espalier.input.*.
+        tags: the run's other tags, such as sha256.key and espalier.input.*.
         settings: logged as the run's params.
         out: the stage's output folder, in which the journal writes `metrics.jsonl`.
         sink: receives the stage's progress events.
+        data: the data sets that the stage reads, by name.
     """
     run_id = MlflowSettings().run_id or _nested(label, f"{name} {variant}".strip())
     own = {STAGE_OF: label, "espalier.stage": name, "espalier.variant": variant}
-    _log(run_id, {**tags, **own}, settings)
+    _log(run_id, {**source_tags(), **tags, **own}, settings)
+    log_data(run_id, data or {}, name)
     try:
         yield StageJournal(run_id, out, sink)
     except BaseException:
@@ -101,7 +128,7 @@ def record_reused(label: str, manifests: Mapping[str, Mapping[str, Any]]) -> Non
     parent = find_parent(label)
     if parent is None:
         return
-    have = {run.data.tags.get("espalier.key") for run in _stage_runs(label)}
+    have = {run.data.tags.get("sha256.key") for run in _stage_runs(label)}
     for name, made in manifests.items():
         if made.get("key") in have:
             continue
@@ -109,21 +136,23 @@ def record_reused(label: str, manifests: Mapping[str, Mapping[str, Any]]) -> Non
             "mlflow.parentRunId": parent.info.run_id,
             STAGE_OF: label,
             "espalier.stage": made["stage"],
-            "espalier.key": made["key"],
-            "espalier.code": made["code"],
+            "sha256.key": made["key"],
+            "sha256.code": made["code"],
             "espalier.reused_from": made["mlflow_run_id"],
         }
         run = client().create_run(experiment_id(), run_name=f"{name} (reused)", tags=tags)
         client().set_terminated(run.info.run_id, "FINISHED")
 
 
-def leave_report(label: str, files: Mapping[str, str], metrics: Mapping[str, float]) -> None:
-    """Log the report's files and summary metrics to the parent run."""
+def leave_report(label: str, files: Mapping[str, str], metrics: Mapping[str, float], note: str = "") -> None:
+    """Log the report's files, summary metrics and description (Markdown) to the parent run."""
     parent = find_parent(label)
     if parent is None:
         return
     for name, text in files.items():
         client().log_text(parent.info.run_id, text, name)
+    if note:
+        client().set_tag(parent.info.run_id, "mlflow.note.content", note)
     now = int(time.time() * 1000)
     client().log_batch(parent.info.run_id, metrics=[Metric(name, value, now, 0) for name, value in metrics.items()])
 

@@ -12,12 +12,12 @@ import pytest
 
 from components.lib.recipe.loading import parse_recipe
 from components.lib.stage.code import Code
+from components.lib.store.claims import Claims
 from components.lib.store.runs import Ending
 from components.lib.store.store import Reference, Store
 from components.lib.tracking import client, registry
 from components.pin.pin import pin_folder
 from components.watch import find
-from components.watch.claims import Claims
 from components.watch.find import Watched, find_new, identify, look, table, take
 from tests.components.lib.transformer.zoo import Specimen
 from tests.components.lib.transformer.zoo import release as make_release

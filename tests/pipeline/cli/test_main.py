@@ -342,7 +342,8 @@ class TestACompare:
 
 
 def test_every_verb_shows_its_help(espalier: Espalier) -> None:
-    for verb in ("run", "compare", "why", "watch", "promote", "compile", "demo", "recipes", "services", "schedule"):
+    verbs = ("run", "compare", "compile", "demo", "recipes", "services", "schedule", "watch", "why")
+    for verb in (*verbs, "models", "diff", "promote", "rollback", "manifest", "serve"):
         assert espalier(verb, "--help").status == 0
 
 

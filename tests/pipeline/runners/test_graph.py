@@ -27,6 +27,11 @@ def test_inputs_are_outputs_of_other_tasks() -> None:
     assert TASKS["prune"].inputs["release"] == Output("pin", "release")
 
 
+def test_a_task_of_a_condition_reads_what_the_condition_reads() -> None:
+    assert TASKS["promote"].inputs == {"name": Output("", "name"), "run": Output("", "run")}
+    assert TASKS["promote"].reads == {"register"}
+
+
 def test_a_mapping_holds_the_outputs_by_name() -> None:
     models = TASKS["evaluate"].inputs["models"]
     assert models["candidate"] == Output("lora-rft", "Output")

@@ -12,11 +12,11 @@ import pytest
 from rich.console import Console
 
 from components.lib.errors import Refusal, StageFailed, Unavailable
+from components.lib.store import claims
+from components.lib.store.claims import ATTEMPTS
 from components.lib.store.runs import item_of
 from components.lib.store.store import Reference, Store
 from components.lib.tracking import registry
-from components.watch import claims
-from components.watch.claims import ATTEMPTS
 from components.watch.find import Watched
 from pipeline.cli.watch import status
 from pipeline.runners import watch as watch_local

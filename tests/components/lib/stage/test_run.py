@@ -176,7 +176,7 @@ class TestRunning:
 
         found = tracking.client().get_run(metadata["mlflow_run_id"])
         assert found.data.tags["espalier.output"] == str(made)
-        assert found.data.tags["espalier.key"] == metadata["key"]
+        assert found.data.tags["sha256.key"] == metadata["key"]
         assert found.data.metrics["loss"] == 1.0
         assert found.info.status == "FINISHED"
 

@@ -163,6 +163,13 @@ class TestPutAndGet:
         with pytest.raises(Refusal, match=r"notes.json is missing"):
             store.verify(reference)
 
+    def test_an_object_that_the_manifest_does_not_name_is_a_stranger(self, store: Store, folder: Path) -> None:
+        reference = store.put(folder, "prune/key")
+        assert store.strangers(reference) == []
+        store.write_text("prune/key/model/chat_template.jinja", "evil")
+        store.write_text("prune/key2/notes.json", "of another artifact")
+        assert store.strangers(reference) == ["model/chat_template.jinja"]
+
     def test_only_an_empty_folder_is_filled(self, store: Store, folder: Path, tmp_path: Path) -> None:
         reference = store.put(folder, "prune/key")
         (tmp_path / "empty").mkdir()

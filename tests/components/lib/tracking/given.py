@@ -30,7 +30,7 @@ def a_run(
         if emitted is not None:
             emitted.append((event, details))
 
-    tags = {"espalier.key": key, "espalier.code": "c" * 64, "espalier.input.model": str(reference("b"))}
+    tags = {"sha256.key": key, "sha256.code": "c" * 64, "espalier.input.model": str(reference("b"))}
     return stage_run(label, "prune", variant, tags, settings, out, sink)
 
 

@@ -50,6 +50,13 @@ class TestAVersion:
         with pytest.raises(Refusal, match=f"no version 7 of {name}: it has 1, 2"):
             registry.version_of(name, "7")
 
+    def test_is_found_by_the_run_that_registered_it(self, name: str, run: str) -> None:
+        for letter, label in (("a", "one"), ("b", "two")):
+            registry.register_version(name, reference(letter), run, {"espalier.run": label})
+        assert registry.of_run(name, "one").version == "1"
+        with pytest.raises(Refusal, match=f"the run three registered no version of {name}"):
+            registry.of_run(name, "three")
+
     def test_that_others_registered_has_no_reference(self, name: str, mlflow: MlflowClient) -> None:
         mlflow.create_registered_model(name)
         mlflow.create_model_version(name, "s3://bucket/model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from components.lib.errors import Refusal
-from components.lib.tracking import client, runs
+from components.lib.tracking import client, origin, runs, trail
 from tests.components.lib.tracking.given import AWAY, a_run, reference
 
 
@@ -31,6 +32,21 @@ class TestTheParentRun:
         assert runs.open_parent("one", {}, {"method": "trsp"}) == first
         assert runs.open_parent("two", {}, {}) != first
         assert len(all_runs(mlflow)) == 2
+
+    def test_names_its_source_its_commit_and_its_user(self, mlflow: MlflowClient) -> None:
+        tags = mlflow.get_run(runs.open_parent("one", {}, {})).data.tags
+        assert tags["mlflow.source.name"].startswith("espalier")
+        assert tags["mlflow.user"] == trail.user()
+        assert tags.get("mlflow.source.git.commit", "") == origin.commit()
+
+    def test_has_its_data_sets_as_inputs_once_with_their_digests(self, mlflow: MlflowClient) -> None:
+        run = runs.open_parent("one", {}, {})
+        for _ in range(2):
+            runs.log_data(run, {"wikitext2": reference("d")}, "evaluate")
+        (found,) = mlflow.get_run(run).inputs.dataset_inputs
+        assert (found.dataset.name, found.dataset.digest) == ("wikitext2", "d" * 32)
+        assert json.loads(found.dataset.source) == {"uri": reference("d").uri}
+        assert [(tag.key, tag.value) for tag in found.tags] == [("mlflow.data.context", "evaluate")]
 
     def test_that_nobody_opened_is_not_found(self, mlflow: MlflowClient) -> None:
         runs.open_parent("one", {}, {})
@@ -69,7 +85,8 @@ class TestTheParentRun:
 
     def test_keeps_the_report_and_its_numbers(self, mlflow: MlflowClient) -> None:
         run = runs.open_parent("one", {}, {})
-        runs.leave_report("one", {"report.json": "{}"}, {"perplexity.test": 12.5})
+        runs.leave_report("one", {"report.json": "{}"}, {"perplexity.test": 12.5}, "**Pass**")
+        assert mlflow.get_run(run).data.tags["mlflow.note.content"] == "**Pass**"
         assert [file.path for file in mlflow.list_artifacts(run)] == ["report.json"]
         assert mlflow.get_run(run).data.metrics == {"perplexity.test": 12.5}
 
@@ -83,14 +100,18 @@ class TestAStagesRun:
         assert run.info.run_name == "prune dense-trained"
         assert run.info.status == "FINISHED"
         assert run.data.params == {"regularize.steps": "3"}
-        tags = {name: value for name, value in run.data.tags.items() if name.startswith(("espalier", "mlflow.parent"))}
+        tags = {
+            name: value
+            for name, value in run.data.tags.items()
+            if name.startswith(("espalier", "sha256", "mlflow.parent"))
+        }
         assert tags == {
             "mlflow.parentRunId": parent,
             "espalier.stage_of": "one",
             "espalier.stage": "prune",
             "espalier.variant": "dense-trained",
-            "espalier.key": "a" * 64,
-            "espalier.code": "c" * 64,
+            "sha256.key": "a" * 64,
+            "sha256.code": "c" * 64,
             "espalier.input.model": str(reference("b")),
         }
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from components.lib.errors import Refusal, Unavailable
+from components.lib.store.claims import ATTEMPTS, Claim, Claims
 from components.lib.store.runs import Ending, item_of, leave_end, leave_failure
 from components.lib.store.store import Store
-from components.watch.claims import ATTEMPTS, Claim, Claims
 
 HOUR = timedelta(hours=1)
 LASTING = Ending(succeeded=False, stage="pin", reason="the family is not known", lasting=True)

@@ -1,4 +1,5 @@
-"""Claims of watchers on items: one watcher at a time, for a limited time, on an S3 with consistent listings and nothing more.
+"""Claims of watchers on items, and of promotions on models: one at a time, for a limited time, on an S3 with consistent listings
+and nothing more.
 
 Not every S3 refuses a second writer, so a claim is not one object that the first writer owns. Each watcher writes an object of
 its own, below `claims/<name>/<key>/`, and all of them reach the same decision by reading:

@@ -1,0 +1,129 @@
+"""The checks of a version before it serves: its files are those that were measured, and they answer."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from components.lib.errors import Refusal
+from components.lib.settings import StoreSettings
+from components.lib.store.store import Reference, Store
+from components.lib.tracking.registry import Version
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SIGNATURE = "model.sig"
+"""The file beside the checkpoint that holds its signature."""
+
+GREETING = "Hello"
+TOKENS = 8
+"""Tokens to generate; the first needs the prompt's pass, the others the cache."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the checks found."""
+
+    files: int
+    bytes: int
+    seconds: float
+    """To fetch the files and compare them with their digests."""
+    signature: str
+    """`unsigned`, or who signed the files."""
+    answer: str
+    """The beginning of a generated text."""
+
+
+def check_version(version: Version, store: Store) -> Checked:
+    """Fetch a version's files, compare each with its digest, check the signature, load the checkpoint and generate from it.
+
+    Raises:
+        Refusal: a file is missing, differs or was added; the signature does not hold; the checkpoint does not load or computes
+            numbers that are not finite.
+    """
+    reference = version.reference
+    strangers = [name for name in store.strangers(reference) if name != SIGNATURE]
+    if strangers:
+        raise Refusal(
+            f"{reference.uri} holds {strangers[0]}, which was added after the evaluation: remove it, or run the recompression again"
+        )
+    with tempfile.TemporaryDirectory(prefix="espalier-promote-", dir=StoreSettings().scratch) as scratch:
+        began = time.perf_counter()
+        folder = store.get(reference, Path(scratch) / "artifact")
+        seconds = time.perf_counter() - began
+        signature = check_signature(folder, reference, store)
+        answer = generate(folder / "model", f"version {version.version} of {version.name}")
+    manifest = store.manifest(reference)
+    return Checked(len(manifest.files), manifest.size, seconds, signature, answer)
+
+
+def check_signature(folder: Path, reference: Reference, store: Store) -> str:
+    """Return `unsigned`, or who signed the files.
+
+    Raises:
+        Refusal: the signature cannot be verified.
+    """
+    if SIGNATURE not in store.strangers(reference):
+        return "unsigned"
+    raise Refusal(
+        f"{reference.uri} has a signature ({SIGNATURE}), which this version of espalier cannot verify: update it"
+    )
+
+
+def generate(folder: Path, what: str) -> str:
+    """Load a checkpoint and return the text that it generates greedily after a greeting.
+
+    Args:
+        folder: the checkpoint.
+        what: the model's name in a refusal.
+
+    Raises:
+        Refusal: it does not load, its chat template does not render, or its logits are not finite.
+    """
+    import torch
+
+    from components.lib.transformer.checkpoint import load_model, load_tokenizer
+    from components.lib.transformer.device import best_device
+
+    try:
+        tokenizer = load_tokenizer(folder)
+        model = load_model(folder, device=best_device())
+        ids = _prompt(tokenizer, model)
+        with torch.inference_mode():
+            made = model.generate(
+                ids.to(model.device),
+                attention_mask=torch.ones_like(ids).to(model.device),
+                max_new_tokens=TOKENS,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id or 0,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+    except Refusal:
+        raise
+    except Exception as error:  # of whatever library: a checkpoint that raises cannot serve
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise Refusal(f"{what} cannot generate ({reason}): run the recompression again") from error
+    if not all(torch.isfinite(logits).all() for logits in made.logits):
+        raise Refusal(f"{what} generates from logits that are not finite: look at its evaluation before promoting it")
+    return str(tokenizer.decode(made.sequences[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def _prompt(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> torch.Tensor:
+    """Return the greeting as (1, tokens), by the chat template if there is one."""
+    import torch
+
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": GREETING}], tokenize=False, add_generation_prompt=True
+        )
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        ids = tokenizer(GREETING)["input_ids"]
+    # A tokenizer that knows none of the words may give no token.
+    return torch.tensor([ids or [model.config.bos_token_id or 0]])
