@@ -77,14 +77,19 @@ def _command(recipes: Sequence[str], model: str, ratios: str, seeds: str, overri
 
 
 def _show(comparison: Comparison) -> None:
-    """Print the medians over the seeds, each with its ratio to the dense model's, and every failed cell."""
+    """Print the medians relative to the dense model, whose row has the numbers themselves, and every failed cell."""
+    from pipeline.compare.comparison import CANDIDATE
+    from pipeline.compare.page import costs, qualities
+
+    axes = [*costs(comparison.metrics), *qualities(comparison.metrics)] if comparison.metrics else []
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for head in ("", "", "seeds", *comparison.metrics):
-        table.add_column(escape(head), justify="right" if head else "left")
+    table.add_column("")
+    for head in ("seeds", *(axis.metric.replace("bytes", "size") for axis in axes)):
+        table.add_column(escape(head), justify="right")
     for row in comparison.rows:
+        name = row.name if row.model == CANDIDATE or not row.recipe else f"{row.name} {row.model}"
         seeds = f"{row.done}" if row.done == row.cells else f"{row.done} of {row.cells}"
-        name, model = (row.name, row.model if row.recipe else "")
-        table.add_row(escape(name), model, seeds, *(_cell(row, metric) for metric in comparison.metrics))
+        table.add_row(escape(name), seeds, *(_cell(row, axis.metric) for axis in axes))
     console.print(table)
     for cell in comparison.failed:
         console.print(f"{cell.name} failed: {cell.reason}", highlight=False, markup=False)
@@ -93,8 +98,6 @@ def _show(comparison: Comparison) -> None:
 def _cell(row: Row, metric: str) -> str:
     from pipeline.compare.page import shown
 
-    value, over = row.values.get(metric), row.over_dense.get(metric)
-    if value is None:
-        return ABSENT
-    beside = f" [dim]{times(over.median)}[/]" if over and row.recipe else ""
-    return f"{shown(metric, value.median)}{beside}"
+    if not row.recipe and metric in row.values:
+        return shown(metric, row.values[metric].median)
+    return times(row.over_dense[metric].median) if metric in row.over_dense else ABSENT

@@ -26,8 +26,14 @@ if TYPE_CHECKING:
     from pipeline.runners.runner import Runner
 
 # Keep the frameworks quiet; some of them would otherwise ask the network for a newer version.
-for _name in ("GIT_PYTHON_REFRESH", "HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_VERBOSITY", "TOKENIZERS_PARALLELISM"):
-    os.environ.setdefault(_name, {"GIT_PYTHON_REFRESH": "quiet", "TRANSFORMERS_VERBOSITY": "error"}.get(_name, "1"))
+for _name, _value in {
+    "GIT_PYTHON_REFRESH": "quiet",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "1",
+}.items():
+    os.environ.setdefault(_name, _value)
 
 Place = Literal["local", "docker", "kubeflow"]
 

@@ -7,7 +7,6 @@ import io
 import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
@@ -90,7 +89,7 @@ class Comparison(BaseModel):
         """Return the cells that failed."""
         return [cell for cell in self.cells if cell.state == "failed"]
 
-    @cached_property
+    @property
     def rows(self) -> list[Row]:
         """Return the dense model's row, then for each recipe and ratio the candidate's row and those of its controls."""
         done = [cell for cell in self.cells if cell.state == "done"]

@@ -72,18 +72,20 @@ def _range(low: str, high: str) -> str:
 def _pictures(comparison: Comparison) -> Iterator[str]:
     """Draw each text's perplexity, and the accuracy, over the size and over the speeds at the largest batch."""
     rows = [row for row in comparison.rows if row.model == CANDIDATE and row.done]
-    for up in _qualities(comparison.metrics):
-        for across in _costs(comparison.metrics):
+    for up in qualities(comparison.metrics):
+        for across in costs(comparison.metrics):
             yield from _picture(rows, across, up)
 
 
-def _qualities(metrics: list[str]) -> Iterator[Axis]:
+def qualities(metrics: list[str]) -> Iterator[Axis]:
+    """Yield the perplexity of each text, and the accuracy: the mean over the tasks if there are several."""
     yield from (Axis(metric) for metric in metrics if metric.startswith("perplexity "))
     # The mean over the tasks comes before them; a single task has none.
     yield from [Axis(metric, more_is_better=True) for metric in metrics if metric.startswith("accuracy")][:1]
 
 
-def _costs(metrics: list[str]) -> Iterator[Axis]:
+def costs(metrics: list[str]) -> Iterator[Axis]:
+    """Yield the size, and the speed of each phase at its largest batch."""
     yield Axis("bytes")
     # Batch sizes rise: the last metric of a phase is that of its largest batch.
     largest = {metric.split()[0]: metric for metric in metrics if " tok/s, batch " in metric}

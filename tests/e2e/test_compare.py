@@ -59,7 +59,14 @@ def test_the_files_show_both_recipes_beside_the_dense_model(first: Outcome) -> N
     models = [(line["recipe"], line["model"]) for line in csv.DictReader(table.open())]
     assert ("sleb", "candidate") in models
     assert data.name == "comparison.json"
-    assert [row["model"] for row in written(first)["rows"]][:2] == ["dense", "candidate"]
+    rows = [(row["recipe"], row["model"], row["done"]) for row in written(first)["rows"]]
+    assert rows == [
+        ("", "dense", 2),
+        ("recipe", "candidate", 1),
+        ("recipe", "candidate", 0),
+        ("sleb", "candidate", 1),
+        ("sleb", "candidate", 0),
+    ]
 
 
 def test_nothing_is_registered(bench: Bench, first: Outcome) -> None:

@@ -28,6 +28,11 @@ class TestTheRows:
             ("sleb 0.5", "candidate"),
         ]
 
+    def test_follow_the_cells(self, comparison: Comparison) -> None:
+        assert row(comparison, "sleb 0.25").done == 2
+        fewer = comparison.model_copy(update={"cells": comparison.cells[:4]})
+        assert row(fewer, "sleb 0.25").done == 1
+
     def test_count_the_seeds_that_are_measured(self, comparison: Comparison) -> None:
         assert (row(comparison, "trsp 0.25").done, row(comparison, "trsp 0.25").cells) == (2, 2)
         assert (row(comparison, "sleb 0.5").done, row(comparison, "sleb 0.5").cells) == (0, 2)
