@@ -32,6 +32,7 @@ def pin_run(release: str, recipe: str, name: str, run: str) -> tuple[str, str, s
         run_id = runs.open_parent(run, tags, pinned.model_dump(mode="json"))
         for dotted, text in texts.items():
             section, *_, last = dotted.split(".")
-            runs.log_data(run_id, {last: Reference.parse(text)}, context=section)
+            called = last if section == "evaluate" else section
+            runs.log_data(run_id, {called: Reference.parse(text)}, context=section)
         champion = registry.aliased(name, "champion") if name else None
         return str(reference), pinned.to_yaml(), str(champion.reference) if champion else ""

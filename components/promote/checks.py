@@ -37,6 +37,8 @@ class Checked:
     """`unsigned`, or who signed the files."""
     answer: str
     """The beginning of a generated text."""
+    answer_seconds: float
+    """To load the checkpoint and to generate."""
 
 
 def check_version(version: Version, store: Store) -> Checked:
@@ -57,9 +59,11 @@ def check_version(version: Version, store: Store) -> Checked:
         folder = store.get(reference, Path(scratch) / "artifact")
         seconds = time.perf_counter() - began
         signature = check_signature(folder, reference, store)
+        began = time.perf_counter()
         answer = generate(folder / "model", f"version {version.version} of {version.name}")
+        answered = time.perf_counter() - began
     manifest = store.manifest(reference)
-    return Checked(len(manifest.files), manifest.size, seconds, signature, answer)
+    return Checked(len(manifest.files), manifest.size, seconds, signature, answer, answered)
 
 
 def check_signature(folder: Path, reference: Reference, store: Store) -> str:

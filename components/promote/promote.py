@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import Literal
 
 from components.lib.errors import Refusal, Unavailable
-from components.lib.store.claims import Claims
+from components.lib.store.claims import SETTLE, Claims
 from components.lib.store.store import Store
 from components.lib.tracking import registry, trail
 from components.lib.tracking.registry import Version
@@ -146,7 +146,7 @@ def rollback(name: str, *, by: str = "", why: str = "") -> Promoted:
 @contextmanager
 def _alone(name: str, store: Store) -> Iterator[None]:
     """Hold the claim on the model's promotion. Raises Unavailable if another process holds it."""
-    claims = Claims(store, LEASE)
+    claims = Claims(store, LEASE, SETTLE)
     run = claims.take(name, "promotion")
     if run is None:
         raise Unavailable(

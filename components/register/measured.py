@@ -91,6 +91,17 @@ class Context(BaseModel):
     """Of the libraries, by name; `lm_eval` is the harness of the tasks."""
     speed: dict[str, Any] = {}
     """The settings of `evaluate.speed`."""
+    device: str | None = None
+    cpu: str | None = None
+    gpu: str | None = None
+    threads: int | None = None
+
+    @property
+    def machine(self) -> str:
+        """The machine in words; empty if it is not recorded."""
+        if self.device is None:
+            return ""
+        return f"{self.gpu or self.cpu or self.device} with {self.threads} threads"
 
     @classmethod
     def asked(cls, recipe: Recipe) -> Context:
@@ -130,6 +141,8 @@ def unlike(figure: str, part: str, found: Context, other: Context) -> str:
         for name, unit in (("prompt", "tokens of prompt"), ("generate", "generated tokens")):
             if found.speed.get(name) != other.speed.get(name):
                 return f"measured with {found.speed.get(name, 'unknown')} {unit}, not with {other.speed.get(name)}"
+    if figure in ("prefill", "decode") and other.machine and found.machine != other.machine:
+        return f"measured on {found.machine or 'an unknown machine'}, not on {other.machine}"
     return ""
 
 

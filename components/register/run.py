@@ -169,7 +169,10 @@ def _register(name: str, run: str, made: Made, report: Report) -> Registered:
 
 
 def _evidence(run: str, made: Made, report: Report) -> dict[str, str]:
-    """Return a version's tags: its origin, how to make it again, its verdict, and the item that it was made for."""
+    """Return a version's tags: its origin, how to make it again, its verdict, and the item that it was made for.
+
+    MLflow shows tags in the order in which they were set: words and figures stand before digests.
+    """
     item = item_of(run, Store.from_environment())
     recipe = report.parsed_recipe()
     digests = {
@@ -178,27 +181,27 @@ def _evidence(run: str, made: Made, report: Report) -> dict[str, str]:
         "code": report.environment["code"].get("all"),
         **{f"text.{name}": digest for name, digest in Context.asked(recipe).digests.items()},
     }
-    ratios = {
+    figures = {
         f"perplexity.{text}": f"{value:.4g} (dense {report.dense.perplexity.get(text) or float('nan'):.4g})"
         for text, value in report.candidate.perplexity.items()
         if value is not None
     }
     return {
-        "espalier.run": run,
+        "espalier.verdict": report.verdict.word,
+        "espalier.failed": ", ".join(rule.name for rule in report.verdict.failed) or "none",
+        **figures,
         "espalier.release": report.release.source,
         "espalier.revision": str(report.release.revision),
         "espalier.method": report.selection.method,
         "espalier.ratio": methods_with_ratios(report.recipe),
         "espalier.removed": removed(report),
-        "espalier.verdict": report.verdict.word,
-        "espalier.failed": ", ".join(rule.name for rule in report.verdict.failed) or "none",
+        "espalier.run": run,
         "espalier.version": program(),
         "espalier.commit": commit() or "unknown",
         "espalier.recipe": json.dumps(report.recipe)[:4900],
         **{f"sha256.{name}": digest for name, digest in digests.items() if digest},
         registry.COMPARED: made.compared_with(recipe),
         **({f"{registry.ITEM}.{item}": "made"} if item else {}),
-        **ratios,
     }
 
 

@@ -156,6 +156,7 @@ def _tell(told: Promoted) -> None:
 def _versions(versions: Sequence[Version]) -> Table:
     """Return each version with its aliases and verdict in a line, and its evidence below it."""
     table = _table("version", "", "")
+    table.columns[-1].overflow = "fold"
     for one in versions:
         verdict, failed = (one.tags.get(f"espalier.{tag}", "missing") for tag in ("verdict", "failed"))
         broken = f", broken: {failed}" if failed not in ("none", "missing") else ""

@@ -17,7 +17,7 @@ from components.lib.tracking.runs import DIGITS
 log = logging.getLogger(__name__)
 
 DIGEST = "sha256.checkpoint"
-"""The tag with the checkpoint's digest. MLflow shows tags by name, so that `espalier.*`, in words, come before `sha256.*`."""
+"""The tag with the checkpoint's digest; tags in words are called `espalier.*`."""
 
 COMPARED = "sha256.compared_with"
 """The tag with the digest of the champion that the version was compared with; ANY or NONE."""

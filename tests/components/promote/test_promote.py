@@ -11,10 +11,11 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from components.lib.errors import Refusal, Unavailable
+from components.lib.store.claims import Claims
 from components.lib.store.store import Store
 from components.lib.tracking import registry, trail
 from components.promote import promote as module
-from components.promote.promote import LEASE, Claims, choose, promote, rollback
+from components.promote.promote import LEASE, choose, promote, rollback
 from tests.components.lib.tracking.given import AWAY
 from tests.components.promote.given import Shelf, delete, put, read
 
@@ -269,7 +270,7 @@ class TestTheRegistryGoesAwayInTheMiddle:
 
 class TestTwoPromotionsAtOnce:
     def test_one_wins_and_the_other_says_so(self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(module, "Claims", lambda store, lease: Claims(store, lease, settle=2.0))
+        monkeypatch.setattr(module, "SETTLE", 2.0)
         promote(shelf.name, shelf.add().version)
         for _ in range(2):
             shelf.add()

@@ -200,6 +200,13 @@ def test_figures_of_two_evaluations_compare_only_with_one_version_of_the_harness
     assert unlike("bytes", "", one, other) == ""
 
 
+def test_speeds_of_two_evaluations_compare_only_on_one_machine() -> None:
+    one, other = (Context(device="cpu", cpu=cpu, threads=2) for cpu in ("Xeon", "EPYC"))
+    assert unlike("decode", "1", one, other) == "measured on Xeon with 2 threads, not on EPYC with 2 threads"
+    assert unlike("decode", "1", one, one) == ""
+    assert unlike("peak_memory", "", one, other) == ""
+
+
 def test_a_control_that_was_not_measured_fails_its_rule() -> None:
     found = verdict("perplexity", 100, "pruned-first", pruned_first=MISSING)
     assert [one.passed for one in found.rules] == [False, False]
