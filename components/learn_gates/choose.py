@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from components.learn_gates.select import select
 from components.lib.methods import Method
 from components.lib.training.journal import Journal
 from components.lib.transformer.checkpoint import load_model
-from components.lib.transformer.device import best_device, reused_memory
-from components.lib.transformer.selection import NOTHING
+from components.lib.transformer.device import best_device
 from components.lib.transformer.text import load_windows
 
 
@@ -24,9 +24,4 @@ def choose(release: Path, windows: Path, *, methods: Sequence[Method], out: Path
         journal: takes the progress.
     """
     model = load_model(release / "model", device=best_device())
-    drawn = load_windows(windows)
-    selection = NOTHING
-    with reused_memory(model.device):
-        for method in methods:
-            selection = method.choose(model, drawn, selection, journal=journal, out=out)
-    selection.save(out)
+    select(model, load_windows(windows), methods, out, journal)

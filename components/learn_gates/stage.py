@@ -19,14 +19,31 @@ class Inputs:
 
 
 def work(inputs: Inputs, recipe: Recipe, job: Job) -> None:
-    """Choose."""
+    """Choose as much as the ratios say, or search how much the target allows."""
+    if recipe.target:
+        from components.learn_gates.search import search
+
+        search(
+            inputs.release,
+            inputs.windows,
+            methods=recipe.methods.chosen,
+            target=recipe.target,
+            out=job.out,
+            journal=job.journal,
+        )
+        return
     from components.learn_gates.choose import choose
 
     choose(inputs.release, inputs.windows, methods=recipe.methods.chosen, out=job.out, journal=job.journal)
 
 
-def _methods(recipe: Recipe) -> tuple[str, ...]:
-    return tuple(module_of(type(method)) for method in recipe.methods.chosen)
+def _named(recipe: Recipe) -> tuple[str, ...]:
+    transfer = recipe.target.transfer.chosen if recipe.target else None
+    return tuple(module_of(type(one)) for one in (*recipe.methods.chosen, *([transfer] if transfer else [])))
 
 
-STAGE = Stage("learn_gates", Inputs, work, sections=("methods",), modules=_methods)
+def _unused(recipe: Recipe) -> tuple[str, ...]:
+    return () if recipe.target else ("components.learn_gates.search",)
+
+
+STAGE = Stage("learn_gates", Inputs, work, sections=("methods", "target"), modules=_named, unused=_unused)

@@ -30,6 +30,7 @@ def work(inputs: Inputs, recipe: Recipe, job: Job) -> None:
         lineage={**release.metadata, "digest": release.digest},
         made_by={
             "methods": recipe.methods.model_dump(mode="json", exclude_none=True),
+            **({"target": recipe.target.model_dump(mode="json", exclude_none=True)} if recipe.target else {}),
             "calibration": recipe.calibration.model_dump(mode="json"),
             "regularize": recipe.regularize.model_dump(mode="json")
             | {"transfer": recipe.regularize.transfer.model_dump(mode="json", exclude_none=True)},
@@ -39,4 +40,6 @@ def work(inputs: Inputs, recipe: Recipe, job: Job) -> None:
     )
 
 
-STAGE = Stage("prune", Inputs, work, sections=("methods", "calibration", "regularize"), leaves_checkpoint=True)
+STAGE = Stage(
+    "prune", Inputs, work, sections=("methods", "target", "calibration", "regularize"), leaves_checkpoint=True
+)

@@ -26,7 +26,7 @@ def describe(report: Report, run_id: str) -> str:
     paragraphs = [
         f"**{report.verdict.word.capitalize()}**: {verdict_sentence(report)}.",
         f"{report.release.source} without {in_words(report.removals())}. "
-        f"Methods: {methods_with_ratios(report.recipe)}. Run: {report_link(run_id)}.",
+        f"Methods: {methods_with_ratios(report)}. Run: {report_link(run_id)}.",
         _table(report),
         _rules(report),
     ]
@@ -37,12 +37,12 @@ def describe(report: Report, run_id: str) -> str:
     return "\n\n".join(paragraph for paragraph in paragraphs if paragraph) + "\n"
 
 
-def methods_with_ratios(recipe: Mapping[str, object]) -> str:
-    """Return the methods with their ratios: `trsp 0.25, dress ffn 0.5`."""
-    methods = recipe.get("methods")
+def methods_with_ratios(report: Report) -> str:
+    """Return the methods with their ratios, or those that a search found: `trsp 0.25, dress ffn 0.5`."""
+    methods = report.recipe.get("methods", {})
+    asked = {name: settings.get("ratio") for name, settings in methods.items()}
     told = []
-    for name, settings in methods.items() if isinstance(methods, Mapping) else ():
-        ratio_ = settings.get("ratio") if isinstance(settings, Mapping) else None
+    for name, ratio_ in (report.search.chosen.ratios if report.search else asked).items():
         each = ratio_.items() if isinstance(ratio_, Mapping) else [("", ratio_)]
         told.append(" ".join([str(name), *(f"{axis} {value}".strip() for axis, value in each if value is not None)]))
     return ", ".join(told)

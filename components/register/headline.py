@@ -9,6 +9,7 @@ from components.register.accuracy import difference, mean_accuracy
 from components.register.format import ABSENT, count, number, percent, times
 from components.register.measured import Measured, ratio
 from components.register.report import Report
+from components.register.searched import target_sentence
 from components.register.sections.section import Cell
 
 
@@ -19,7 +20,7 @@ def headline(report: Report) -> Mapping[str, Any]:
         "outcome": "fail" if not report.verdict.passed else "pass" if report.verdict.rules else "",
         "word": "Pass" if report.verdict.passed else "Fail",
         "sentence": verdict_sentence(report),
-        "controls": control_sentences(report),
+        "controls": [*filter(None, [target_sentence(report)]), *control_sentences(report)],
         "size": Cell(
             times(ratio(candidate.parameters, dense.parameters)),
             f"{count(candidate.parameters)} parameters against {count(dense.parameters)}",

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from components.lib.depth import Search
 from components.lib.recipe.schema import Recipe
 from components.lib.report_parts import Part
 from components.lib.transformer.removal import Removal, removals
@@ -60,6 +61,8 @@ class Report(BaseModel):
     champion: Measured | None
     controls: dict[str, Measured]
     verdict: Verdict
+    search: Search | None = None
+    """How the depth was found; None if the recipe has no target."""
     registered: Registered | None
     """None if nothing was registered."""
     timing: dict[str, float]
@@ -148,6 +151,7 @@ def build(
         champion=models.get("champion"),
         controls={name: models[name] for name in CONTROLS if name in models},
         verdict=judge(models, recipe, read_context(evaluation)),
+        search=Search.load(selection),
         registered=Registered.model_validate(dict(registered)) if registered else None,
         timing=dict(timing),
         environment=dict(environment),
@@ -159,6 +163,8 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     settings = recipe.model_dump(mode="json")
     settings["methods"] = recipe.methods.model_dump(mode="json", exclude_none=True)
     settings["regularize"]["transfer"] = recipe.regularize.transfer.model_dump(mode="json", exclude_none=True)
+    if recipe.target:
+        settings["target"] = recipe.target.model_dump(mode="json", exclude_none=True)
     return settings
 
 

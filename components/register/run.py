@@ -29,7 +29,7 @@ EVALUATION = "sha256.evaluation"
 """The tag with the reference of the evaluation that the version's LoggedModel was made of."""
 
 SMALL = {
-    "selection": ["selection.json", "choice.json", "*.jsonl"],
+    "selection": ["selection.json", "choice.json", "search.json", "*.jsonl"],
     "evaluation": ["evaluation.json"],
     "regularized": ["metrics.jsonl"],
     "candidate": ["metrics.jsonl"],
@@ -73,7 +73,7 @@ def register_run(name: str, run: str, recipe: str, outputs: Mapping[str, str], p
             environment=_environment(parsed, folders["evaluation"], manifests),
         )
         made = Made(references["candidate"], references["evaluation"], manifests)
-        registered = _register(name, run, made, draft) if name else None
+        registered = _register(name, run, made, draft) if name and draft.verdict.target_holds else None
         report = draft.model_copy(update={"registered": registered})
         recovered = folders["candidate"] if outputs["candidate"] != outputs["pruned"] else None
         curves = read_curves(
@@ -193,7 +193,7 @@ def _evidence(run: str, made: Made, report: Report) -> dict[str, str]:
         "espalier.release": report.release.source,
         "espalier.revision": str(report.release.revision),
         "espalier.method": report.selection.method,
-        "espalier.ratio": methods_with_ratios(report.recipe),
+        "espalier.ratio": methods_with_ratios(report),
         "espalier.removed": removed(report),
         "espalier.run": run,
         "espalier.version": program(),

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from components.lib.recipe.promotion import Rule
 from components.lib.recipe.schema import Recipe
+from components.lib.recipe.target import Target
 from components.register.accuracy import Accuracy, accuracy, judged_tasks, mean_accuracy
 from components.register.format import times
 from components.register.measured import Context, Measured, ratio, unlike
@@ -64,6 +65,11 @@ class Verdict(BaseModel):
         return tuple(rule for rule in self.rules if not rule.passed)
 
     @property
+    def target_holds(self) -> bool:
+        """Return True if every rule of the recipe's target holds, or it has none."""
+        return all(rule.passed for rule in self.rules if rule.name.startswith("target."))
+
+    @property
     def word(self) -> str:
         """`pass` or `fail`."""
         return "pass" if self.passed else "fail"
@@ -82,11 +88,43 @@ def judge(models: Mapping[str, Measured], recipe: Recipe, context: Context) -> V
     """
     asked = Context.asked(recipe)
     outcomes: list[Outcome] = []
-    for name, rule in recipe.promote.rules.items():
+    # The name of a rule has no dot, so that none is called as the target is.
+    target = {f"target.{recipe.target.field}": rule for rule in _of_target(recipe.target)} if recipe.target else {}
+    for name, rule in {**target, **recipe.promote.rules}.items():
         for part in rule.on or _parts(rule, models, recipe):
             called = f"{name}[{part}]" if part else name
             outcomes.append(_outcome(called, rule, part, models, unlike(rule.figure, part, context, asked)))
+    if recipe.target and recipe.target.figure == "bytes":
+        outcomes.insert(0, _bytes(recipe.target, models["candidate"]))
     return Verdict(passed=all(one.passed for one in outcomes), rules=tuple(outcomes))
+
+
+WHY = "The recipe's target, confirmed after the whole recipe."
+
+
+def _of_target(target: Target) -> list[Rule]:
+    """Return the rule that confirms a target on what is evaluated; none for bytes, which are no ratio to another model."""
+    figures: dict[str, Literal["perplexity", "mean_accuracy", "prefill"]] = {
+        "perplexity": "perplexity",
+        "accuracy": "mean_accuracy",
+        "prefill": "prefill",
+    }
+    figure = figures.get(target.figure)
+    return [Rule(figure=figure, bound=target.bound, why=WHY)] if figure else []
+
+
+def _bytes(target: Target, candidate: Measured) -> Outcome:
+    value = candidate.bytes / target.bound
+    return Outcome(
+        name=f"target.{target.field}",
+        figure="bytes",
+        value=value,
+        compared={"candidate": candidate.bytes, "target": target.bound},
+        bound=1.0,
+        sense="at most",
+        passed=value <= 1,
+        why=WHY,
+    )
 
 
 def _parts(rule: Rule, models: Mapping[str, Measured], recipe: Recipe) -> Sequence[str]:

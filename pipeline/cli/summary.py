@@ -15,6 +15,7 @@ from components.register.format import ABSENT, count, number, percent, times
 from components.register.headline import control_sentences, verdict_sentence
 from components.register.measured import Measured, differing, ratio
 from components.register.report import Report
+from components.register.searched import target_sentence
 
 
 def print_summary(report: Report | Mapping[str, Any], console: Console) -> None:
@@ -26,7 +27,7 @@ def print_summary(report: Report | Mapping[str, Any], console: Console) -> None:
     console.print(f"[{style}]{word}[/]: {escape(verdict_sentence(report))}", highlight=False)
     for rule in verdict.failed:
         console.print(f"  {escape(rule.name)}: {escape(rule.told)}", highlight=False)
-    for sentence in control_sentences(report):
+    for sentence in filter(None, [target_sentence(report), *control_sentences(report)]):
         console.print(escape(sentence), highlight=False)
 
 

@@ -38,6 +38,9 @@ Methods: {methods}. One of layers and one of channels may be named together: lay
 
 SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 
+SHOWN_AT = {"target.transfer": "regularize.transfer"}
+"""Sections that have their table at another place."""
+
 Place = tuple[str, type[BaseModel]]
 """A section's dotted name, and its type."""
 
@@ -63,8 +66,9 @@ def _inside(name: str, kind: type[BaseModel]) -> Iterator[Place]:
         inner = _model(info.annotation)
         if inner is not None and inner is not Text:
             place = _place(name, field, info)
-            yield place, inner
-            yield from _inside(place, inner)
+            if place not in SHOWN_AT:
+                yield place, inner
+                yield from _inside(place, inner)
 
 
 def _place(section: str, field: str, info: FieldInfo) -> str:
@@ -97,7 +101,8 @@ def _section(name: str, kind: type[BaseModel]) -> str:
 def _row(section: str, field: str, info: FieldInfo) -> tuple[str, str, str, str]:
     inner = _model(info.annotation)
     if inner is not None and inner is not Text:
-        kind, default = f"[section](#{_anchor(_place(section, field, info))})", _presence(info)
+        place = _place(section, field, info)
+        kind, default = f"[section](#{_anchor(SHOWN_AT.get(place, place))})", _presence(info)
         if get_origin(info.annotation) is dict:
             kind, default = f"mapping of name to {kind}", "none"
     else:

@@ -25,6 +25,7 @@ from components.lib.store.store import Reference, Store
 from components.lib.tracking import runs
 from components.lib.transformer.removal import in_words
 from components.pin.pin import pin_release, pin_text
+from components.pin.tasks import pin_task
 from components.register.format import count, seconds
 from components.register.report import Release, Report
 from pipeline.compare.cells import Cell, cells
@@ -77,10 +78,7 @@ def compare(
     with on.services(home) as environment, in_environment(environment):
         store = Store.from_environment()
         check_services()
-        pinned = {
-            name: recipe.with_texts({dotted: str(pin_text(text, store)) for dotted, text in recipe.texts()})
-            for name, recipe in recipes.items()
-        }
+        pinned = {name: _pinned_files(recipe, store) for name, recipe in recipes.items()}
         planned = cells(pinned, ratios, seeds)
         reference = _pinned(release, planned, store)
         made = store.manifest(reference).metadata
@@ -207,6 +205,13 @@ def _check(planned: Sequence[Cell], release: str, home: Path) -> None:
     if len(refusals) == len(planned):
         raise refusals[0]
     check_room([cell.recipe for cell in planned], release, home)
+
+
+def _pinned_files(recipe: Recipe, store: Store) -> Recipe:
+    """Put the texts and task files into the store, so that a label names their content, and return the recipe with references."""
+    texts = {dotted: str(pin_text(text, store)) for dotted, text in recipe.texts()}
+    tasks = {task: str(pin_task(task, recipe.evaluate.remote_code, store)) for task in recipe.evaluate.task_files}
+    return recipe.with_texts(texts).with_tasks(tasks)
 
 
 def _pinned(release: str, planned: Sequence[Cell], store: Store) -> Reference:

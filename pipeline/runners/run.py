@@ -16,12 +16,14 @@ from rich.console import Console
 from components.lib.errors import Refusal, StageFailed
 from components.lib.recipe.schema import Recipe, Text
 from components.lib.settings import MlflowSettings, StoreSettings
+from components.lib.store.runs import item_of, leave_item
 from components.lib.store.store import Store, need_space
 from components.lib.tracking import client
 from components.lib.transformer.checkpoint import Checkpoint
 from components.pin.pin import check_checkpoint, check_text, pin_folder, pin_text
 from components.pin.tasks import check_task, pin_task
 from components.register.report import Report
+from components.register.searched import target_sentence
 from pipeline.recompress import recompress
 from pipeline.runners.graph import tasks_of
 from pipeline.runners.local import LocalRunner
@@ -71,14 +73,44 @@ def run(
     with on.services(home) as environment, in_environment(environment):
         store = Store.from_environment()
         check_services()
-        arguments = {
-            "release": to_store(release, recipe, store),
-            "recipe": files_to_store(recipe, store).to_yaml(),
-            "name": name or "",
-            "run": label,
-        }
-        on.run(arguments, folder / "log.txt", console)
-        return Result(fetch_report(store, label, folder), folder)
+        pinned = to_store(release, recipe, store)
+        result = _attempt(recipe, pinned, name, label, folder, console, on, store)
+        safer = _safer(recipe, result.report) if name is not None else None
+        if safer is None:
+            return result
+        console.print(f"{target_sentence(result.report)} A second attempt follows.", highlight=False, markup=False)
+        again = f"{label}-again"
+        item = item_of(label, store)
+        if item:
+            leave_item(again, item, store)
+        return _attempt(safer, pinned, name, again, home / "runs" / again, console, on, store)
+
+
+def _attempt(
+    recipe: Recipe, release: str, name: str | None, label: str, folder: Path, console: Console, on: Runner, store: Store
+) -> Result:
+    arguments = {
+        "release": release,
+        "recipe": files_to_store(recipe, store).to_yaml(),
+        "name": name or "",
+        "run": label,
+    }
+    on.run(arguments, folder / "log.txt", console)
+    return Result(fetch_report(store, label, folder), folder)
+
+
+def _safer(recipe: Recipe, report: Report) -> Recipe | None:
+    """Return the recipe whose search ends one depth before the one that the whole recipe did not confirm.
+
+    Returns:
+        None if the target holds, there is no such depth, or the target is not of quality: less depth gives neither speed nor size.
+    """
+    search = report.search
+    if search is None or search.next is None or report.verdict.target_holds:
+        return None
+    if not (recipe.target and recipe.target.of_quality):
+        return None
+    return recipe.with_ratios(search.next)
 
 
 def check(recipe: Recipe, release: str, name: str | None) -> None:
@@ -97,8 +129,8 @@ def check(recipe: Recipe, release: str, name: str | None) -> None:
 
 def check_name(name: str) -> None:
     """Raise Refusal if MLflow, its filters or a path could misread the registered model's name."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise Refusal(f"the registered model's name is {name!r}: use letters, digits, '.', '_' and '-'")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise Refusal(f"the registered model's name is {name!r}: use letters, digits, '_' and '-'")
 
 
 def check_room(recipes: Sequence[Recipe], release: str, home: Path) -> None:

@@ -67,12 +67,14 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def _refuse_old_form(settings: dict[str, Any]) -> None:
     """Refuse a recipe of the old form with a sentence that gives the present form."""
-    old = [name for name in _BEFORE_METHODS if name in settings]
+    target = settings.get("target")
+    # A target is a field of the present form too, without a ratio.
+    sized = isinstance(target, dict) and "ratio" in target
+    old = [name for name in _BEFORE_METHODS if name in settings and (name != "target" or sized)]
     if not old:
         return
     method = settings.get("method", "trsp")
     names = method if isinstance(method, list) else [method]
-    target = settings.get("target")
     ratio = {"ratio": target["ratio"]} if isinstance(target, dict) and "ratio" in target else {}
     own = {"trsp": "gates", "dress": "dress"}
     methods: dict[str, Any] = {}

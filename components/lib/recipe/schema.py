@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from components.lib.recipe.choices import Methods
 from components.lib.recipe.promotion import Promote, Rule
 from components.lib.recipe.section import Count, Name, Section, descend
+from components.lib.recipe.target import LIMIT, Target
 from components.lib.recipe.training import Recover, Regularize
 
 
@@ -114,6 +115,10 @@ class Recipe(Section):
     calibration: Calibration = Field(
         description="The text on which layers and channels are chosen and models are trained."
     )
+    target: Target | None = Field(
+        None,
+        description="The quality, speed or size that is asked for instead of a ratio; the methods' ratios are then the deepest cut that is tried.",
+    )
     regularize: Regularize = Field(Regularize(), description="The training before the cut.")
     recover: Recover = Field(Recover(), description="The training after the cut.")
     evaluate: Evaluate = Field(description="The measurements.")
@@ -136,6 +141,24 @@ class Recipe(Section):
                 value = value | {"evaluate": evaluate | {"length": length}}
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _search(cls, value: Any) -> Any:
+        """With a target, fill in its transfer, so that the key of the search contains it, and the ratios that are not named."""
+        if not isinstance(value, dict) or not isinstance(value.get("target"), dict):
+            return value
+        regularize, methods = value.get("regularize"), value.get("methods")
+        transfer = regularize.get("transfer") if isinstance(regularize, dict) else None
+        if transfer is not None:
+            value = value | {"target": {"transfer": transfer} | value["target"]}
+        if isinstance(methods, dict):
+            filled = {
+                name: {"ratio": LIMIT} | settings if isinstance(settings, dict) else settings
+                for name, settings in methods.items()
+            }
+            value = value | {"methods": filled}
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         for method in self.methods.chosen:
@@ -144,6 +167,10 @@ class Recipe(Section):
             raise ValueError(
                 "evaluate.controls compares with training, but regularize.schedule is none: set evaluate.controls to []"
             )
+        if self.target and self.target.figure == "accuracy" and not self.evaluate.tasks:
+            raise ValueError("target.min_accuracy_recovery needs tasks to be confirmed on: name them in evaluate.tasks")
+        if self.target and self.target.figure == "prefill" and not self.evaluate.speed.enabled:
+            raise ValueError("target.min_speedup needs a measured speed: set evaluate.speed.enabled to true")
         for name, rule in self.promote.rules.items():
             self._check_rule(f"promote.rules.{name}", rule)
         return self
@@ -192,6 +219,13 @@ class Recipe(Section):
         settings = self.model_dump(mode="json", exclude_unset=True)
         if tasks:
             settings["evaluate"]["tasks"] = [tasks.get(task, task) for task in self.evaluate.tasks]
+        return Recipe.model_validate(settings)
+
+    def with_ratios(self, ratios: Mapping[str, float | dict[str, float]]) -> Recipe:
+        """Return the recipe with the ratio of each named method in its place."""
+        settings = self.model_dump(mode="json", exclude_unset=True)
+        for method, ratio in ratios.items():
+            settings["methods"][method]["ratio"] = ratio
         return Recipe.model_validate(settings)
 
     def to_yaml(self) -> str:

@@ -11,6 +11,7 @@ from components.lib.report_parts import Part
 from components.lib.transformer.removal import Removal, percent
 from components.register.format import ABSENT, number
 from components.register.report import Curves, Report
+from components.register.searched import parts as searched
 from components.register.sections.section import Cell, ReportSection
 
 
@@ -28,7 +29,7 @@ class Layer:
 
 def removed(report: Report, curves: Curves) -> ReportSection:
     """Show the removal, with the parts of the methods that chose it."""
-    return removed_section(report, curves.parts)
+    return removed_section(report, [*searched(report.search), *curves.parts])
 
 
 def removed_section(report: Report, parts: Sequence[Part]) -> ReportSection:
@@ -55,7 +56,7 @@ def _axes(report: Report) -> list[tuple[str, list[Cell]]]:
     recipe = report.parsed_recipe()
     rows: list[tuple[str, list[Cell]]] = []
     for removal in report.removals():
-        asked, why = _asked(removal, recipe)
+        asked, why = (None, "searched") if report.search else _asked(removal, recipe)
         cells = [
             Cell(f"{removal.before:,}"),
             Cell(f"{removal.after:,}"),

@@ -31,7 +31,7 @@ Rewrite = Callable[[dict[str, Any]], Report]
 def test_report_json_has_the_fields_that_are_promised(report: Report) -> None:
     told = json.loads(report.to_json())
     assert " ".join(told) == (
-        "release recipe selection dense candidate champion controls verdict registered timing environment"
+        "release recipe selection dense candidate champion controls verdict search registered timing environment"
     )
     assert told["release"] == RELEASE
     assert told["selection"]["method"] == "trsp"

@@ -244,3 +244,29 @@ def test_an_evaluation_without_a_candidate_is_refused(tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").write_text(json.dumps({"models": {"dense": MODELS["dense"]}}))
     with pytest.raises(Refusal, match=r"measured dense but no 'candidate'"):
         read_evaluation(tmp_path)
+
+
+class TestATarget:
+    def judged(self, **target: float) -> Verdict:
+        recipe = Recipe.model_validate({**BASE, "evaluate": {**BASE["evaluate"], "tasks": ["piqa"]}, "target": target})
+        models = {name: Measured.model_validate(model) for name, model in MODELS.items()}
+        return judge(models, recipe, Context.model_validate(CONTEXT))
+
+    @pytest.mark.parametrize(
+        ("field", "holds", "fails", "names"),
+        [
+            ("max_perplexity_ratio", 1.2, 1.19, ["[near]", "[far]"]),
+            ("min_accuracy_recovery", 0.876, 0.878, [""]),
+            ("min_speedup", 1.28, 1.29, ["[1]", "[8]"]),
+            ("max_bytes", 1500, 1499, [""]),
+        ],
+    )
+    def test_is_confirmed_on_what_is_evaluated(self, field: str, holds: float, fails: float, names: list[str]) -> None:
+        held = self.judged(**{field: holds})
+        assert [one.name for one in held.rules] == [f"target.{field}{name}" for name in names]
+        assert held.passed
+        assert held.target_holds
+        assert not self.judged(**{field: fails}).target_holds
+
+    def test_is_apart_from_the_other_rules(self) -> None:
+        assert verdict("perplexity", 0.5).target_holds

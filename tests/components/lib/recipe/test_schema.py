@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from components.lib.methods import known_methods
 from components.lib.recipe.loading import parse_recipe
 from components.lib.recipe.schema import Text
+from components.lib.recipe.target import LIMIT
 from tests.components.lib.recipe.smallest import REFERENCE, recipe, refusal
 
 HALF = {"ratio": 0.5}
@@ -227,3 +228,39 @@ class TestTasks:
         made = recipe(evaluate__tasks=["tasks/", "piqa"]).with_tasks({"tasks/": REFERENCE})
         assert made.evaluate.tasks == (REFERENCE, "piqa")
         assert parse_recipe(made.to_yaml()) == made
+
+
+class TestATarget:
+    def test_is_one_of_four(self) -> None:
+        made = recipe(target={"max_perplexity_ratio": 1.15}).target
+        assert made
+        assert (made.field, made.figure, made.bound, made.of_quality) == (
+            "max_perplexity_ratio",
+            "perplexity",
+            1.15,
+            True,
+        )
+        assert refusal(target={"min_speedup": 1.3, "max_bytes": 100}).endswith(
+            "target names 2 of max_perplexity_ratio, min_accuracy_recovery, min_speedup, max_bytes: name exactly one"
+        )
+
+    def test_fills_in_a_ratio_that_is_not_named(self) -> None:
+        made = recipe(methods={"trsp": {"steps": 3}, "dress": HALF}, target={"min_speedup": 1.3})
+        assert [method.asked("layers") or method.asked("ffn") for method in made.methods.chosen] == [LIMIT, 0.5]
+        assert "'methods.trsp.ratio' is missing" in refusal(methods={"trsp": {"steps": 3}})
+
+    def test_is_measured_after_the_recipes_transfer(self) -> None:
+        made = recipe(regularize={"transfer": "ridge"}, target={"max_perplexity_ratio": 1.15})
+        assert made.target
+        assert made.target.transfer == made.regularize.transfer
+        assert parse_recipe(made.to_yaml()) == made
+
+    def test_that_the_evaluation_cannot_confirm_is_refused(self) -> None:
+        assert refusal(target={"min_accuracy_recovery": 0.95}).endswith("name them in evaluate.tasks")
+        quiet = refusal(target={"min_speedup": 1.3}, evaluate__speed={"enabled": False})
+        assert quiet.endswith("set evaluate.speed.enabled to true")
+
+    def test_is_kept_with_other_ratios(self) -> None:
+        made = recipe(target={"max_perplexity_ratio": 1.15}).with_ratios({"trsp": 0.125})
+        assert made.target
+        assert made.methods.chosen[0].asked("layers") == 0.125
