@@ -64,7 +64,7 @@ def test_a_run_on_a_cluster_ends_with_the_report_of_the_store(
     assert (result.folder / "report.html").exists()
     printed = shown.file.getvalue()  # type: ignore[attr-defined]
     assert f"/#/runs/details/{sent.run_id}" in printed
-    assert "[ 1/11] pin: done in 7.0 s" in printed
+    assert "[ 1/12] pin: done in 7.0 s" in printed
     assert "driver" not in printed
 
 
