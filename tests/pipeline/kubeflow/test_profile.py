@@ -34,7 +34,7 @@ def test_three_profiles_are_shipped() -> None:
 def test_only_the_nvidia_and_aws_profiles_ask_for_gpus_and_only_where_something_computes() -> None:
     for name, computing in {
         "plain": set(),
-        "nvidia": (compute := {"learn_gates", "regularize", "control", "lora_rft", "prune", "evaluate"}),
+        "nvidia": (compute := {"learn_gates", "regularize", "control", "lora_rft", "prune", "promote", "evaluate"}),
         "aws-irsa": compute,
     }.items():
         profile = Profile.load(name)
