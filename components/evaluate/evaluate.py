@@ -22,6 +22,7 @@ from torch import Tensor
 
 from components.evaluate.context import machine
 from components.evaluate.continuations import questions, write_task
+from components.evaluate.prompts import continue_prompts
 from components.evaluate.speed import measure_speed, peak_memory, prefill_flops, prompt_batch
 from components.evaluate.zero_shot import Scores, zero_shot
 from components.lib.errors import Refusal
@@ -64,7 +65,7 @@ def evaluate(
 ) -> None:
     """Measure the models and leave `evaluation.json`.
 
-    It holds `models` (name → parameters, bytes, layers, widths, dtype, perplexity, tasks, speed, prefill_flops, peak_memory, notes) and the
+    It holds `models` (name → parameters, bytes, layers, widths, dtype, perplexity, tasks, continued, speed, prefill_flops, peak_memory, notes) and the
     `context` of the numbers. The layers and widths of a model of an unknown family may be null. A number that is not finite is
     null, and a note gives it. Bytes are those of the stored weights; prefill_flops are those of one sequence of `speed.prompt`
     tokens; peak_memory is that of the largest batch.
@@ -226,6 +227,7 @@ def _quality(
         **evaluated.size,
         "perplexity": perplexities,
         "tasks": scores,
+        "continued": continue_prompts(model, evaluated.tokenizer, evaluate.prompts),
         "speed": {"prefill": {}, "decode": {}},
         "notes": notes,
     }

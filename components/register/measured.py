@@ -56,6 +56,8 @@ class Measured(BaseModel):
     """Floating-point operations of one prompt."""
     peak_memory: int | None = None
     """Bytes of weights, cache and activations at the prefill of the largest batch."""
+    continued: dict[str, str] = {}
+    """The continuation of each prompt."""
     notes: tuple[str, ...] = ()
     """What the evaluation has to say of its numbers."""
 

@@ -1,4 +1,4 @@
-"""The summary of a run on the terminal: every measured model side by side, the verdict, and the controls."""
+"""The summary of a run on the terminal: every measured model side by side, the verdict, the controls, and the prompts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from components.register.searched import target_sentence
 
 
 def print_summary(report: Report | Mapping[str, Any], console: Console) -> None:
-    """Print the table; the verdict, with each broken rule; and whether the candidate beat the controls."""
+    """Print the table; the verdict, with each broken rule; whether the candidate beat the controls; and the prompts' continuations."""
     report = report if isinstance(report, Report) else Report.model_validate(report)
     console.print(summary_table(report))
     verdict = report.verdict
@@ -29,6 +29,11 @@ def print_summary(report: Report | Mapping[str, Any], console: Console) -> None:
         console.print(f"  {escape(rule.name)}: {escape(rule.told)}", highlight=False)
     for sentence in filter(None, [target_sentence(report), *control_sentences(report)]):
         console.print(escape(sentence), highlight=False)
+    for prompt in report.candidate.continued:
+        console.print(f"[bold]{escape(prompt)}[/]", highlight=False)
+        for name, model in {"dense": report.dense, "candidate": report.candidate}.items():
+            told = " ".join(model.continued.get(prompt, ABSENT).split())
+            console.print(f"  {name}: {escape(told)}", highlight=False)
 
 
 def summary_table(report: Report) -> Table:

@@ -89,6 +89,10 @@ class Evaluate(Section):
         description="Questions made of each text of perplexity: which of four continuations is the true one? A task for domains without a benchmark; none when absent.",
     )
     task_limit: Count | None = Field(None, description="Examples a task; all when absent.")
+    prompts: tuple[str, ...] = Field(
+        (),
+        description="Prompts that every model continues greedily, shown side by side in the report.",
+    )
     remote_code: bool = Field(
         False,
         description="Whether Python code that comes with task files (!function) may run, and metrics that lm-eval lacks be fetched.",

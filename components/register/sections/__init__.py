@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from components.register.report import Curves, Report
 from components.register.sections.lineage import lineage
+from components.register.sections.prompts import prompts
 from components.register.sections.quality import quality
 from components.register.sections.removed import removed
 from components.register.sections.section import ReportSection
@@ -18,6 +19,7 @@ SECTIONS: tuple[Callable[[Report, Curves], ReportSection | None], ...] = (
     verdict,
     quality,
     tasks,
+    prompts,
     speed,
     removed,
     training,

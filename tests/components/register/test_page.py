@@ -296,3 +296,10 @@ class TestTasks:
 
     def test_there_is_no_section_without_tasks(self, report: Report) -> None:
         assert "Task" not in page_of(report).text
+
+
+def test_prompts_are_shown_with_the_continuation_of_every_model(rewrite: Rewrite, models: dict[str, Any]) -> None:
+    for name in ("dense", "candidate"):
+        models[name]["continued"] = {"Name a tree.": f"<i>{name}</i>"}
+    text = page_of(rewrite(models)).text
+    assert "Name a tree. dense <i>dense</i> candidate <i>candidate</i> champion –" in text

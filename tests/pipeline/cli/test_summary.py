@@ -74,3 +74,12 @@ def test_a_name_that_looks_like_markup_is_printed_as_it_is(tmp_path: Path) -> No
     assert any(
         line.startswith("perplexity [red]x[/] 5.000") for line in printed(build_report(write_run(tmp_path, models)))
     )
+
+
+def test_prompts_stand_with_both_continuations(tmp_path: Path) -> None:
+    models = measurements()
+    models["dense"]["continued"] = {"What is [b]?": "A letter.\nYes."}
+    models["candidate"]["continued"] = {"What is [b]?": "A lette"}
+    lines = printed(build_report(write_run(tmp_path, models)))
+    place = lines.index("What is [b]?")
+    assert lines[place + 1 : place + 3] == ["dense: A letter. Yes.", "candidate: A lette"]
