@@ -211,7 +211,7 @@ def tradeoff(
             labels |= placed
         axes.margins(0.2, 0.2)
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2f}×"))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
         _label(axes, labels)
         axes.legend(frameon=False, fontsize=8.5, loc="best")
 

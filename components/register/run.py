@@ -15,7 +15,7 @@ from components.lib.recipe.schema import Recipe
 from components.lib.stage.code import code_of_everything
 from components.lib.stage.declaration import read_files
 from components.lib.stage.events import reported
-from components.lib.store.runs import item_of
+from components.lib.store.runs import item_of, leave_unregistered
 from components.lib.store.store import Manifest, Reference, Store
 from components.lib.tracking import registry, runs
 from components.lib.tracking.origin import commit, program
@@ -24,6 +24,7 @@ from components.register.figures import pareto_file
 from components.register.measured import Context
 from components.register.page import render
 from components.register.report import Registered, Report, build, read_curves
+from components.register.searched import target_sentence
 
 EVALUATION = "sha256.evaluation"
 """The tag with the reference of the evaluation that the version's LoggedModel was made of."""
@@ -75,6 +76,8 @@ def register_run(name: str, run: str, recipe: str, outputs: Mapping[str, str], p
         made = Made(references["candidate"], references["evaluation"], manifests)
         registered = _register(name, run, made, draft) if name and draft.verdict.target_holds else None
         report = draft.model_copy(update={"registered": registered})
+        if name and registered is None:
+            leave_unregistered(run, target_sentence(report), store)
         recovered = folders["candidate"] if outputs["candidate"] != outputs["pruned"] else None
         curves = read_curves(
             parsed, selection=folders["selection"], regularize=folders["regularized"], recover=recovered

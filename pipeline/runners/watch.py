@@ -19,6 +19,7 @@ from components.lib.store.claims import Claims
 from components.lib.store.runs import Ending, failure
 from components.lib.store.store import Store
 from components.lib.tracking import client
+from components.register.searched import target_sentence
 from components.watch.find import Finding, Item, Watched, look, take
 from pipeline.runners.run import in_environment, run
 from pipeline.services.embedded import services
@@ -96,11 +97,17 @@ def recompress(item: Item, home: Path, console: Console) -> Outcome:
             end = failure(label, store) or _ending(error)
             claim = claims.fail(item.name, item.claim, label, end)
             return Outcome(item.release, item.name, "failed", claim.reason, tried=True)
+        registered = result.report.registered
+        if registered is None:
+            end = Ending(succeeded=False, stage="register", reason=target_sentence(result.report), lasting=True)
+            return Outcome(
+                item.release, item.name, "fail", claims.fail(item.name, item.claim, label, end).reason, tried=True
+            )
         claims.clear(item.name, item.claim)
-    registered = result.report.registered
-    version = f"version {registered.version}, " if registered else ""
     state: Literal["pass", "fail"] = "pass" if result.report.verdict.passed else "fail"
-    return Outcome(item.release, item.name, state, f"{version}{result.folder / 'report.html'}", tried=True)
+    return Outcome(
+        item.release, item.name, state, f"version {registered.version}, {result.folder / 'report.html'}", tried=True
+    )
 
 
 @contextmanager

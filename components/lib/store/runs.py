@@ -55,13 +55,21 @@ def leave_end(run: str, succeeded: bool) -> None:
     Store.from_environment().write_text(f"runs/{run}/ended.json", json.dumps({"succeeded": succeeded}))
 
 
+def leave_unregistered(run: str, reason: str, store: Store) -> None:
+    """Record why a run that worked registered nothing: the same release, recipe and code would not register either."""
+    store.write_text(f"runs/{run}/unregistered", reason)
+
+
 def ending(run: str, store: Store) -> Ending | None:
     """Return how the run ended, or None if no end is recorded."""
     ended = store.read_text(f"runs/{run}/ended.json")
     if ended is None:
         return None
     if json.loads(ended)["succeeded"]:
-        return Ending(succeeded=True)
+        reason = store.read_text(f"runs/{run}/unregistered")
+        return (
+            Ending(succeeded=False, stage="register", reason=reason, lasting=True) if reason else Ending(succeeded=True)
+        )
     return failure(run, store) or Ending(succeeded=False, reason="the run failed and left no reason: see its logs")
 
 

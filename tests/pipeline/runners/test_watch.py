@@ -21,6 +21,7 @@ from components.watch.find import Watched
 from pipeline.cli.watch import status
 from pipeline.runners import watch as watch_local
 from pipeline.runners.watch import Outcome, watch_once
+from tests.components.register.test_searched import reported
 
 RECIPE = """
 methods: {sleb: {ratio: 0.25}}
@@ -101,6 +102,17 @@ def test_a_new_release_is_recompressed_and_then_known(
     assert (status(first), status(again)) == (code, 0)
     assert len(runs) == 1
     assert store.texts(f"claims/{watched.name}") == {}
+
+
+def test_a_target_that_does_not_hold_is_tried_once_and_told_again(
+    watched: Watched, runs: list[str], ending: Callable[[End], None], tmp_path: Path
+) -> None:
+    report = reported(tmp_path / "run", 1.1).model_copy(update={"registered": None})
+    ending(lambda: SimpleNamespace(report=report, folder=tmp_path))
+    first, again = look(tmp_path, watched), look(tmp_path, watched)
+    assert len(runs) == 1
+    assert ([outcome.state for outcome in first + again], status(first), status(again)) == (["fail", "failed"], 3, 0)
+    assert "ask for methods.trsp.ratio 0.125" in again[0].detail
 
 
 def test_a_lasting_failure_is_tried_once_and_told_again(
