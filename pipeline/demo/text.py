@@ -45,7 +45,7 @@ def texts(characters: int, seed: int) -> dict[str, str]:
     shuffle = random.Random(seed)
     documentation = _shuffled([*topics.values(), *docstrings(Path(sysconfig.get_path("stdlib")))], shuffle)
     descriptions = _shuffled(_descriptions(), shuffle)
-    packages = _shuffled((text for name in PACKAGES for text in docstrings(_folder(name))), shuffle)
+    packages = _shuffled((text for name in PACKAGES if characters for text in docstrings(_folder(name))), shuffle)
     seen: set[int] = set()
     held_out = {
         name: list(_take(descriptions if name == "other" else documentation, length, seen))
