@@ -29,6 +29,8 @@ _CHOSEN = {
     "random": "drawn at random",
     "magnitude": "those of the smallest weights",
     "activation": "those of the smallest weights × activations on the calibration windows",
+    "wanda": "those of the smallest sum of Wanda's scores, |weight| × norm of the activation, on the calibration windows",
+    "fluctuation": "those of the smallest weights × variance of the activations on the calibration windows, as FLAP has it",
 }
 
 
@@ -46,9 +48,9 @@ class Dress(Method):
     ratio: Fraction | dict[Axis, Fraction] = Field(
         description="The part of every axis to remove, or one for each ({ffn: 0.5, heads: 0.25}).",
     )
-    channels: Literal["random", "magnitude", "activation"] = Field(
+    channels: Literal["random", "magnitude", "activation", "wanda", "fluctuation"] = Field(
         "activation",
-        description="The removed channels: drawn from the seed, those of the smallest weights, or those of the smallest weights × activations on the calibration windows.",
+        description="The removed channels: drawn from the seed, those of the smallest weights; or, on the calibration windows, those of the smallest weights² × activations² (activation), |weights| × norms of activations (wanda, summed over a channel) or weights² × variances of activations (fluctuation, of FLAP).",
     )
     multiple: Count | None = Field(
         None,

@@ -1,14 +1,14 @@
 """DReSS's choice of channels (arXiv 2501.17905): a fixed part of each axis, chosen before the training.
 
 The paper does not say which channels to remove. Here they are drawn at random, or are the channels of lowest score: of the
-weights alone, or of weights times activations on the calibration windows (Wanda's score of single weights, arXiv 2306.11695,
-summed over a channel).
+weights alone, or of weights and activations on the calibration windows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -101,25 +101,63 @@ def _magnitude(settings: Dress, model: PreTrainedModel, windows: Tensor, before:
     return tally.scores
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class _Moments:
+    """What a projection reads on the calibration windows, for each of its inputs (inputs,)."""
+
+    mean: Tensor
+    square: Tensor
+    """E[x²]."""
+
+
 def _activation(
     settings: Dress, model: PreTrainedModel, windows: Tensor, before: Selection, journal: Journal
 ) -> Scores:
     """Score a channel by Σ_j ‖W_·j‖² · E[x_j²] over its inputs j of every projection that reads it, relative to the projection's."""
-    tally = _Tally(model)
+    measured = _moments(settings, model, windows, before, journal)
+    return _of_readers(model, measured, lambda weight, x: weight.square().sum(0) * x.square)
+
+
+def _wanda(settings: Dress, model: PreTrainedModel, windows: Tensor, before: Selection, journal: Journal) -> Scores:
+    """Score a channel by Wanda's Σ_ij |W_ij| · √E[x_j²] over its inputs j, relative to the projection's (arXiv 2306.11695)."""
+    measured = _moments(settings, model, windows, before, journal)
+    return _of_readers(model, measured, lambda weight, x: weight.abs().sum(0) * x.square.sqrt())
+
+
+def _fluctuation(
+    settings: Dress, model: PreTrainedModel, windows: Tensor, before: Selection, journal: Journal
+) -> Scores:
+    """Score a channel by FLAP's Σ_j ‖W_·j‖² · Var[x_j] over its inputs j, relative to the projection's (arXiv 2312.11983).
+
+    What an input adds in the mean a bias can add in its place, so only its variance is lost.
+    """
+    measured = _moments(settings, model, windows, before, journal)
+    return _of_readers(
+        model, measured, lambda weight, x: weight.square().sum(0) * (x.square - x.mean.square()).clamp(min=0)
+    )
+
+
+@torch.no_grad()
+def _moments(
+    settings: Dress, model: PreTrainedModel, windows: Tensor, before: Selection, journal: Journal
+) -> dict[str, _Moments]:
+    """Return the moments of what every projection with a known layout reads, by its name, with the layers removed so far bypassed."""
+    layout = layout_of(family_named(model.config.model_type))
     measured = sample(windows)
-    energy: dict[str, Tensor] = {}
+    summed: dict[str, tuple[int, Tensor, Tensor]] = {}
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            squares = inputs[0].float().square().flatten(0, -2).sum(0)
-            energy[name] = energy[name] + squares if name in energy else squares
+            x = inputs[0].float().flatten(0, -2)
+            tokens, first, second = summed.get(name, (0, 0, 0))
+            # In fp64, so that the variance is not lost in the difference.
+            summed[name] = (tokens + len(x), first + x.sum(0).double(), second + x.square().sum(0).double())
 
         return hook
 
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            segments = tally.layout.segments(name)
+            segments = layout.segments(name)
             if segments and len(segments) == 2 and not isinstance(module, nn.Embedding):
                 stack.callback(module.register_forward_pre_hook(keep(name)).remove)
         stack.enter_context(bypassed(model, before.removed))
@@ -128,11 +166,19 @@ def _activation(
             model(input_ids=batch.long().to(model.device), use_cache=False)
             done += len(batch)
             journal.progress(done, len(measured))
-    for name, squares in energy.items():
+    return {name: _Moments(first / tokens, second / tokens) for name, (tokens, first, second) in summed.items()}
+
+
+@torch.no_grad()
+def _of_readers(
+    model: PreTrainedModel, measured: Mapping[str, _Moments], score: Callable[[Tensor, _Moments], Tensor]
+) -> Scores:
+    """Sum over the measured projections what `score` gives to their inputs, from the weights (outputs, inputs) and the moments."""
+    tally = _Tally(model)
+    for name, moments in measured.items():
         segments = tally.layout.segments(name) or []
-        outputs = 1 if tally.layout.input_first(segments) else 0
-        columns = model.get_parameter(f"{name}.weight").float().square().sum(outputs)
-        tally.add(name, segments[1], columns * squares)
+        weight = model.get_parameter(f"{name}.weight").float()
+        tally.add(name, segments[1], score(weight.T if tally.layout.input_first(segments) else weight, moments))
     return tally.scores
 
 
@@ -140,4 +186,6 @@ _SCORES: Mapping[str, Callable[[Dress, PreTrainedModel, Tensor, Selection, Journ
     "random": _random,
     "magnitude": _magnitude,
     "activation": _activation,
+    "wanda": _wanda,
+    "fluctuation": _fluctuation,
 }

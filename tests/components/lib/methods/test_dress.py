@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, get_args
 
 import pytest
@@ -94,7 +95,7 @@ class TestRandom:
         assert choose(llama(LAYERS, seed=0), "random") == choose(llama(LAYERS, seed=1), "random")
 
 
-@pytest.mark.parametrize("way", ["magnitude", "activation"])
+@pytest.mark.parametrize("way", ["magnitude", "activation", "wanda", "fluctuation"])
 @pytest.mark.parametrize("name", ["llama", "llama-biased", "gpt2", "phi3", "gpt_neox", "olmo2", "gemma2"])
 class TestTheLeast:
     """Channels whose weights are next to nothing go, however the family names, fuses and turns its weights."""
@@ -135,6 +136,40 @@ class TestActivation:
         score = down.weight.square().sum(0) * seen[0].square().mean((0, 1))
         expected = sorted(score.argsort()[:4].tolist())
         assert list(choose(model, axes=("ffn",), ratio=1 / 12).channels.ffn[1]) == expected
+
+    @pytest.mark.parametrize(
+        ("way", "score"),
+        [
+            ("wanda", lambda weight, x: weight.abs().sum(0) * x.square().mean(0).sqrt()),
+            ("fluctuation", lambda weight, x: weight.square().sum(0) * x.var(0, correction=0)),
+        ],
+    )
+    def test_the_scores_of_wanda_and_flap_are_their_papers(
+        self, model: PreTrainedModel, way: str, score: Callable[..., torch.Tensor]
+    ) -> None:
+        down = model.model.layers[1].mlp.down_proj
+        with torch.no_grad():
+            down.weight *= torch.linspace(0.1, 3, 48)[torch.randperm(48, generator=torch.Generator().manual_seed(0))]
+        seen: list[torch.Tensor] = []
+        handle = down.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().flatten(0, 1)))
+        model(input_ids=counting())
+        handle.remove()
+        expected = sorted(score(down.weight, seen[0]).argsort()[:24].tolist())
+        assert list(choose(model, way, axes=("ffn",)).channels.ffn[1]) == expected
+
+    def test_a_channel_that_never_varies_goes_first_by_its_fluctuation(self, model: PreTrainedModel) -> None:
+        """Whatever it adds, a bias can add: so it has the largest activation, and no variance."""
+        block = model.model.layers[1]
+        handle = block.mlp.down_proj.register_forward_pre_hook(
+            lambda module, inputs: (inputs[0].index_fill(-1, torch.tensor([7]), 9.0),), prepend=True
+        )
+        found = {
+            way: choose(model, way, axes=("ffn",), ratio=1 / 12).channels.ffn[1]
+            for way in ("activation", "fluctuation")
+        }
+        handle.remove()
+        assert 7 in found["fluctuation"]
+        assert 7 not in found["activation"]
 
     def test_is_measured_with_the_layers_bypassed_that_went_before(self, model: PreTrainedModel) -> None:
         """Layer 0 keeps what layer 1 reads as its first channels away from it."""
