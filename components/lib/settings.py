@@ -1,4 +1,4 @@
-"""The environment variables that name the services: ESPALIER_*, MLFLOW_* and KF_PIPELINES_*.
+"""The environment variables that name the services and the keys: ESPALIER_*, MLFLOW_* and KF_PIPELINES_*.
 
 Build an object each time a variable is needed, because the embedded services set them while the process runs. An empty variable
 counts as one that is not set. boto3 reads the AWS_* variables itself.
@@ -6,6 +6,10 @@ counts as one that is not set. boto3 reads the AWS_* variables itself.
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Literal
+
+from pydantic import SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -20,6 +24,31 @@ class StoreSettings(BaseSettings):
     """The commit of the code in an image."""
     scratch: str | None = None
     """The folder for a stage's temporary files; the system's own if not set."""
+
+
+class SigningSettings(BaseSettings):
+    """The signature of checkpoints (ESPALIER_SIGNING_*). Keys and certificates are files in PEM form."""
+
+    model_config = SettingsConfigDict(env_prefix="ESPALIER_SIGNING_", env_ignore_empty=True, extra="ignore")
+
+    method: Literal["key", "pki", "keyless"] | None = None
+    """key: an elliptic-curve key; pki: a certificate; keyless: a short-lived certificate of Sigstore."""
+    key: Path | None = None
+    """The private key (key, pki)."""
+    password: SecretStr | None = None
+    """Of the private key, if it is encrypted (key)."""
+    public_key: Path | None = None
+    """The key that a signature is verified with (key)."""
+    certificate: Path | None = None
+    """The signer's certificate (pki)."""
+    chain: Path | None = None
+    """The certificates up to the root (pki), which a signature is verified with too."""
+    identity: str | None = None
+    """The signer's identity, such as https://github.com/org/repository/.github/workflows/run.yaml@refs/heads/main (keyless)."""
+    issuer: str | None = None
+    """The OpenID Connect issuer of that identity (keyless)."""
+    sign: bool = False
+    """Whether this process signs by Sigstore with the identity of its workload (keyless)."""
 
 
 class MlflowSettings(BaseSettings):

@@ -1,4 +1,4 @@
-"""The verbs that serve a registered version: `manifest` and `serve`."""
+"""The verbs that bring a registered version to a server: `manifest`, `deploy` and `serve`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from components.lib.errors import Refusal
-from pipeline.cli.options import HOME, Cluster, Home, console
+from pipeline.cli.options import ERROR, HOME, PASS, Cluster, Home, console
 
 if TYPE_CHECKING:
     from pipeline.serving.manifest import Form
@@ -52,8 +52,7 @@ def manifest(
     with _connected(home):
         from components.lib.tracking import registry
 
-        form = cast("Form", kind.value if format_ is Format.kserve else format_.value)
-        text = manifest_of(registry.find_version(address), Profile.load(profile), form, uri)
+        text = manifest_of(registry.find_version(address), Profile.load(profile), _form(kind, format_), uri)
     if out is None:
         print(text, end="")
         return
@@ -61,6 +60,43 @@ def manifest(
         out.write_text(text)
     except OSError as error:
         raise Refusal(f"--out {out} cannot be written ({error.strerror}): name another file") from None
+
+
+def deploy(
+    address: Annotated[str, typer.Argument(metavar="NAME@ALIAS", help="The alias to follow, such as NAME@champion.")],
+    out: Annotated[Path | None, typer.Option(help="The file that holds the manifest, such as one in git.")] = None,
+    apply: Annotated[bool, typer.Option("--apply", help="Apply the manifest with kubectl.")] = False,
+    kind: Annotated[Kind, typer.Option(help="The kind of KServe.")] = Kind.InferenceService,
+    format_: Annotated[Format, typer.Option("--format", help="Who reads the manifest.")] = Format.kserve,
+    profile: Cluster = "plain",
+    require_signature: Annotated[
+        bool, typer.Option("--require-signature", help="Deploy no version without a signature that holds.")
+    ] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow the alias until this is stopped.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks at the alias, with --watch.")] = 10.0,
+    home: Home = HOME,
+) -> None:
+    """Deploy the version that an alias names, after verifying its files. Prints a condition as one line of JSON for each change."""
+    from pipeline.kubeflow.profile import Profile
+    from pipeline.serving.reconcile import Condition, Reconciler, Target
+
+    if out is None and not apply:
+        raise Refusal("deploy has nowhere to put the manifest: name a file (--out), or apply it with kubectl (--apply)")
+    if apply and format_ is not Format.kserve:
+        raise Refusal(f"--apply is for KServe's kinds, not for {format_.value}: leave it out, and name a file (--out)")
+    form = _form(kind, format_)
+
+    def say(condition: Condition) -> None:
+        print(condition.model_dump_json(exclude_none=True), flush=True)
+
+    with _connected(home):
+        target = Target(out, apply)
+        reconciler = Reconciler(address, Profile.load(profile), form, target, require_signature=require_signature)
+        if watch:
+            reconciler.follow(every, say)
+        found = reconciler.look()
+    say(found)
+    raise typer.Exit(PASS if found.status == "True" else ERROR)
 
 
 def serve(
@@ -90,6 +126,10 @@ def serve(
         soft_wrap=True,
     )
     chosen.replace_this_process()
+
+
+def _form(kind: Kind, format_: Format) -> Form:
+    return cast("Form", kind.value if format_ is Format.kserve else format_.value)
 
 
 @contextmanager

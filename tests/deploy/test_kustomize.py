@@ -1,5 +1,6 @@
 """What `kubectl apply -k deploy` would apply: known to Kubernetes field by field, and of one piece with the code."""
 
+import inspect
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from components.lib.recipe.loading import parse_recipe
+from pipeline.cli.serving import Kind, deploy
 from pipeline.cli.sources import load_sources
 from pipeline.kubeflow.profile import Profile
 from pipeline.kubeflow.schedule import check_cron
@@ -24,11 +26,16 @@ NOT_IN_THE_REPOSITORY = {"espalier-s3", "espalier-postgres", "espalier-hub", "es
 
 @pytest.fixture(scope="module")
 def resources() -> list[dict[str, Any]]:
+    return [*built(DEPLOY), *built(DEPLOY / "reconciler")]
+
+
+def built(folder: Path) -> list[dict[str, Any]]:
+    """What a kustomization makes."""
     if not shutil.which("kubectl"):
         pytest.skip("kubectl is not installed, so nothing builds the kustomization")
-    built = subprocess.run(["kubectl", "kustomize", str(DEPLOY)], capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stderr
-    return list(yaml.safe_load_all(built.stdout))
+    made = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    return list(yaml.safe_load_all(made.stdout))
 
 
 def named(resources: list[dict[str, Any]], kind: str, name: str) -> dict[str, Any]:
@@ -179,3 +186,23 @@ def test_the_sources_and_their_recipe_can_be_read_on_a_cluster() -> None:
     for watched in load_sources(DEPLOY / "watcher" / "sources.yaml", None, Path):
         for name, text in parse_recipe(watched.recipe).texts():
             assert text.hub or (text.path or "").startswith("s3://"), f"{name} is a file of some machine"
+
+
+def test_the_reconciler_runs_the_command_with_a_profile_that_is_mounted(resources: list[dict[str, Any]]) -> None:
+    pod = named(resources, "Deployment", "espalier-reconciler")["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    options = [part.removeprefix("--").partition("=")[0].replace("-", "_") for part in container["args"]]
+    assert set(options) <= set(inspect.signature(deploy).parameters)
+    (file,) = [part.partition("=")[2] for part in container["args"] if part.startswith("--profile=")]
+    assert str(Path(file).parent) in {mount["mountPath"] for mount in container["volumeMounts"]}
+    config = next(volume["configMap"]["name"] for volume in pod["volumes"] if "configMap" in volume)
+    profile = yaml.safe_load(named(resources, "ConfigMap", config)["data"][Path(file).name])
+    assert profile["serving"]["namespace"] == named(resources, "ConfigMap", config)["metadata"]["namespace"]
+    assert named(resources, "ServiceAccount", profile["serving"]["service_account"])
+
+
+def test_the_reconciler_may_write_the_kinds_that_it_deploys_and_no_more(resources: list[dict[str, Any]]) -> None:
+    (rule,) = named(resources, "Role", "espalier-reconciler")["rules"]
+    assert rule["apiGroups"] == ["serving.kserve.io"]
+    assert rule["resources"] == [f"{kind.value.lower()}s" for kind in Kind]
+    assert set(rule["verbs"]) == {"get", "create", "patch"}

@@ -198,6 +198,14 @@ class Store:
         names = (found["Key"].removeprefix(start) for found in self._list(f"{reference.uri}/"))
         return sorted(name for name in names if name not in known)
 
+    def attach(self, reference: Reference, name: str, text: str) -> None:
+        """Put a small file beside the artifact's files, such as their signature. Its manifest and digest do not have it."""
+        self._write(f"{reference.uri}/{name}", text)
+
+    def attached(self, reference: Reference, name: str) -> str | None:
+        """Return the text of a file that `attach` put there, or None."""
+        return self._read(f"{reference.uri}/{name}")
+
     def delete(self, prefix: str) -> None:
         """Delete everything below `prefix`, the manifest first, so that a partly deleted artifact does not count as complete."""
         if not prefix.strip("/"):

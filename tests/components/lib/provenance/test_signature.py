@@ -1,0 +1,209 @@
+"""A signature covers every file of the checkpoint, holds for one signer alone, and is one that the standard tool verifies."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from components.lib.errors import Refusal
+from components.lib.provenance.signature import SIGNATURE, UNSIGNED, check_signature, sign
+from components.lib.store.store import Reference, Store
+
+PEM = serialization.Encoding.PEM
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """An artifact with a checkpoint, and a file beside it that is not signed."""
+    folder = tmp_path / "artifact"
+    (folder / "model" / "tokenizer").mkdir(parents=True)
+    for name in ("model.safetensors", "chat_template.jinja", "tokenizer/vocabulary.txt"):
+        (folder / "model" / name).write_text(name)
+    (folder / "verification.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def reference(checkpoint: Path, store: Store) -> Reference:
+    return store.put_content(checkpoint, "stages/prune")
+
+
+def write_key(folder: Path, name: str) -> ec.EllipticCurvePrivateKey:
+    key = ec.generate_private_key(ec.SECP256R1())
+    private = key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (folder / f"{name}.pem").write_bytes(private)
+    public = key.public_key().public_bytes(PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    (folder / f"{name}.pub").write_bytes(public)
+    return key
+
+
+def use_key(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str) -> None:
+    """Sign and verify with a key, which is made if it is not there."""
+    if not (folder / f"{name}.pem").exists():
+        write_key(folder, name)
+    monkeypatch.setenv("ESPALIER_SIGNING_METHOD", "key")
+    monkeypatch.setenv("ESPALIER_SIGNING_KEY", str(folder / f"{name}.pem"))
+    monkeypatch.setenv("ESPALIER_SIGNING_PUBLIC_KEY", str(folder / f"{name}.pub"))
+
+
+def test_without_a_key_nothing_is_signed(reference: Reference, store: Store) -> None:
+    assert sign(reference, store) == UNSIGNED
+    assert store.attached(reference, SIGNATURE) is None
+
+
+def test_a_signature_holds_and_says_whose_it_is(
+    reference: Reference, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_key(monkeypatch, tmp_path, "ours")
+    signed = sign(reference, store)
+    assert signed.startswith("signed by key sha256:")
+    assert check_signature(reference, store, required=True) == signed
+    store.verify(reference)
+
+
+def test_a_checkpoint_is_signed_once(
+    reference: Reference, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_key(monkeypatch, tmp_path, "ours")
+    sign(reference, store)
+    first = store.attached(reference, SIGNATURE)
+    sign(reference, store)
+    assert store.attached(reference, SIGNATURE) == first
+
+
+def test_the_standard_tool_verifies_it_on_the_downloaded_folder(
+    reference: Reference, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_key(monkeypatch, tmp_path, "ours")
+    sign(reference, store)
+    folder = store.get(reference, tmp_path / "copy", ["model"]) / "model"
+    signature = tmp_path / SIGNATURE
+    signature.write_text(store.attached(reference, SIGNATURE) or "")
+
+    def verified() -> bool:
+        public = str(tmp_path / "ours.pub")
+        arguments = ["verify", "key", str(folder), "--signature", str(signature), "--public_key", public]
+        return subprocess.run([sys.executable, "-m", "model_signing", *arguments], capture_output=True).returncode == 0
+
+    assert verified()
+    (folder / "chat_template.jinja").write_text("another")
+    assert not verified()
+
+
+def test_a_foreign_signature_is_refused_until_it_is_signed_again(
+    reference: Reference, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_key(monkeypatch, tmp_path, "theirs")
+    sign(reference, store)
+    use_key(monkeypatch, tmp_path, "ours")
+    with pytest.raises(Refusal, match="does not hold"):
+        check_signature(reference, store)
+    assert sign(reference, store).startswith("signed by key")
+
+
+@pytest.mark.parametrize("changed", ["chat_template.jinja", "model.safetensors", "added.jinja", None])
+def test_the_signature_of_other_files_is_refused(
+    changed: str | None,
+    checkpoint: Path,
+    reference: Reference,
+    store: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    use_key(monkeypatch, tmp_path, "ours")
+    sign(reference, store)
+    if changed is None:
+        (checkpoint / "model" / "chat_template.jinja").unlink()
+    else:
+        (checkpoint / "model" / changed).write_text("another")
+    other = store.put_content(checkpoint, "stages/prune")
+    store.attach(other, SIGNATURE, store.attached(reference, SIGNATURE) or "")
+    with pytest.raises(Refusal, match="does not hold"):
+        check_signature(other, store)
+
+
+def test_a_file_that_is_no_signature_is_refused(
+    reference: Reference, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_key(monkeypatch, tmp_path, "ours")
+    store.attach(reference, SIGNATURE, "{}")
+    with pytest.raises(Refusal, match="does not hold"):
+        check_signature(reference, store)
+
+
+def test_a_signature_that_nobody_is_named_for_is_not_verified_and_does_not_do_if_one_is_required(
+    reference: Reference, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Refusal, match=r"has no signature \(model\.sig\), and one is required"):
+        check_signature(reference, store, required=True)
+    use_key(monkeypatch, tmp_path, "ours")
+    sign(reference, store)
+    monkeypatch.delenv("ESPALIER_SIGNING_PUBLIC_KEY")
+    assert check_signature(reference, store) == "signed, not verified: no key or identity is named"
+    with pytest.raises(Refusal, match="nothing is named to verify with"):
+        check_signature(reference, store, required=True)
+
+
+def test_a_certificate_signs_too(
+    reference: Reference, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_certificates(tmp_path)
+    monkeypatch.setenv("ESPALIER_SIGNING_METHOD", "pki")
+    monkeypatch.setenv("ESPALIER_SIGNING_KEY", str(tmp_path / "leaf.pem"))
+    monkeypatch.setenv("ESPALIER_SIGNING_CERTIFICATE", str(tmp_path / "leaf.crt"))
+    monkeypatch.setenv("ESPALIER_SIGNING_CHAIN", str(tmp_path / "root.crt"))
+    assert sign(reference, store).startswith("signed by certificate below sha256:")
+    other = tmp_path / "other"
+    other.mkdir()
+    write_certificates(other)
+    monkeypatch.setenv("ESPALIER_SIGNING_CHAIN", str(other / "root.crt"))
+    with pytest.raises(Refusal, match="does not hold"):
+        check_signature(reference, store)
+
+
+def write_certificates(folder: Path) -> None:
+    """Write a root and a certificate below it that may sign code."""
+    root_key, leaf_key = write_key(folder, "root"), write_key(folder, "leaf")
+    root_name, leaf_name = (x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]) for name in ("root", "leaf"))
+    now = datetime.now(UTC)
+    for name, subject, key, authority in (("root", root_name, root_key, True), ("leaf", leaf_name, leaf_key, False)):
+        usage = x509.KeyUsage(not authority, False, False, False, False, authority, authority, False, False)
+        made = (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(root_name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - timedelta(days=1))
+            .not_valid_after(now + timedelta(days=1))
+            .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
+            .add_extension(usage, critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(root_key.public_key()), critical=False)
+        )
+        if not authority:
+            made = made.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CODE_SIGNING]), critical=False)
+        (folder / f"{name}.crt").write_bytes(made.sign(root_key, hashes.SHA256()).public_bytes(PEM))
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "sentence"),
+    [
+        ("METHOD", "gpg", "ESPALIER_SIGNING_METHOD is 'gpg'"),
+        ("KEY", "/no/key", "ESPALIER_SIGNING_KEY is '/no/key', which is no file"),
+    ],
+)
+def test_a_wrong_variable_is_refused(
+    variable: str, value: str, sentence: str, reference: Reference, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"ESPALIER_SIGNING_{variable}", value)
+    with pytest.raises(Refusal, match=sentence):
+        sign(reference, store)
