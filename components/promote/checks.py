@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from components.lib.errors import Refusal
+from components.lib.provenance.signature import check_signature
+from components.lib.provenance.verify import check_no_strangers, signature_required
 from components.lib.settings import StoreSettings
-from components.lib.store.store import Reference, Store
+from components.lib.store.store import Store
 from components.lib.tracking.registry import Version
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-SIGNATURE = "model.sig"
-"""The file beside the checkpoint that holds its signature."""
 
 GREETING = "Hello"
 TOKENS = 8
@@ -49,34 +48,17 @@ def check_version(version: Version, store: Store) -> Checked:
             numbers that are not finite.
     """
     reference = version.reference
-    strangers = [name for name in store.strangers(reference) if name != SIGNATURE]
-    if strangers:
-        raise Refusal(
-            f"{reference.uri} holds {strangers[0]}, which was added after the evaluation: remove it, or run the recompression again"
-        )
+    check_no_strangers(reference, store)
+    signature = check_signature(reference, store, signature_required(version))
     with tempfile.TemporaryDirectory(prefix="espalier-promote-", dir=StoreSettings().scratch) as scratch:
         began = time.perf_counter()
         folder = store.get(reference, Path(scratch) / "artifact")
         seconds = time.perf_counter() - began
-        signature = check_signature(folder, reference, store)
         began = time.perf_counter()
         answer = generate(folder / "model", f"version {version.version} of {version.name}")
         answered = time.perf_counter() - began
     manifest = store.manifest(reference)
     return Checked(len(manifest.files), manifest.size, seconds, signature, answer, answered)
-
-
-def check_signature(folder: Path, reference: Reference, store: Store) -> str:
-    """Return `unsigned`, or who signed the files.
-
-    Raises:
-        Refusal: the signature cannot be verified.
-    """
-    if SIGNATURE not in store.strangers(reference):
-        return "unsigned"
-    raise Refusal(
-        f"{reference.uri} has a signature ({SIGNATURE}), which this version of espalier cannot verify: update it"
-    )
 
 
 def generate(folder: Path, what: str) -> str:

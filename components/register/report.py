@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from components.lib.depth import Search
+from components.lib.provenance.signature import UNSIGNED
 from components.lib.recipe.schema import Recipe
 from components.lib.report_parts import Part
 from components.lib.transformer.removal import Removal, removals
@@ -126,6 +127,7 @@ def build(
     registered: Mapping[str, Any] | None,
     timing: Mapping[str, float],
     environment: Mapping[str, Any],
+    signature: str = UNSIGNED,
 ) -> Report:
     """Assemble the report, the verdict judged anew from the evaluation.
 
@@ -137,6 +139,7 @@ def build(
         registered: `name`, `version`, `aliases` and `source`, or None if nothing is registered.
         timing: seconds by stage.
         environment: library versions, hardware, code version, seed, data digests, context length; JSON values.
+        signature: who signed the candidate.
 
     Raises:
         Refusal: the evaluation lacks the dense model or the candidate.
@@ -150,7 +153,7 @@ def build(
         candidate=models["candidate"],
         champion=models.get("champion"),
         controls={name: models[name] for name in CONTROLS if name in models},
-        verdict=judge(models, recipe, read_context(evaluation)),
+        verdict=judge(models, recipe, read_context(evaluation), signature),
         search=Search.load(selection),
         registered=Registered.model_validate(dict(registered)) if registered else None,
         timing=dict(timing),

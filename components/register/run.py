@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from components.lib.provenance.signature import UNSIGNED, sign
+from components.lib.provenance.verify import REQUIRED
 from components.lib.recipe.loading import parse_recipe
 from components.lib.recipe.schema import Recipe
 from components.lib.stage.code import code_of_everything
@@ -23,6 +25,7 @@ from components.register.description import PICTURE, describe, drawn_text, metho
 from components.register.figures import pareto_file
 from components.register.measured import Context
 from components.register.page import render
+from components.register.provenance import Source, papers
 from components.register.report import Registered, Report, build, read_curves
 from components.register.searched import target_sentence
 
@@ -33,7 +36,7 @@ SMALL = {
     "selection": ["selection.json", "choice.json", "search.json", "*.jsonl"],
     "evaluation": ["evaluation.json"],
     "regularized": ["metrics.jsonl"],
-    "candidate": ["metrics.jsonl"],
+    "candidate": ["metrics.jsonl", "model/README.md"],
 }
 """What the report is drawn from, of each stage's output: never a checkpoint."""
 
@@ -64,6 +67,7 @@ def register_run(name: str, run: str, recipe: str, outputs: Mapping[str, str], p
         manifests = {output: store.manifest(reference) for output, reference in references.items()}
         folders = {output: _small(store, output, outputs, Path(scratch)) for output in SMALL}
         parsed = parse_recipe(recipe)
+        signature = sign(references["candidate"], store) if name else UNSIGNED
         draft = build(
             release=_release(references["release"], manifests["release"]),
             recipe=parsed,
@@ -72,6 +76,7 @@ def register_run(name: str, run: str, recipe: str, outputs: Mapping[str, str], p
             registered=None,
             timing=_timing(run, manifests),
             environment=_environment(parsed, folders["evaluation"], manifests),
+            signature=signature,
         )
         made = Made(references["candidate"], references["evaluation"], manifests)
         registered = _register(name, run, made, draft) if name and draft.verdict.target_holds else None
@@ -84,6 +89,9 @@ def register_run(name: str, run: str, recipe: str, outputs: Mapping[str, str], p
         )
         html = render(report, curves)
         _leave(store, run, report, html, page)
+        if registered:
+            for file, text in _papers(store, name, references["candidate"], folders["candidate"], report).items():
+                store.write_text(f"runs/{run}/{file}", text)
         runs.record_reused(run, _made_by_stages(manifests))
         events.finish(verdict=report.verdict.word)
         return decision(report)
@@ -105,6 +113,22 @@ def _small(store: Store, output: str, outputs: Mapping[str, str], scratch: Path)
         return store.get(reference, folder, wanted)
     folder.mkdir()
     return folder
+
+
+def _papers(store: Store, name: str, candidate: Reference, folder: Path, report: Report) -> dict[str, str]:
+    """Return the model card with the results, and the bill of materials."""
+    card = folder / "model" / "README.md"
+    made = {text: store.manifest(Reference.parse(path)).metadata for text, path in _texts(report).items()}
+    sources = {text: Source(str(one["source"]), one.get("revision")) for text, one in made.items() if "source" in one}
+    written = card.read_text() if card.is_file() else ""
+    return papers(report, name=name, digest=candidate.digest, candidate_card=written, sources=sources)
+
+
+def _texts(report: Report) -> dict[str, str]:
+    """Return the references of the texts that perplexity was measured on, by name."""
+    prefix = "evaluate.perplexity."
+    texts = {field: str(path) for field, path in report.environment["texts"].items()}
+    return {field.removeprefix(prefix): path for field, path in texts.items() if field.startswith(prefix)}
 
 
 def _release(reference: Reference, manifest: Manifest) -> dict[str, Any]:
@@ -201,6 +225,8 @@ def _evidence(run: str, made: Made, report: Report) -> dict[str, str]:
         "espalier.run": run,
         "espalier.version": program(),
         "espalier.commit": commit() or "unknown",
+        "espalier.signature": report.verdict.signature,
+        REQUIRED: str(report.recipe["promote"]["require_signature"]).lower(),
         "espalier.recipe": json.dumps(report.recipe)[:4900],
         **{f"sha256.{name}": digest for name, digest in digests.items() if digest},
         registry.COMPARED: made.compared_with(recipe),

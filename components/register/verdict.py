@@ -13,6 +13,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from components.lib.provenance.signature import SIGNED_BY, UNSIGNED
 from components.lib.recipe.promotion import Rule
 from components.lib.recipe.schema import Recipe
 from components.lib.recipe.target import Target
@@ -58,6 +59,8 @@ class Verdict(BaseModel):
 
     passed: bool
     rules: tuple[Outcome, ...]
+    signature: str = UNSIGNED
+    """Who signed the candidate."""
 
     @property
     def failed(self) -> tuple[Outcome, ...]:
@@ -75,7 +78,7 @@ class Verdict(BaseModel):
         return "pass" if self.passed else "fail"
 
 
-def judge(models: Mapping[str, Measured], recipe: Recipe, context: Context) -> Verdict:
+def judge(models: Mapping[str, Measured], recipe: Recipe, context: Context, signature: str = UNSIGNED) -> Verdict:
     """Apply the recipe's rules to the models of one evaluation.
 
     The recipe names the texts and batch sizes, so that a rule on one that the evaluation left out fails. Without rules,
@@ -85,6 +88,7 @@ def judge(models: Mapping[str, Measured], recipe: Recipe, context: Context) -> V
         models: `dense` and `candidate`; `champion` and the controls if they were measured.
         recipe: `promote` has the rules, `evaluate` says how the figures are measured.
         context: how they were measured.
+        signature: who signed the candidate, as `check_signature` says it.
     """
     asked = Context.asked(recipe)
     outcomes: list[Outcome] = []
@@ -96,7 +100,24 @@ def judge(models: Mapping[str, Measured], recipe: Recipe, context: Context) -> V
             outcomes.append(_outcome(called, rule, part, models, unlike(rule.figure, part, context, asked)))
     if recipe.target and recipe.target.figure == "bytes":
         outcomes.insert(0, _bytes(recipe.target, models["candidate"]))
-    return Verdict(passed=all(one.passed for one in outcomes), rules=tuple(outcomes))
+    if recipe.promote.require_signature:
+        outcomes.append(_signed(signature))
+    return Verdict(passed=all(one.passed for one in outcomes), rules=tuple(outcomes), signature=signature)
+
+
+def _signed(signature: str) -> Outcome:
+    """Judge the signature that the recipe requires, as 1 of 1 or 0 of 1."""
+    holds = signature.startswith(SIGNED_BY)
+    return Outcome(
+        name="require_signature",
+        figure="signature",
+        value=float(holds),
+        bound=1,
+        sense="at least",
+        passed=holds,
+        why="a model without a signature that holds may not serve",
+        note=signature,
+    )
 
 
 WHY = "The recipe's target, confirmed after the whole recipe."

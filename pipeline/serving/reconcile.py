@@ -18,7 +18,7 @@ from mlflow.exceptions import MlflowException
 from pydantic import BaseModel, ConfigDict
 
 from components.lib.errors import Refusal, Unavailable
-from components.lib.provenance.verify import verify_files
+from components.lib.provenance.verify import signature_required, verify_files
 from components.lib.store.store import Reference, Store
 from components.lib.tracking import registry
 from components.lib.tracking.registry import Version
@@ -154,7 +154,8 @@ class Reconciler:
         if known and known.reference == reference and time.monotonic() - known.at < RETRY:
             return known
         try:
-            signature, refusal = verify_files(reference, store, self._require_signature), ""
+            required = self._require_signature or signature_required(version)
+            signature, refusal = verify_files(reference, store, required), ""
         except Refusal as error:
             store.check()  # a damaged file and a server that is away read alike
             signature, refusal = "", str(error)

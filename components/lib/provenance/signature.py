@@ -29,6 +29,8 @@ SIGNATURE = "model.sig"
 FOLDER = "model"
 """The part of the artifact that is signed: the checkpoint."""
 UNSIGNED = "unsigned"
+SIGNED_BY = "signed by"
+"""The beginning of the words for a signature that holds."""
 
 
 class Digests:
@@ -168,10 +170,10 @@ def _verifier(settings: SigningSettings) -> Any | None:
 
 def _signer_in_words(settings: SigningSettings) -> str:
     if settings.method == "keyless":
-        return f"signed by {settings.identity}"
+        return f"{SIGNED_BY} {settings.identity}"
     kind, path = ("key", settings.public_key) if settings.method == "key" else ("certificate below", settings.chain)
     assert path is not None, "the verifier was made of it"
-    return f"signed by {kind} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+    return f"{SIGNED_BY} {kind} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
 
 
 @contextmanager

@@ -5,6 +5,10 @@ from __future__ import annotations
 from components.lib.errors import Refusal
 from components.lib.provenance.signature import SIGNATURE, check_signature
 from components.lib.store.store import Reference, Store
+from components.lib.tracking.registry import Version
+
+REQUIRED = "espalier.signature_required"
+"""The tag that says whether the recipe requires a signature: `true` or `false`."""
 
 
 def verify_files(reference: Reference, store: Store, signature_required: bool = False) -> str:
@@ -22,6 +26,11 @@ def verify_files(reference: Reference, store: Store, signature_required: bool = 
     signature = check_signature(reference, store, signature_required)
     store.verify(reference)
     return signature
+
+
+def signature_required(version: Version) -> bool:
+    """Return True if the recipe that the version was made by requires a signature."""
+    return version.tags.get(REQUIRED) == "true"
 
 
 def check_no_strangers(reference: Reference, store: Store) -> None:

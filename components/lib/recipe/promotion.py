@@ -63,6 +63,9 @@ class Promote(Section):
         "manual",
         description="manual: a candidate that passes becomes challenger and waits for espalier promote. auto: the run itself promotes it.",
     )
+    require_signature: bool = Field(
+        False, description="Whether a candidate without an OpenSSF signature that holds fails, and cannot be promoted."
+    )
     rules: dict[Name, Rule] = Field(
         {}, description="The rules by name; a candidate that passes all of them becomes challenger."
     )

@@ -11,7 +11,9 @@ from components.register.verdict import Outcome
 def verdict(report: Report, curves: Curves) -> ReportSection:
     """List the rules, each with the two numbers it compares."""
     rules = [(rule, rule.note or _compared(rule)) for rule in report.verdict.rules]
-    return ReportSection("Verdict, rule by rule", "verdict.html.j2", {"rules": rules})
+    return ReportSection(
+        "Verdict, rule by rule", "verdict.html.j2", {"rules": rules, "signature": report.verdict.signature}
+    )
 
 
 def _compared(rule: Outcome) -> str:

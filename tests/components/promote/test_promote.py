@@ -5,17 +5,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from components.lib.errors import Refusal, Unavailable
+from components.lib.provenance.signature import sign
+from components.lib.provenance.verify import REQUIRED
 from components.lib.store.claims import Claims
 from components.lib.store.store import Store
 from components.lib.tracking import registry, trail
 from components.promote import promote as module
 from components.promote.promote import LEASE, choose, promote, rollback
+from tests.components.lib.provenance.keys import use_key
 from tests.components.lib.tracking.given import AWAY
 from tests.components.promote.given import Shelf, delete, put, read
 
@@ -163,9 +167,17 @@ class TestFilesThatAreNotWhatWasMeasured:
         delete(second.reference, "model/tokenizer.json")
         self.refused(shelf, r"model/tokenizer\.json")
 
-    def test_a_signature_that_cannot_be_verified(self, shelf: Shelf, second: registry.Version) -> None:
-        put(second.reference, "model.sig", b"{}")
-        self.refused(shelf, r"has a signature \(model\.sig\), which this version of espalier cannot verify")
+    def test_a_signature_of_another_key(
+        self, shelf: Shelf, second: registry.Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        use_key(monkeypatch, tmp_path, "theirs")
+        sign(second.reference, Store.from_environment())
+        use_key(monkeypatch, tmp_path, "ours")
+        self.refused(shelf, "the signature of .* does not hold")
+
+    def test_a_required_signature_that_is_missing(self, shelf: Shelf, second: registry.Version) -> None:
+        registry.tag_version(second, {REQUIRED: "true"})
+        self.refused(shelf, r"has no signature \(model\.sig\), and one is required")
 
     def test_are_not_rolled_back_to(self, shelf: Shelf, second: registry.Version) -> None:
         promote(shelf.name)
@@ -174,6 +186,16 @@ class TestFilesThatAreNotWhatWasMeasured:
         with pytest.raises(Refusal, match=r"model/config\.json"):
             rollback(shelf.name)
         assert shelf.aliases() == {"champion": "2", "previous": "1"}
+
+
+def test_a_signature_that_holds_is_in_the_trail(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = shelf.add(**{REQUIRED: "true"})
+    use_key(monkeypatch, tmp_path, "ours")
+    signed = sign(version.reference, Store.from_environment())
+    promoted = promote(shelf.name, version.version)
+    assert promoted.checked is not None
+    assert promoted.checked.signature == signed
+    assert [one.signature for one in trail.trail(shelf.name)] == [signed]
 
 
 class TestARollback:

@@ -270,3 +270,23 @@ class TestATarget:
 
     def test_is_apart_from_the_other_rules(self) -> None:
         assert verdict("perplexity", 0.5).target_holds
+
+
+@pytest.mark.parametrize(
+    ("signature", "required", "passed"),
+    [
+        ("unsigned", False, True),
+        ("unsigned", True, False),
+        ("signed, not verified: no key", True, False),
+        ("signed by key sha256:1", True, True),
+        ("signed by key sha256:1", False, True),
+    ],
+)
+def test_a_required_signature_must_hold_and_the_verdict_says_whose_it_is(
+    signature: str, required: bool, passed: bool
+) -> None:
+    models = {name: Measured.model_validate(model) for name, model in MODELS.items()}
+    recipe = Recipe.model_validate(BASE | {"promote": {"require_signature": required}})
+    verdict = judge(models, recipe, Context(), signature)
+    assert (verdict.passed, verdict.signature) == (passed, signature)
+    assert [(rule.name, rule.note) for rule in verdict.rules] == [("require_signature", signature)] * required

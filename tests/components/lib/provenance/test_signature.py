@@ -9,15 +9,13 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from components.lib.errors import Refusal
 from components.lib.provenance.signature import SIGNATURE, UNSIGNED, check_signature, sign
 from components.lib.store.store import Reference, Store
-
-PEM = serialization.Encoding.PEM
+from tests.components.lib.provenance.keys import PEM, use_key, write_key
 
 
 @pytest.fixture
@@ -34,24 +32,6 @@ def checkpoint(tmp_path: Path) -> Path:
 @pytest.fixture
 def reference(checkpoint: Path, store: Store) -> Reference:
     return store.put_content(checkpoint, "stages/prune")
-
-
-def write_key(folder: Path, name: str) -> ec.EllipticCurvePrivateKey:
-    key = ec.generate_private_key(ec.SECP256R1())
-    private = key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    (folder / f"{name}.pem").write_bytes(private)
-    public = key.public_key().public_bytes(PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    (folder / f"{name}.pub").write_bytes(public)
-    return key
-
-
-def use_key(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str) -> None:
-    """Sign and verify with a key, which is made if it is not there."""
-    if not (folder / f"{name}.pem").exists():
-        write_key(folder, name)
-    monkeypatch.setenv("ESPALIER_SIGNING_METHOD", "key")
-    monkeypatch.setenv("ESPALIER_SIGNING_KEY", str(folder / f"{name}.pem"))
-    monkeypatch.setenv("ESPALIER_SIGNING_PUBLIC_KEY", str(folder / f"{name}.pub"))
 
 
 def test_without_a_key_nothing_is_signed(reference: Reference, store: Store) -> None:
