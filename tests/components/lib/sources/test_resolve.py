@@ -89,7 +89,7 @@ class TestTheRegistry:
             resolve_release(f"models:/{registered}@best", store)
 
     def test_refuses_a_version_that_is_not_there(self, registered: str, store: Store) -> None:
-        with pytest.raises(Refusal, match=rf"no version 9 of {registered}: it has 1, 2"):
+        with pytest.raises(Refusal, match=rf"no version 9 of {registered}: it has 1 \(champion\), 2"):
             resolve_release(f"models:/{registered}/9", store)
 
     @pytest.mark.parametrize("source", ["models:/name", "models:/name/latest", "models:/"])
