@@ -15,6 +15,7 @@ from components.lib.store.artifacts import Manifest, describe
 from components.lib.store.store import Reference, Store
 from components.lib.transformer.checkpoint import PrunableCheckpoint
 from components.lib.transformer.text import SUFFIXES
+from components.pin.tasks import pin_task
 
 
 def pin_release(release: str, recipe: Recipe, store: Store) -> Reference:
@@ -68,6 +69,26 @@ def pin_text(text: Text, store: Store) -> Reference:
     resolved = resolve_text(text, store)
     prefix = f"texts/{resolved.prefix}"
     return store.find(prefix) or _fetch(resolved, prefix, store, lambda folder: _text_files(folder, resolved.source))
+
+
+def pin_files(recipe: Recipe, store: Store, wanted: Callable[[str | None], bool] = lambda path: True) -> Recipe:
+    """Put the recipe's texts and task files into the store, and return the recipe with references in their places.
+
+    Args:
+        recipe: the recipe.
+        store: the store.
+        wanted: takes the path of a text (None for one of the Hub) or task file, and says whether it is pinned; the others stay as they are.
+
+    Raises:
+        Refusal: as `pin_text` and `pin_task`.
+    """
+    texts = {dotted: str(pin_text(text, store)) for dotted, text in recipe.texts() if wanted(text.path)}
+    tasks = {
+        task: str(pin_task(task, recipe.evaluate.remote_code, store))
+        for task in recipe.evaluate.task_files
+        if wanted(task)
+    }
+    return recipe.with_texts(texts).with_tasks(tasks)
 
 
 def find_release(release: str, recipe: Recipe, store: Store) -> Reference | None:

@@ -6,8 +6,8 @@ from components.lib.recipe.loading import parse_recipe
 from components.lib.stage.events import reported
 from components.lib.store.store import Reference, Store
 from components.lib.tracking import registry, runs
-from components.pin.pin import pin_release, pin_text
-from components.pin.tasks import check_loadable, pin_task
+from components.pin.pin import pin_files, pin_release
+from components.pin.tasks import check_loadable
 
 
 def pin_run(release: str, recipe: str, name: str, run: str) -> tuple[str, str, str]:
@@ -15,9 +15,8 @@ def pin_run(release: str, recipe: str, name: str, run: str) -> tuple[str, str, s
     with reported("pin", run):
         store = Store.from_environment()
         parsed = parse_recipe(recipe)
-        texts = {dotted: str(pin_text(text, store)) for dotted, text in parsed.texts()}
-        tasks = {task: str(pin_task(task, parsed.evaluate.remote_code, store)) for task in parsed.evaluate.task_files}
-        pinned = parsed.with_texts(texts).with_tasks(tasks)
+        pinned = pin_files(parsed, store)
+        texts = {dotted: str(text.path) for dotted, text in pinned.texts()}
         check_loadable(pinned.evaluate, store)
         reference = pin_release(release, parsed, store)
         made = store.manifest(reference).metadata
@@ -27,7 +26,7 @@ def pin_run(release: str, recipe: str, name: str, run: str) -> tuple[str, str, s
             "sha256.release": reference.digest,
             "espalier.name": name,
             **{f"espalier.text.{dotted}": text for dotted, text in texts.items()},
-            **({"espalier.tasks": " ".join(pinned.evaluate.tasks)} if tasks else {}),
+            **({"espalier.tasks": " ".join(pinned.evaluate.tasks)} if pinned.evaluate.task_files else {}),
         }
         run_id = runs.open_parent(run, tags, pinned.model_dump(mode="json"))
         for dotted, text in texts.items():

@@ -24,8 +24,7 @@ from components.lib.stage.declaration import declared_stages
 from components.lib.store.store import Reference, Store
 from components.lib.tracking import runs
 from components.lib.transformer.removal import in_words
-from components.pin.pin import pin_release, pin_text
-from components.pin.tasks import pin_task
+from components.pin.pin import pin_files, pin_release
 from components.register.format import count, seconds
 from components.register.report import Release, Report
 from pipeline.compare.cells import Cell, cells
@@ -78,7 +77,7 @@ def compare(
     with on.services(home) as environment, in_environment(environment):
         store = Store.from_environment()
         check_services()
-        pinned = {name: _pinned_files(recipe, store) for name, recipe in recipes.items()}
+        pinned = {name: pin_files(recipe, store) for name, recipe in recipes.items()}
         planned = cells(pinned, ratios, seeds)
         reference = _pinned(release, planned, store)
         made = store.manifest(reference).metadata
@@ -117,7 +116,7 @@ class _Comparing:
 
     def all(self) -> Compared:
         """Run the cells that have no report yet, and leave the page."""
-        runs.open_parent(self.label, {"espalier.digest": self.comparison.release.digest}, {})
+        runs.open_parent(self.label, {"sha256.release": self.comparison.release.digest}, {})
         waiting = []
         for index, cell in enumerate(self.comparison.cells):
             if self.store.read_text(f"runs/{cell.run}/report.json") is None:
@@ -205,13 +204,6 @@ def _check(planned: Sequence[Cell], release: str, home: Path) -> None:
     if len(refusals) == len(planned):
         raise refusals[0]
     check_room([cell.recipe for cell in planned], release, home)
-
-
-def _pinned_files(recipe: Recipe, store: Store) -> Recipe:
-    """Put the texts and task files into the store, so that a label names their content, and return the recipe with references."""
-    texts = {dotted: str(pin_text(text, store)) for dotted, text in recipe.texts()}
-    tasks = {task: str(pin_task(task, recipe.evaluate.remote_code, store)) for task in recipe.evaluate.task_files}
-    return recipe.with_texts(texts).with_tasks(tasks)
 
 
 def _pinned(release: str, planned: Sequence[Cell], store: Store) -> Reference:

@@ -14,14 +14,14 @@ from pathlib import Path
 from rich.console import Console
 
 from components.lib.errors import Refusal, StageFailed
-from components.lib.recipe.schema import Recipe, Text
+from components.lib.recipe.schema import Recipe
 from components.lib.settings import MlflowSettings, StoreSettings
 from components.lib.store.runs import item_of, leave_item
 from components.lib.store.store import Store, need_space
 from components.lib.tracking import client
 from components.lib.transformer.checkpoint import Checkpoint
-from components.pin.pin import check_checkpoint, check_text, pin_folder, pin_text
-from components.pin.tasks import check_task, pin_task
+from components.pin.pin import check_checkpoint, check_text, pin_files, pin_folder
+from components.pin.tasks import check_task
 from components.register.report import Report
 from components.register.searched import target_sentence
 from pipeline.recompress import recompress
@@ -120,10 +120,10 @@ def check(recipe: Recipe, release: str, name: str | None) -> None:
     if is_local(release):
         check_checkpoint(Path(release).expanduser(), recipe)
     for _, text in recipe.texts():
-        if _is_local_text(text):
+        if _is_here(text.path):
             check_text(text.path or "")
     for task in recipe.evaluate.task_files:
-        if not task.startswith("s3://"):
+        if _is_here(task):
             check_task(task, recipe.evaluate.remote_code)
 
 
@@ -183,17 +183,11 @@ def to_store(release: str, recipe: Recipe, store: Store) -> str:
 
 def files_to_store(recipe: Recipe, store: Store) -> Recipe:
     """Put the recipe's local texts and task files into the store, and return the recipe with references in their places."""
-    texts = {dotted: str(pin_text(text, store)) for dotted, text in recipe.texts() if _is_local_text(text)}
-    tasks = {
-        task: str(pin_task(task, recipe.evaluate.remote_code, store))
-        for task in recipe.evaluate.task_files
-        if not task.startswith("s3://")
-    }
-    return recipe.with_texts(texts).with_tasks(tasks)
+    return pin_files(recipe, store, _is_here)
 
 
-def _is_local_text(text: Text) -> bool:
-    return text.path is not None and not text.path.startswith("s3://")
+def _is_here(path: str | None) -> bool:
+    return path is not None and not path.startswith("s3://")
 
 
 def fetch_report(store: Store, label: str, folder: Path) -> Report:
