@@ -15,7 +15,7 @@ from components.lib.recipe.loading import load_recipe
 from components.lib.recipe.schema import Recipe
 from pipeline.cli.compare import compare
 from pipeline.cli.models import diff, models, promote, rollback
-from pipeline.cli.options import ERROR, FAIL, HOME, PASS, Cluster, Home, Image, Mutable, console
+from pipeline.cli.options import ERROR, FAIL, HOME, PASS, Cluster, Home, Image, Mutable, console, write_or_print
 from pipeline.cli.schedule import schedule_app
 from pipeline.cli.serving import deploy, manifest, serve
 from pipeline.cli.watch import watch
@@ -95,13 +95,7 @@ def compile_(
     from pipeline.recompress import recompress
 
     text = compile_pipeline(recompress, Profile.load(profile, image), mutable_image)
-    if out is None:
-        print(text, end="")
-        return
-    try:
-        out.write_text(text)
-    except OSError as error:
-        raise Refusal(f"--out {out} cannot be written ({error.strerror}): name another file") from None
+    write_or_print(text, out)
 
 
 @app.command()
@@ -114,6 +108,7 @@ def demo(
     """Train a small release on text of this machine, and recompress it."""
     if real:
         _demo_real(home)
+        return
     from pipeline.demo.release import OVERRIDES, make_release
     from pipeline.runners.progress import bar
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from components.lib.errors import Refusal
-from pipeline.cli.options import HOME, PASS, Home, console
+from pipeline.cli.options import HOME, PASS, Home, connected, console
 
 if TYPE_CHECKING:
     from components.lib.tracking.registry import Version
@@ -26,7 +27,7 @@ Why = Annotated[str, typer.Option(help="The reason, for the trail of promotions.
 
 def models(name: Name, home: Home = HOME) -> None:
     """List the versions of a registered model with their evidence and aliases, and the promotions there were."""
-    with connected(name, home):
+    with _connected(name, home):
         from components.lib.tracking import registry, trail
 
         versions, promotions = registry.versions(name), trail.trail(name)
@@ -44,7 +45,7 @@ def diff(
     home: Home = HOME,
 ) -> None:
     """Say what differs between two versions: release, recipe, data, code, libraries, what was removed, and figures."""
-    with connected(name, home):
+    with _connected(name, home):
         from components.lib.store.store import Store
         from components.lib.tracking import registry
         from components.register.changes import changes, report_of
@@ -75,7 +76,7 @@ def promote(
     home: Home = HOME,
 ) -> None:
     """Show the challenger beside the champion, ask, check the files, load and generate, and move the alias."""
-    with connected(name, home):
+    with _connected(name, home):
         from components.promote.promote import choose
         from components.promote.promote import promote as make_champion
 
@@ -89,7 +90,7 @@ def promote(
 
 def rollback(name: Name, yes: Yes = False, why: Why = "", home: Home = HOME) -> None:
     """Make the previous champion champion again, after the same checks of its files."""
-    with connected(name, home):
+    with _connected(name, home):
         from components.lib.tracking import registry
         from components.promote.promote import rollback as make_previous_champion
 
@@ -101,14 +102,12 @@ def rollback(name: Name, yes: Yes = False, why: Why = "", home: Home = HOME) -> 
 
 
 @contextmanager
-def connected(name: str, home: Home) -> Iterator[None]:
-    """Name the services in the environment for the block; embedded ones are started if it names none."""
-    from pipeline.runners.run import check_name, check_services, in_environment
-    from pipeline.services.embedded import services
+def _connected(name: str, home: Path) -> Iterator[None]:
+    """Check the model's name, then name the services in the environment for the block."""
+    from pipeline.runners.run import check_name
 
     check_name(name)
-    check_services()
-    with services(home) as environment, in_environment(environment):
+    with connected(home):
         yield
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -11,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from components.lib.errors import Refusal
-from pipeline.cli.options import ERROR, HOME, PASS, Cluster, Home, console
+from pipeline.cli.options import ERROR, HOME, PASS, Cluster, Home, connected, console, write_or_print
 
 if TYPE_CHECKING:
     from pipeline.serving.manifest import Form
@@ -49,17 +47,11 @@ def manifest(
     from pipeline.kubeflow.profile import Profile
     from pipeline.serving.manifest import manifest as manifest_of
 
-    with _connected(home):
+    with connected(home):
         from components.lib.tracking import registry
 
         text = manifest_of(registry.find_version(address), Profile.load(profile), _form(kind, format_), uri)
-    if out is None:
-        print(text, end="")
-        return
-    try:
-        out.write_text(text)
-    except OSError as error:
-        raise Refusal(f"--out {out} cannot be written ({error.strerror}): name another file") from None
+    write_or_print(text, out)
 
 
 def deploy(
@@ -89,7 +81,7 @@ def deploy(
     def say(condition: Condition) -> None:
         print(condition.model_dump_json(exclude_none=True), flush=True)
 
-    with _connected(home):
+    with connected(home):
         target = Target(out, apply)
         reconciler = Reconciler(address, Profile.load(profile), form, target, require_signature=require_signature)
         if watch:
@@ -114,7 +106,7 @@ def serve(
     """Serve a registered version on loopback, by OpenAI's protocol: with vLLM if it is installed, else transformers."""
     from pipeline.serving.server import fetch, server
 
-    with _connected(home):
+    with connected(home):
         from components.lib.tracking import registry
 
         version = registry.find_version(address)
@@ -130,14 +122,3 @@ def serve(
 
 def _form(kind: Kind, format_: Format) -> Form:
     return cast("Form", kind.value if format_ is Format.kserve else format_.value)
-
-
-@contextmanager
-def _connected(home: Path) -> Iterator[None]:
-    """Name the store and MLflow in the environment; start the embedded ones if none is named."""
-    from pipeline.runners.run import check_services, in_environment
-    from pipeline.services.embedded import services
-
-    check_services()
-    with services(home) as environment, in_environment(environment):
-        yield

@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.cli.options import HOME, Home, console
+from pipeline.cli.options import HOME, Home, connected, console
 
 
 def why(
@@ -26,14 +26,12 @@ def why(
     from components.lib.recipe.loading import load_recipe
     from components.lib.store.store import Store
     from pipeline.recipes import find_recipe
-    from pipeline.runners.run import check, check_services, in_environment
+    from pipeline.runners.run import check
     from pipeline.runners.why import why as answers
-    from pipeline.services.embedded import services
 
     parsed = load_recipe(find_recipe(recipe), set_ or ())
     check(parsed, model, name)
-    check_services()
-    with services(home) as environment, in_environment(environment):
+    with connected(home):
         table = Table("stage", "", "", box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
         for answer in answers(parsed, model, name, Store.from_environment()):
             table.add_row(answer.stage, answer.state, escape("\n".join(answer.reasons)))

@@ -19,7 +19,7 @@ DENSE, CANDIDATE = "dense", "candidate"
 
 
 class Result(BaseModel):
-    """What became of one cell."""
+    """The outcome of one cell."""
 
     model_config = ConfigDict(frozen=True)
 

@@ -1,1 +1,1 @@
-"""Serving of a registered version: its manifest, its image, a server for it here, and the reconciler that follows an alias."""
+"""Serving of a registered version: its manifest, a server for it here, and the reconciler that follows an alias."""
