@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from components.lib.transformer.text import prompt_ids
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,12 +25,7 @@ def continue_prompts(
 
 
 def _continued(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    # A chat template writes the special tokens itself.
-    special = not tokenizer.chat_template
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=special)["input_ids"].to(model.device)
+    ids = prompt_ids(prompt, tokenizer).to(model.device)
     written = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),

@@ -6,7 +6,6 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from components.lib.errors import Refusal
 from components.lib.provenance.signature import check_signature
@@ -15,10 +14,6 @@ from components.lib.settings import StoreSettings
 from components.lib.store.store import Store
 from components.lib.tracking.registry import Version
 
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 GREETING = "Hello"
 TOKENS = 8
 """Tokens to generate; the first needs the prompt's pass, the others the cache."""
@@ -26,7 +21,7 @@ TOKENS = 8
 
 @dataclass(frozen=True)
 class Checked:
-    """What the checks found."""
+    """The findings of the checks."""
 
     files: int
     bytes: int
@@ -75,11 +70,14 @@ def generate(folder: Path, what: str) -> str:
 
     from components.lib.transformer.checkpoint import load_model, load_tokenizer
     from components.lib.transformer.device import best_device
+    from components.lib.transformer.text import prompt_ids
 
     try:
         tokenizer = load_tokenizer(folder)
         model = load_model(folder, device=best_device())
-        ids = _prompt(tokenizer, model)
+        ids = prompt_ids(GREETING, tokenizer)
+        if not ids.numel():  # the tokenizer knows none of the words
+            ids = torch.tensor([[model.config.bos_token_id or 0]])
         with torch.inference_mode():
             made = model.generate(
                 ids.to(model.device),
@@ -98,18 +96,3 @@ def generate(folder: Path, what: str) -> str:
     if not all(torch.isfinite(logits).all() for logits in made.logits):
         raise Refusal(f"{what} generates from logits that are not finite: look at its evaluation before promoting it")
     return str(tokenizer.decode(made.sequences[0, ids.shape[1] :], skip_special_tokens=True))
-
-
-def _prompt(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> torch.Tensor:
-    """Return the greeting as (1, tokens), by the chat template if there is one."""
-    import torch
-
-    if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": GREETING}], tokenize=False, add_generation_prompt=True
-        )
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    else:
-        ids = tokenizer(GREETING)["input_ids"]
-    # A tokenizer that knows none of the words may give no token.
-    return torch.tensor([ids or [model.config.bos_token_id or 0]])

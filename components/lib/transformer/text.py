@@ -204,6 +204,16 @@ def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
+def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Return a prompt's token ids (1, tokens), as a user's message if the tokenizer has a chat template."""
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    # A chat template writes the special tokens itself.
+    ids = tokenizer(prompt, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+    return torch.tensor([ids], dtype=torch.long)
+
+
 def draw_windows(stream: Tensor, samples: int, length: int, seed: int) -> Tensor:
     """Draw windows at random places, none overlapping another, every such placement equally likely.
 

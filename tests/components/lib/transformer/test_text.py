@@ -22,6 +22,7 @@ from components.lib.transformer import text
 from components.lib.transformer.text import (
     consecutive_windows,
     draw_windows,
+    prompt_ids,
     read_documents,
     text_file,
     token_stream,
@@ -257,3 +258,15 @@ class TestConsecutiveWindows:
     def test_text_shorter_than_a_window_is_refused(self) -> None:
         with pytest.raises(Refusal, match="has 11 tokens, which gives no window of 12"):
             consecutive_windows(torch.arange(11), 12)
+
+
+class TestPromptIds:
+    def test_without_a_template_are_those_of_the_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        assert prompt_ids("one two", tokenizer).tolist() == [tokenizer("one two")["input_ids"]]
+
+    def test_with_a_template_are_a_message_whose_special_tokens_the_template_writes(self) -> None:
+        tokenizer = sentencepiece()
+        tokenizer.chat_template = "<s>{{ messages[0].role }}: {{ messages[0].content }}"
+        ids = prompt_ids("the", tokenizer)
+        assert ids.tolist() == [tokenizer("<s>user: the", add_special_tokens=False)["input_ids"]]
+        assert ids[0].tolist().count(tokenizer.bos_token_id) == 1
