@@ -10,9 +10,8 @@ from components.lib.differences import changed, flat
 from components.lib.errors import Refusal
 from components.lib.store.store import Store
 from components.lib.tracking.registry import Version
-from components.register.accuracy import accuracy
 from components.register.format import ABSENT, count, number, percent, times
-from components.register.measured import Context, Measured, ratio, unlike
+from components.register.measured import Context, Measured, figure, ratio, unlike
 from components.register.report import Report
 
 SHORT = 12
@@ -81,14 +80,13 @@ def _removed(report: Report) -> dict[str, str]:
 def _figures(before: Report, now: Report) -> Iterator[Change]:
     contexts = [Context.model_validate(report.environment) for report in (before, now)]
     one, other = before.candidate, now.candidate
-    for figure, part, shown in _measured(one, other):
-        values = [_value(model, figure, part) for model in (one, other)]
+    for name, part, shown in _measured(one, other):
+        values = [found.value if (found := figure(model, name, part)) else None for model in (one, other)]
         if values[0] == values[1]:
             continue
-        note = unlike(figure, part, contexts[1], contexts[0]) or times(ratio(values[1], values[0]))
-        name = f"{figure.replace('_', ' ')} {part}".strip()
+        note = unlike(name, part, contexts[1], contexts[0]) or times(ratio(values[1], values[0]))
         before_, now_ = (ABSENT if value is None else shown(value) for value in values)
-        yield Change("figure", name, before_, now_, note)
+        yield Change("figure", f"{name.replace('_', ' ')} {part}".strip(), before_, now_, note)
 
 
 def _measured(one: Measured, other: Measured) -> Iterator[tuple[str, str, Any]]:
@@ -98,22 +96,11 @@ def _measured(one: Measured, other: Measured) -> Iterator[tuple[str, str, Any]]:
         yield "perplexity", text, number
     for task in dict.fromkeys(task for model in models for task in model.tasks):
         yield "accuracy", task, percent
-    for figure in ("parameters", "bytes", "peak_memory"):
-        yield figure, "", count
+    for size in ("parameters", "bytes", "peak_memory"):
+        yield size, "", count
     for phase in ("prefill", "decode"):
         for batch in dict.fromkeys(batch for model in models for batch in model.speed.get(phase, {})):
             yield phase, batch, number
-
-
-def _value(model: Measured, figure: str, part: str) -> float | None:
-    if figure == "perplexity":
-        return model.perplexity.get(part)
-    if figure == "accuracy":
-        found = accuracy(model.tasks.get(part))
-        return found.value if found else None
-    if figure in ("prefill", "decode"):
-        return model.tokens_per_second(figure, part)
-    return getattr(model, figure)
 
 
 def _shown(value: Any) -> str:

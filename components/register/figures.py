@@ -197,6 +197,7 @@ def tradeoff(
     """
 
     def draw(axes: Axes) -> None:
+        """Draw every group with its line, its ranges and its labels."""
         axes.plot(1, 1, "D", markersize=6, color=INK)
         labels = {"dense": (1.0, 1.0)}
         for (group, points), look in zip(groups.items(), cycle(_LOOKS), strict=False):

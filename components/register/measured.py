@@ -14,6 +14,7 @@ from components.lib.errors import Refusal
 from components.lib.recipe.schema import Recipe
 from components.lib.transformer.layout import Widths
 from components.lib.transformer.removal import ALONG, Along
+from components.register.accuracy import Accuracy, accuracy
 
 
 def finite(value: Any) -> Any:
@@ -76,6 +77,26 @@ class Measured(BaseModel):
         """Return the throughput of a phase at a batch size, or None if it was not measured."""
         measured = self.speed.get(phase, {}).get(batch)
         return measured.tokens_per_second if measured else None
+
+
+def figure(model: Measured, name: str, part: str) -> Accuracy | None:
+    """Return a figure of `promote.rules` but mean_accuracy, with its standard error if it has one; None if it was not measured.
+
+    Args:
+        model: the model.
+        name: the figure.
+        part: the text, task or batch size; empty for a figure of the whole model.
+    """
+    if name == "accuracy":
+        return accuracy(model.tasks.get(part))
+    value: float | None
+    if name == "perplexity":
+        value = model.perplexity.get(part)
+    elif name in ("prefill", "decode"):
+        value = model.tokens_per_second(name, part)
+    else:
+        value = getattr(model, name)
+    return None if value is None else Accuracy(float(value))
 
 
 class Context(BaseModel):

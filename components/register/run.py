@@ -162,7 +162,7 @@ def _environment(recipe: Recipe, evaluation: Path, manifests: Mapping[str, Manif
 
 @dataclass(frozen=True)
 class Made:
-    """What a run made, of which a version is registered."""
+    """The outputs of a run, of which a version is registered."""
 
     candidate: Reference
     evaluation: Reference
@@ -179,8 +179,7 @@ class Made:
 
 def _register(name: str, run: str, made: Made, report: Report) -> Registered:
     """Register the version, set or take away `challenger`, and tie its numbers to their data sets."""
-    parent = runs.find_parent(run)
-    run_id = parent.info.run_id if parent else ""
+    run_id = _parent_id(run)
     evaluation = str(made.evaluation)
     version = registry.register_version(name, made.candidate, run_id, _evidence(run, made, report))
     registry.describe(version, describe(report, run_id))
@@ -263,8 +262,13 @@ def _leave(store: Store, run: str, report: Report, html: str, page: str) -> None
     text = drawn_text(report.models())
     if text is not None:
         files[PICTURE] = pareto_file(report.models(), text)
+    runs.leave_report(run, files, _summary(report), describe(report, _parent_id(run)))
+
+
+def _parent_id(run: str) -> str:
+    """Return the parent run's id in MLflow; empty if there is none."""
     parent = runs.find_parent(run)
-    runs.leave_report(run, files, _summary(report), describe(report, parent.info.run_id if parent else ""))
+    return parent.info.run_id if parent else ""
 
 
 def _summary(report: Report) -> dict[str, float]:

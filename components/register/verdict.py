@@ -17,9 +17,9 @@ from components.lib.provenance.signature import SIGNED_BY, UNSIGNED
 from components.lib.recipe.promotion import Rule
 from components.lib.recipe.schema import Recipe
 from components.lib.recipe.target import Target
-from components.register.accuracy import Accuracy, accuracy, judged_tasks, mean_accuracy
+from components.register.accuracy import Accuracy, judged_tasks, mean_accuracy
 from components.register.format import times
-from components.register.measured import Context, Measured, ratio, unlike
+from components.register.measured import Context, Measured, figure, ratio, unlike
 
 
 class Outcome(BaseModel):
@@ -208,21 +208,11 @@ def _judged(rule: Rule, candidate: Accuracy, other: Accuracy) -> dict[str, float
     return {"value": value, "error": error, "passed": value - error >= rule.bound}
 
 
-def _figure(figure: str, part: str, models: Mapping[str, Measured], side: str) -> Accuracy | None:
+def _figure(name: str, part: str, models: Mapping[str, Measured], side: str) -> Accuracy | None:
     """Return a model's figure, with its standard error if it has one; None if it was not measured."""
     model = models.get(side)
     if model is None:
         return None
-    if figure == "accuracy":
-        return accuracy(model.tasks.get(part))
-    if figure == "mean_accuracy":
+    if name == "mean_accuracy":
         return mean_accuracy(model.tasks, judged_tasks(models["dense"].tasks))
-    value = {
-        "perplexity": lambda: model.perplexity.get(part),
-        "prefill": lambda: model.tokens_per_second("prefill", part),
-        "decode": lambda: model.tokens_per_second("decode", part),
-        "parameters": lambda: model.parameters,
-        "bytes": lambda: model.bytes,
-        "peak_memory": lambda: model.peak_memory,
-    }[figure]()
-    return None if value is None else Accuracy(float(value))
+    return figure(model, name, part)
