@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from components.learn_gates.select import select
+from torch import Tensor
+from transformers import PreTrainedModel
+
 from components.lib.methods import Method
 from components.lib.training.journal import Journal
 from components.lib.transformer.checkpoint import load_model
-from components.lib.transformer.device import best_device
+from components.lib.transformer.device import best_device, reused_memory
+from components.lib.transformer.selection import NOTHING, Selection
 from components.lib.transformer.text import load_windows
 
 
@@ -25,3 +28,23 @@ def choose(release: Path, windows: Path, *, methods: Sequence[Method], out: Path
     """
     model = load_model(release / "model", device=best_device())
     select(model, load_windows(windows), methods, out, journal)
+
+
+def select(
+    model: PreTrainedModel, windows: Tensor, methods: Sequence[Method], out: Path, journal: Journal
+) -> Selection:
+    """Return the selection of all methods, and leave its files and the methods' in `out`.
+
+    Args:
+        model: the dense model.
+        windows: token ids (windows, length).
+        methods: in their order; each gets the selection of those before it.
+        out: an existing folder.
+        journal: takes the progress.
+    """
+    selection = NOTHING
+    with reused_memory(model.device):
+        for method in methods:
+            selection = method.choose(model, windows, selection, journal=journal, out=out)
+    selection.save(out)
+    return selection

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from components.learn_gates.select import select
+from components.learn_gates.choose import select
 from components.lib.depth import Depth, Point, Search, depths, holds, in_words
 from components.lib.errors import Refusal
 from components.lib.methods import MEASURED_TOKENS, Method

@@ -46,8 +46,8 @@ class Taylor(LayerMethod):
         The gradients of the layers' weights, as large as the weights, are held once, and the activations of one batch.
         """
         import torch
-        from torch.nn import functional
 
+        from components.lib.training.objective import lm_loss
         from components.lib.transformer.gates import blocks
 
         measured = windows[: self.samples]
@@ -56,9 +56,9 @@ class Taylor(LayerMethod):
         with torch.enable_grad(), _only_trained(model, found):
             for batch in measured.split(self.batch_size):
                 ids = batch.long().to(model.device)
-                logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+                logits = model(input_ids=ids, use_cache=False).logits
                 # Of the sum of losses, so that the score does not depend on the batches; its scale does not matter.
-                functional.cross_entropy(logits.float(), ids[:, 1:].flatten(), reduction="sum").backward()
+                (lm_loss(logits, ids) * ids[:, 1:].numel()).backward()
                 done += len(batch)
                 journal.progress(done, len(measured))
             with torch.no_grad():

@@ -99,6 +99,7 @@ class _NextToken(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, following: Tensor, teacher: Tensor | None, lm: float, kl: float
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the weighted sum and both losses, and keep the gradient of the sum for `backward`."""
         known = following != IGNORED
         lm_weights = known.float() / known.sum()  # of each row's cross-entropy in the mean
         kl_weight = 1 / len(logits)
@@ -131,6 +132,7 @@ class _NextToken(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """Return the kept gradient times that of the sum."""
         (gradient,) = ctx.saved_tensors
         return gradient * upstream.to(gradient.dtype), None, None, None, None
 

@@ -10,7 +10,7 @@ The systems are solved in float64. The first token of each window is left out: i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -267,7 +267,7 @@ def kept_inputs(model: PreTrainedModel, channels: Channels, layer: int, axis: Ax
 def fit_seams(
     model: PreTrainedModel,
     windows: Tensor,
-    targets: dict[int, Tensor],
+    targets: Mapping[int, Tensor],
     selection: Selection,
     strength: float,
     done: Callable[[], None] = lambda: None,

@@ -4,7 +4,7 @@
 Gemma 3 and mixtures of experts, start from the cut. It holds for every family, since it uses nothing of a block but its output.
 
 It is no training of the model: it sees no logits and no next tokens, and a step costs a part of one. Removed channels are fitted by ridge
-regression alone.
+regression alone, if the family allows it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Reconstruct(Ridge):
     seed: int = Field(default=0, description="Seed of the batches' order.")
 
     def check(self, checkpoint: PrunableCheckpoint) -> None:
-        """Refuse settings by which nothing would learn, and channels that ridge regression does not hold for."""
+        """Refuse settings by which nothing would learn."""
         if self.before + self.after == 0:
             raise Refusal(
                 "regularize.transfer.reconstruct has before 0 and after 0, so no layer learns: give one of them"
@@ -63,10 +63,11 @@ class Reconstruct(Ridge):
 
         measured = windows[: self.windows]
         found = sites(selection.removed, len(blocks(model)), self.before, self.after, self.follow)
-        wanted = sorted({source for site in found for source in site.targets.values()})
+        sources = {source for site in found for source in site.targets.values()}
+        wanted = sorted(sources.union(self.targets(selection)))
         targets = streams(model, measured, wanted)  # of the dense model, before its weights change
         if not why_not_fitted(family_named(model.config.model_type), model.config.to_dict()):
-            super().apply(model, windows, selection, journal=journal)
+            self.fit(model, measured, targets, selection, journal=journal)
         settings = Optimisation(
             steps=self.steps,
             batch_size=min(self.batch_size, len(measured)),

@@ -26,6 +26,7 @@ mixtures of experts are refused, since a token passes a few of many projections.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
@@ -60,17 +61,36 @@ class Ridge(Transfer):
 
     def apply(self, model: PreTrainedModel, windows: Tensor, selection: Selection, *, journal: Journal) -> None:
         """Re-fit the projections that read removed channels, then those before the runs of removed layers, in place."""
-        from components.lib.training.refit import fit_seams, refit_channels, runs_of, streams
+        from components.lib.training.refit import streams
 
         measured = windows[: self.windows]
-        runs = [run for run in runs_of(selection.removed) if run[0] > 0]
+        # Of the dense model, before its weights change.
+        self.fit(model, measured, streams(model, measured, self.targets(selection)), selection, journal=journal)
+
+    def targets(self, selection: Selection) -> list[int]:
+        """Return the layers of the dense model whose streams `fit` needs: the last of each run that has a layer before it."""
+        from components.lib.training.refit import runs_of
+
+        return [last for first, last in runs_of(selection.removed) if first > 0]
+
+    def fit(
+        self,
+        model: PreTrainedModel,
+        measured: Tensor,
+        targets: Mapping[int, Tensor],
+        selection: Selection,
+        *,
+        journal: Journal,
+    ) -> None:
+        """Re-fit on the windows `measured`, given the dense model's streams behind the layers of `targets`, in place."""
+        from components.lib.training.refit import fit_seams, refit_channels
+
         axes = [axis for axis in selection.channels.axes if axis != "hidden"]
-        total = len(runs) + len(axes) * (model.config.num_hidden_layers - len(selection.removed))
+        total = len(self.targets(selection)) + len(axes) * (model.config.num_hidden_layers - len(selection.removed))
         fitted = iter(range(1, total + 1))
 
         def done() -> None:
             journal.progress(next(fitted), total)
 
-        targets = streams(model, measured, [last for _, last in runs])  # of the dense model, before its weights change
         refit_channels(model, measured, selection, self.strength, done)
         fit_seams(model, measured, targets, selection, self.strength, done)

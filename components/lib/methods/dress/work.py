@@ -103,7 +103,7 @@ def _magnitude(settings: Dress, model: PreTrainedModel, windows: Tensor, before:
 
 @dataclass(frozen=True)
 class _Moments:
-    """What a projection reads on the calibration windows, for each of its inputs (inputs,)."""
+    """Moments of the inputs (inputs,) of a projection, over the calibration windows."""
 
     mean: Tensor
     square: Tensor
