@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -25,10 +15,9 @@ from components.lib.tracking import registry, runs
 from components.lib.tracking.registry import Version
 from pipeline.serving.server import fetch, server
 from tests.components.lib.transformer import zoo
+from tests.pipeline.serving.given import PYTHONS, SMALL, answering, chat, free_port, need_server
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
-VLLM = os.environ.get("ESPALIER_VLLM_PYTHON")
-START_SECONDS = 240.0
 
 
 @pytest.fixture
@@ -73,69 +62,17 @@ def test_without_a_server_the_refusal_says_what_to_install(tmp_path: Path, monke
         server(tmp_path, 8123)
 
 
-@pytest.mark.parametrize(
-    "python",
-    [
-        None,
-        pytest.param(
-            VLLM,
-            marks=pytest.mark.skipif(VLLM is None, reason="set ESPALIER_VLLM_PYTHON to an interpreter that has vLLM"),
-        ),
-    ],
-    ids=["transformers", "vllm"],
-)
+@PYTHONS
 def test_the_champion_answers_a_chat_request(python: str | None, version: Version, tmp_path: Path) -> None:
-    if python is None:
-        pytest.importorskip("openai", reason="transformers serve needs espalier[serve]")
-    options = ["--max-model-len", "64", "--enforce-eager"] if python else []
-    with serving(version, tmp_path / "home", python, options) as address:
+    need_server(python)
+    port = free_port()
+    command = [sys.executable, "-m", "pipeline.cli.main", "serve", f"{version.name}@champion", "--port", str(port)]
+    named = ["--python", python] if python else []
+    options = SMALL if python else []
+    with answering(
+        [*command, *named, "--home", str(tmp_path / "home"), "--", *options], port, tmp_path / "log"
+    ) as address:
         answer = chat(address, version.name, "w5 w6 w7")
     assert answer["model"].startswith(version.name)
     assert answer["choices"][0]["message"]["role"] == "assistant"
     assert 1 <= answer["usage"]["completion_tokens"] <= 4
-
-
-@contextmanager
-def serving(version: Version, home: Path, python: str | None, options: list[str]) -> Iterator[str]:
-    """Run `espalier serve` until the block ends."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "pipeline.cli.main", "serve", f"{version.name}@champion", "--port", str(port)]
-    named = ["--python", python] if python else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    environment.pop("ESPALIER_VLLM_PYTHON", None)
-    log = home.with_suffix(".log")
-    with log.open("w") as said:
-        arguments = [*command, *named, "--home", str(home), "--", *options]
-        process = subprocess.Popen(arguments, env=environment, stdout=said, stderr=said)
-    try:
-        address = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + START_SECONDS
-        while not _answers(f"{address}/health"):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
-        yield address
-    finally:
-        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
-            one.terminate()
-        process.wait(30)
-
-
-def _answers(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(address, timeout=5):
-            return True
-    except OSError:
-        return False
-
-
-def chat(address: str, model: str, text: str) -> dict[str, Any]:
-    """Ask for four tokens at most."""
-    asked = {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 4, "temperature": 0}
-    request = urllib.request.Request(
-        f"{address}/v1/chat/completions", json.dumps(asked).encode(), {"content-type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        return json.load(answer)
