@@ -17,7 +17,7 @@ from pipeline.cli.compare import compare
 from pipeline.cli.models import diff, models, promote, rollback
 from pipeline.cli.options import ERROR, FAIL, HOME, PASS, Cluster, Home, Image, Mutable, console, write_or_print
 from pipeline.cli.schedule import schedule_app
-from pipeline.cli.serving import deploy, manifest, serve
+from pipeline.cli.serving import deploy, manifest, package, serve
 from pipeline.cli.watch import watch
 from pipeline.cli.why import why
 from pipeline.recipes import RECIPES, find_recipe
@@ -54,6 +54,7 @@ app.command()(diff)
 app.command()(promote)
 app.command()(rollback)
 app.command()(manifest)
+app.command()(package)
 app.command()(deploy)
 app.command()(serve)
 

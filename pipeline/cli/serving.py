@@ -1,4 +1,4 @@
-"""The verbs that bring a registered version to a server: `manifest`, `deploy` and `serve`."""
+"""The verbs that bring a registered version to a server: `manifest`, `package`, `deploy` and `serve`."""
 
 from __future__ import annotations
 
@@ -52,6 +52,31 @@ def manifest(
 
         text = manifest_of(registry.find_version(address), Profile.load(profile), _form(kind, format_), uri)
     write_or_print(text, out)
+
+
+def package(
+    address: Address,
+    to: Annotated[str, typer.Option(metavar="oci:FOLDER", help="The new folder of the image.")],
+    home: Home = HOME,
+) -> None:
+    """Write a registered version as an OCI image, without a container engine. The same version gives the same digests."""
+    from pipeline.serving.image import package as write
+    from pipeline.serving.image import target
+
+    layout = target(to)
+    with connected(home):
+        from components.lib.tracking import registry
+
+        version = registry.find_version(address)
+        digest = write(version, home, layout)
+    image = version.name.lower()
+    lines = (
+        f"{version.name} version {version.version}: {digest} in {layout}",
+        f"push it:  skopeo copy --all --preserve-digests {to} docker://REGISTRY/{image}",
+        f"serve it: espalier manifest {version.name}@{version.version} --uri oci://REGISTRY/{image}@{digest}",
+    )
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def deploy(
