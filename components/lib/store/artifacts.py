@@ -92,6 +92,22 @@ class Manifest(BaseModel):
             files = tuple(threads.map(lambda path: describe(path, path.relative_to(folder).as_posix()), paths))
         return cls(files=files, metadata=dict(metadata or {}))
 
+    def sealed(self) -> str:
+        """Return the manifest as JSON, with a sha256 of its own by which a reader notices a changed byte."""
+        content = self.model_dump(mode="json")
+        return json.dumps({**content, "sha256": _seal(content)}, indent=2)
+
+    @classmethod
+    def opened(cls, text: str) -> Manifest:
+        """Parse what `sealed` returned; a manifest of an earlier version has no seal. Raises ValueError if it was changed."""
+        content = json.loads(text)
+        if not isinstance(content, dict):
+            raise ValueError("it is no mapping")
+        seal = content.pop("sha256", None)
+        if seal not in {None, _seal(content)}:
+            raise ValueError("its content does not match its sha256")
+        return cls.model_validate(content)
+
     def only(self, names: Iterable[str]) -> Manifest:
         """Return the manifest of the named files and folders, such as `model`. Raises Refusal if a name is not in the artifact."""
         chosen: dict[str, File] = {}
@@ -103,6 +119,10 @@ class Manifest(BaseModel):
                 )
             chosen |= found
         return self.model_copy(update={"files": tuple(chosen.values())})
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def describe(path: Path, name: str) -> File:

@@ -24,20 +24,25 @@ from botocore.exceptions import (
     NoCredentialsError,
     ParamValidationError,
     PartialCredentialsError,
+    ReadTimeoutError,
     ResponseStreamingError,
 )
+from botocore.parsers import ResponseParserError
+from botocore.utils import conditionally_calculate_md5
 from s3transfer.exceptions import RetriesExceededError
 from s3transfer.manager import TransferManager
 
 from components.lib.errors import Refusal, Unavailable
 
+UNFINISHED = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
+"""Errors of a connection that ends within a body, which botocore does not try again."""
 _UNREACHABLE = (
     ConnectionError,
     ConnectionClosedError,
     HTTPClientError,
-    IncompleteReadError,
-    ResponseStreamingError,
+    ResponseParserError,
     RetriesExceededError,
+    *UNFINISHED,
 )
 _ANONYMOUS = (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError)
 _UNKNOWN_KEY = {
@@ -49,27 +54,31 @@ _UNKNOWN_KEY = {
     "AuthorizationHeaderMalformed",
 }
 _FORBIDDEN = {"AccessDenied", "AllAccessDisabled", "403", "Forbidden"}
+_DAMAGED_ON_ITS_WAY = {"BadDigest", "IncompleteBody", "InvalidDigest", "XAmzContentSHA256Mismatch"}
 _FULL = {"XMinioStorageFull", "QuotaExceeded", "InsufficientStorage", "507"}
 
 _CREDENTIALS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the role"
 
 
 # Downloads are compared with the sha256 in their manifests, so the server's own checksum adds nothing, and botocore misreads the
-# body of an error that comes with one.
-_UNCHECKED = {"response_checksum_validation": "when_required"}
+# body of an error that comes with one. Uploads carry Content-MD5, which every S3 compares, instead of a CRC, which not every one does.
+_CHECKSUMS = {"response_checksum_validation": "when_required", "request_checksum_calculation": "when_required"}
 
+_TRIES = 6
 PATIENT = Config(
-    **_UNCHECKED,
+    **_CHECKSUMS,
     connect_timeout=5,
     read_timeout=60,
     tcp_keepalive=True,
     max_pool_connections=16,
-    retries={"mode": "standard", "total_max_attempts": 6},
+    retries={"mode": "standard", "total_max_attempts": _TRIES},
 )
 """For the work: a failed request is retried for about half a minute."""
-HASTY = Config(**_UNCHECKED, connect_timeout=2, read_timeout=5, retries={"mode": "standard", "total_max_attempts": 2})
+HASTY = Config(**_CHECKSUMS, connect_timeout=2, read_timeout=5, retries={"mode": "standard", "total_max_attempts": 2})
 """For checking whether S3 answers at all."""
 
+_LONGEST_WAIT = 20.0
+"""Seconds to which a server's Retry-After is limited."""
 _PART = 16 * 2**20
 _THREADS = 8
 
@@ -77,9 +86,33 @@ _THREADS = 8
 def client(config: Config) -> Any:
     """Open an S3 client; boto3 finds endpoint, region and credentials in the environment, its files or the role."""
     try:
-        return boto3.session.Session().client("s3", config=config)
+        made = boto3.session.Session().client("s3", config=config)
     except (BotoCoreError, ValueError) as error:
         raise Unavailable(f"S3 cannot be set up ({error}): check the variables that start with AWS_") from None
+    for operation in ("PutObject", "UploadPart"):
+        made.meta.events.register(f"before-call.s3.{operation}", conditionally_calculate_md5)
+    if config is PATIENT:
+        made.meta.events.register("needs-retry.s3", _again)
+    return made
+
+
+def _again(response: Any, attempts: int, caught_exception: Exception | None, **_: Any) -> float | None:
+    """Return the seconds to wait before a request is tried again that botocore itself would give up; None if it is not tried again.
+
+    botocore takes neither 429 nor an upload that was damaged on its way for temporary.
+    """
+    if attempts >= _TRIES:
+        return None
+    if response is None:
+        return 0.5 if isinstance(caught_exception, ResponseParserError) else None
+    http, parsed = response
+    if http.status_code == 429:
+        asked = http.headers.get("Retry-After", "")
+        return min(float(asked) if asked.isdecimal() else 2.0**attempts, _LONGEST_WAIT)
+    code = parsed.get("Error", {}).get("Code")
+    # s3transfer knows an empty object by this error's code, which is missing if the answer's body was damaged.
+    unreadable = http.status_code == 416 and code != "InvalidRange"
+    return 0.0 if unreadable or code in _DAMAGED_ON_ITS_WAY else None
 
 
 def split(uri: str) -> tuple[str, str]:
@@ -111,7 +144,7 @@ class ConcurrentTransfers:
         self._begun: list[tuple[str, Any]] = []
 
     def upload(self, path: Path, bucket: str, key: str, metadata: Mapping[str, str]) -> None:
-        """Start to upload a file."""
+        """Start to upload a file. Afterwards look whether it is there: a server may lose what it said it took."""
         future = self._manager.upload(str(path), bucket, key, extra_args={"Metadata": dict(metadata)})
         self._begun.append((f"s3://{bucket}/{key}", future))
 
@@ -126,7 +159,12 @@ class ConcurrentTransfers:
         """Wait for all transfers, and raise the first error."""
         for uri, future in self._begun:
             with explained(uri):
-                future.result()
+                try:
+                    future.result()
+                except ClientError as error:
+                    # The answer to the request that put the parts together was lost, and its repetition finds no parts.
+                    if error.response["Error"]["Code"] != "NoSuchUpload":
+                        raise
 
 
 @contextlib.contextmanager
@@ -140,8 +178,10 @@ def transfers(client: Any) -> Iterator[ConcurrentTransfers]:
 
 
 def is_missing(error: ClientError) -> bool:
-    """Return True if the error means that there is no such object."""
-    return error.response["Error"]["Code"] in {"404", "NoSuchKey"}
+    """Return True if the error means that there is no such object, even if its text was damaged on its way."""
+    code = error.response["Error"]["Code"]
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return code in {"404", "NoSuchKey"} or (status == 404 and code not in {"NoSuchBucket", "NoSuchUpload"})
 
 
 @contextlib.contextmanager
@@ -184,6 +224,9 @@ def _answered(what: str, error: ClientError) -> str | None:
         return f"{what} is missing (S3 answered {code} to {error.operation_name}): run the stage that makes it again"
     if code in _FULL or "no space left" in message.lower():
         return f"S3 has no room for {what} ({message or code}): make room there and start again"
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    if status == 429 or status >= 500 or code in _DAMAGED_ON_ITS_WAY:
+        return f"S3 answers {status} ({code}) to {error.operation_name} of {what}, again and again: start again when the server is well"
     if code in {"BucketAlreadyExists", "InvalidBucketName"}:
         return f"{what} cannot be made ({code}): name another bucket in ESPALIER_BUCKET"
     return None

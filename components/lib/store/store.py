@@ -14,7 +14,8 @@ import contextlib
 import io
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -34,7 +35,16 @@ from components.lib.store.artifacts import (
     inside,
     need_space,
 )
-from components.lib.store.s3 import HASTY, PATIENT, Hashed, client, explained, is_missing, split, transfers
+from components.lib.store.s3 import HASTY, PATIENT, UNFINISHED, Hashed, client, explained, is_missing, split, transfers
+
+_SENDINGS = 6
+"""So often files are sent, or found whole, before S3 counts as one that keeps nothing."""
+_READINGS = 3
+"""So often a file is read before it counts as damaged in S3, not on its way."""
+_LONGEST_HEADER = 100_000_000
+"""Bytes of a safetensors header, which that library limits too."""
+_LOOKING = 8
+"""Requests at once that ask for the presence of files."""
 
 __all__ = ["Manifest", "PrefixCheckpoints", "Reference", "Store", "need_space"]
 
@@ -101,18 +111,41 @@ class Store:
         return self.find(prefix) or self._upload(folder, prefix, manifest)
 
     def _upload(self, folder: Path, prefix: str, manifest: Manifest) -> Reference:
-        uri = self.uri(prefix)
-        with transfers(self._client) as transfer:
-            for file in manifest.files:
-                bucket, key = split(f"{uri}/{file.name}")
-                if not self._has(bucket, key, file):
-                    # Store the hash with the object, so that a resumed upload knows which files arrived.
-                    transfer.upload(folder / file.name, bucket, key, {"sha256": file.sha256})
-        self._write(f"{uri}/{MANIFEST}", manifest.model_dump_json(indent=2))
-        return Reference(uri, manifest.digest)
+        """Send files until S3 has all of them, then the manifest, and return the reference when S3 has that too.
 
-    def _has(self, bucket: str, key: str, file: File) -> bool:
-        with explained(f"s3://{bucket}/{key}"):
+        Another run that works for the same key may write at the same time. Whichever looks last sees a whole artifact: its own, or
+        the other's.
+        """
+        uri = self.uri(prefix)
+        for _ in range(_SENDINGS):
+            left = self._absent(uri, manifest.files)
+            if left:
+                self._send(folder, uri, left)
+                continue
+            self._write(f"{uri}/{MANIFEST}", manifest.sealed())
+            written = self._manifest_at(uri)
+            if written and (written.digest == manifest.digest or not self._absent(uri, written.files)):
+                return Reference(uri, written.digest)
+        raise Unavailable(f"S3 takes the files of {uri} and does not keep them: check the server, and start again")
+
+    def _send(self, folder: Path, uri: str, files: Iterable[File]) -> None:
+        with transfers(self._client) as transfer:
+            for file in files:
+                # Store the hash with the object, so that a resumed upload knows which files arrived.
+                transfer.upload(folder / file.name, *split(f"{uri}/{file.name}"), {"sha256": file.sha256})
+
+    def _absent(self, uri: str, files: Sequence[File]) -> list[File]:
+        """Return the files that are not below `uri`, or have another size or hash there."""
+        start = split(f"{uri}/")[1]
+        sizes = {one["Key"].removeprefix(start): one["Size"] for one in self._list(f"{uri}/")}
+        listed = [file for file in files if sizes.get(file.name) == file.size]
+        with ThreadPoolExecutor(_LOOKING) as threads:
+            there = dict(zip(listed, threads.map(lambda file: self._has(uri, file), listed), strict=True))
+        return [file for file in files if not there.get(file)]
+
+    def _has(self, uri: str, file: File) -> bool:
+        bucket, key = split(f"{uri}/{file.name}")
+        with explained(f"{uri}/{file.name}"):
             try:
                 head = self._client.head_object(Bucket=bucket, Key=key)
             except ClientError as error:
@@ -124,23 +157,37 @@ class Store:
     def find(self, prefix: str) -> Reference | None:
         """Return the reference of the artifact at `prefix`, or None if none is complete."""
         uri = self.uri(prefix)
-        text = self._read(f"{uri}/{MANIFEST}")
-        return None if text is None else Reference(uri, _manifest(text, uri).digest)
+        manifest = self._manifest_at(uri)
+        return None if manifest is None else Reference(uri, manifest.digest)
 
     def manifest(self, reference: Reference) -> Manifest:
         """Return the manifest. Raises Refusal if it is missing or has another digest than the reference."""
-        text = self._read(f"{reference.uri}/{MANIFEST}")
-        if text is None:
+        manifest = self._manifest_at(reference.uri)
+        if manifest is None:
             raise Unavailable(
                 f"{reference.uri} has no {MANIFEST}, so it is not complete: run the stage that makes it again"
             )
-        manifest = _manifest(text, reference.uri)
         if manifest.digest != reference.digest:
             raise Unavailable(
                 f"{reference.uri} has the digest {manifest.digest[:12]}, not {reference.digest[:12]} as its reference says: "
                 "it was changed since, so run the stage that makes it again"
             )
         return manifest
+
+    def _manifest_at(self, uri: str) -> Manifest | None:
+        """Return the manifest, or None if there is none; one that was damaged on its way is read again."""
+        for left in reversed(range(_READINGS)):
+            text = self._read(f"{uri}/{MANIFEST}")
+            try:
+                return None if text is None else Manifest.opened(text)
+            except ValueError as error:
+                if not left:
+                    said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+                    raise Unavailable(
+                        f"{uri}/{MANIFEST} is no manifest of an artifact ({said}): "
+                        "delete it, and run the stage that makes it again"
+                    ) from None
+        return None
 
     def get(self, reference: Reference, folder: Path, names: Iterable[str] | None = None) -> Path:
         """Download the artifact, or the files and folders of it in `names`, and return `folder`, filled atomically.
@@ -152,36 +199,55 @@ class Store:
         wanted = manifest if names is None else manifest.only(names)
         need_space(folder, wanted.size)
         with filled_at_once(folder) as fresh:
-            with transfers(self._client) as transfer:
-                for file in wanted.files:
-                    transfer.download(*split(f"{reference.uri}/{file.name}"), fresh / file.name)
-            for file in wanted.files:
-                _same(describe(fresh / file.name, file.name), file, reference.uri)
+            self._fetch(reference.uri, wanted.files, fresh)
         return folder
+
+    def _fetch(self, uri: str, files: Sequence[File], folder: Path) -> None:
+        """Download files and compare them with their digests; those that were damaged on their way are fetched again."""
+        left = list(files)
+        for _ in range(_READINGS):
+            with transfers(self._client) as transfer:
+                for file in left:
+                    transfer.download(*split(f"{uri}/{file.name}"), inside(folder, file.name))
+            left = [file for file in left if describe(folder / file.name, file.name) != file]
+            if not left:
+                return
+        for file in left:
+            _same(describe(folder / file.name, file.name), file, uri)
 
     def get_headers(self, reference: Reference, folder: Path, names: Iterable[str] | None = None) -> Path:
         """Download the artifact's JSON files, or the files in `names`, of safetensors files the headers; return `folder`.
 
         A safetensors file gets its full length but not its tensors: enough to open a checkpoint, for a download of kilobytes.
-        The files are not compared with their digests.
+        A header has no digest, so it is read until two readings agree.
 
         Raises:
-            Refusal: a file is missing, or `folder` is not empty.
+            Refusal: a file is missing or differs from its digest, or `folder` is not empty.
         """
         wanted = None if names is None else set(names)
+        files = self.manifest(reference).files
+        chosen = [file for file in files if wanted is None or file.name in wanted]
+        heads = [file for file in chosen if file.name.endswith(".safetensors")]
+        whole = [file for file in chosen if file not in heads and (wanted is not None or file.name.endswith(".json"))]
         with filled_at_once(folder) as fresh:
-            for file in self.manifest(reference).files:
+            self._fetch(reference.uri, whole, fresh)
+            for file in heads:
                 path = inside(fresh, file.name)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                if path.suffix != ".safetensors":
-                    if file.name in wanted if wanted is not None else path.suffix == ".json":
-                        path.write_bytes(self._range(f"{reference.uri}/{file.name}", 0, file.size))
-                elif wanted is None or file.name in wanted:
-                    length = int.from_bytes(self._range(f"{reference.uri}/{file.name}", 0, 8), "little")
-                    header = self._range(f"{reference.uri}/{file.name}", 0, min(8 + length, file.size))
-                    path.write_bytes(header)
-                    os.truncate(path, file.size)
+                path.write_bytes(self._header(f"{reference.uri}/{file.name}", file.size))
+                os.truncate(path, file.size)
         return folder
+
+    def _header(self, uri: str, size: int) -> bytes:
+        """Return the header of a safetensors file of `size` bytes, with its length before it."""
+        seen: set[bytes] = set()
+        for _ in range(2 * _READINGS):
+            length = int.from_bytes(self._range(uri, 0, 8), "little")
+            header = self._range(uri, 0, min(8 + min(length, _LONGEST_HEADER), size))
+            if header in seen:
+                return header
+            seen.add(header)
+        raise Unavailable(f"{uri} reads differently each time: check the network and the server, and start again")
 
     def verify(self, reference: Reference) -> None:
         """Stream and hash every file, in the order of their names. Raises Refusal that names the first file that is missing or differs."""
@@ -303,9 +369,15 @@ class Store:
         bucket, key = split(uri)
         if start >= end:
             return b""
-        with explained(uri):
-            answer = self._client.get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}")
-            return answer["Body"].read()
+        for left in reversed(range(_READINGS)):
+            with explained(uri):
+                try:
+                    answer = self._client.get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}")
+                    return answer["Body"].read()
+                except UNFINISHED:
+                    if not left:
+                        raise
+        raise AssertionError("the last reading returns or raises")
 
     def _write(self, uri: str, text: str) -> None:
         bucket, key = split(uri)
@@ -323,7 +395,12 @@ class Store:
                 if is_missing(error):
                     return None
                 raise
-        return buffer.getvalue().decode()
+        try:
+            return buffer.getvalue().decode()
+        except UnicodeDecodeError:
+            raise Unavailable(
+                f"{uri} is no text: it was damaged, so start again, and delete it if this is said again"
+            ) from None
 
 
 class PrefixCheckpoints:
@@ -371,16 +448,6 @@ def _make_bucket(probe: Any, bucket: str) -> None:
         probe.create_bucket(Bucket=bucket)
     else:
         probe.create_bucket(Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": region})
-
-
-def _manifest(text: str, uri: str) -> Manifest:
-    try:
-        return Manifest.model_validate_json(text)
-    except ValidationError as error:
-        said = error.errors()[0]["msg"]
-        raise Unavailable(
-            f"{uri}/{MANIFEST} is no manifest of an artifact ({said}): delete it, and run the stage that makes it again"
-        ) from None
 
 
 def _same(found: File, expected: File, uri: str) -> None:

@@ -74,6 +74,16 @@ class TestManifest:
         with pytest.raises(Refusal, match="reserves"):
             Manifest.of(folder)
 
+    def test_a_changed_byte_is_noticed(self, folder: Path) -> None:
+        sealed = Manifest.of(folder, {"seconds": 0.1}).sealed()
+        assert Manifest.opened(sealed) == Manifest.of(folder, {"seconds": 0.1})
+        for changed in (sealed.replace('"size": 2', '"size": 3'), sealed.replace("0.1", "0.2"), "[]", "{"):
+            with pytest.raises(ValueError, match=r"sha256|mapping|delimiter|property name"):
+                Manifest.opened(changed)
+
+    def test_one_of_an_earlier_version_has_no_seal(self, folder: Path) -> None:
+        assert Manifest.opened(Manifest.of(folder).model_dump_json()) == Manifest.of(folder)
+
 
 class TestPutAndGet:
     def test_what_comes_back_is_what_was_put(self, store: Store, folder: Path, tmp_path: Path) -> None:
@@ -392,8 +402,9 @@ class TestCheck:
             Store.from_environment().check()
 
 
-def answer(code: str, message: str = "") -> ClientError:
-    return ClientError({"Error": {"Code": code, "Message": message}}, "PutObject")
+def answer(code: str, message: str = "", status: int = 400) -> ClientError:
+    told = {"Error": {"Code": code, "Message": message}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return ClientError(told, "PutObject")
 
 
 @pytest.mark.parametrize(
@@ -402,6 +413,9 @@ def answer(code: str, message: str = "") -> ClientError:
         (answer("AccessDenied"), "do not allow PutObject on s3://b/x .*ask for that permission"),
         (answer("XMinioStorageFull", "minimum free drive threshold"), "has no room for s3://b/x .*threshold"),
         (answer("InternalError", "write /data/x: no space left on device"), "has no room for s3://b/x"),
+        (answer("SlowDown", status=503), r"answers 503 \(SlowDown\) to PutObject of s3://b/x"),
+        (answer("429", status=429), "start again when the server is well"),
+        (answer("NoSuchKez", status=404), "s3://b/x is missing"),
         (OSError(errno.ENOSPC, "No space left on device", "/copy/weights"), "disk is full .*/copy/weights"),
         (ConnectionClosedError(endpoint_url="http://s3"), "s3://b/x cannot be reached"),
     ],
