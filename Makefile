@@ -8,7 +8,7 @@ export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run small test quick setup check format docs clean images
+.PHONY: help run small test quick faults setup check format docs clean images
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,9 @@ test: $(VENV)/dev  ## run the tests
 
 quick: $(VENV)/dev  ## run the tests that tell most, listed in tests/quick.txt
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile @tests/quick.txt
+
+faults: $(VENV)/dev  ## break runs on purpose, and write the table of docs/reliability.md; goes on where it was stopped
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.matrix
 
 setup: $(VENV)/run  ## install into .venv
 
