@@ -32,7 +32,9 @@ def main() -> int:
         generate=arguments.generate,
         repeats=arguments.repeats,
     )
-    tokens = torch.randint(0, models["dense"].config.vocab_size, (2**16,), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        0, models["dense"].config.get_text_config().vocab_size, (2**16,), generator=torch.Generator().manual_seed(0)
+    )
     found = measure_speed(models, speed, tokens)
     promised = promised_speedup(models["dense"], models["candidate"], speed.prompt)
 

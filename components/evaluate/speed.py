@@ -86,7 +86,7 @@ def _time(model: PreTrainedModel, prompts: Tensor, generate: int, timings: _Timi
         return
     try:
         # A champion of another vocabulary may lack some ids; its speed does not depend on which tokens it reads.
-        ids = prompts.to(model.device) % model.config.vocab_size
+        ids = prompts.to(model.device) % model.config.get_text_config().vocab_size
         prefill, *decode = time_generation(model, ids, generate)
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
@@ -209,7 +209,7 @@ def peak_memory(model: PreTrainedModel, prompts: Tensor) -> int | None:
     try:
         with tracker:
             model(
-                input_ids=prompts.to(model.device) % model.config.vocab_size,
+                input_ids=prompts.to(model.device) % model.config.get_text_config().vocab_size,
                 use_cache=True,
                 **_last_logits_only(model),
             )

@@ -77,7 +77,7 @@ def generate(folder: Path, what: str) -> str:
         model = load_model(folder, device=best_device())
         ids = prompt_ids(GREETING, tokenizer)
         if not ids.numel():  # the tokenizer knows none of the words
-            ids = torch.tensor([[model.config.bos_token_id or 0]])
+            ids = torch.tensor([[model.config.get_text_config().bos_token_id or 0]])
         with torch.inference_mode():
             made = model.generate(
                 ids.to(model.device),

@@ -96,8 +96,14 @@ class LayerMethod(Method):
     )
 
     def check(self, checkpoint: PrunableCheckpoint) -> None:
-        """Refuse a ratio that leaves no layer of the checkpoint."""
-        self.count(checkpoint.layers)
+        """Refuse a ratio that leaves no layer of the checkpoint, or none of those that its family lets go."""
+        count, family = self.count(checkpoint.layers), checkpoint.family
+        removable = family.removable(checkpoint.config)
+        if count >= len(removable):
+            raise Refusal(
+                f"methods.{self.name}.ratio {self.ratio} removes {count} layers, but of {family.title} at most {len(removable) - 1} of "
+                f"{checkpoint.layers} can be removed, since {family.why_fixed}: use a smaller ratio"
+            )
 
     def asked(self, axis: Along) -> float | None:
         """Return the ratio for the axis of layers."""

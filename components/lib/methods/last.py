@@ -24,7 +24,8 @@ class Last(LayerMethod):
         self, model: PreTrainedModel, windows: Tensor, before: Selection, *, journal: Journal, out: Path | None
     ) -> Selection:
         """Choose as many of the deepest layers as the ratio asks for, the deepest first. The last one is needed by the head, and stays."""
-        from components.lib.transformer.gates import blocks
+        from components.lib.transformer.gates import blocks, removable
 
-        deepest = range(len(blocks(model)) - 2, -1, -1)
-        return Selection.of_layers(self.name, deepest[: self.count(len(blocks(model)))])
+        layers = len(blocks(model))
+        deepest = [layer for layer in reversed(removable(model)) if layer < layers - 1]
+        return Selection.of_layers(self.name, deepest[: self.count(layers)])

@@ -41,7 +41,7 @@ class PruneComp(LayerMethod):
 
         from components.lib.methods.shortgpt import block_influence
         from components.lib.training.scale import ratio_of_magnitudes
-        from components.lib.transformer.gates import blocks, bypassed, gated
+        from components.lib.transformer.gates import blocks, bypassed, gated, removable
 
         layers = range(len(blocks(model)))
         count = self.count(len(layers))
@@ -51,7 +51,7 @@ class PruneComp(LayerMethod):
         for number in range(count):
             # A bypassed layer gives x, and its gate on the output gives α · x.
             with bypassed(model, order), gated(model, factors, "output"):
-                left = [layer for layer in layers if layer not in order]
+                left = [layer for layer in removable(model) if layer not in order]
                 influence = block_influence(model, windows, left, self.batch_size)
                 scores = [influence.get(layer, scores[layer]) for layer in layers]
                 layer = min(left, key=scores.__getitem__)

@@ -27,11 +27,13 @@ class Random(LayerMethod):
     def choose(
         self, model: PreTrainedModel, windows: Tensor, before: Selection, *, journal: Journal, out: Path | None
     ) -> Selection:
-        """Draw as many layers as the ratio asks for, each layer as likely as any other."""
+        """Draw as many layers as the ratio asks for, each that can be removed as likely as any other."""
         import torch
 
-        from components.lib.transformer.gates import blocks
+        from components.lib.transformer.gates import blocks, removable
 
         layers = len(blocks(model))
-        drawn = torch.randperm(layers, generator=torch.Generator().manual_seed(self.seed)).tolist()
+        shuffled = torch.randperm(layers, generator=torch.Generator().manual_seed(self.seed)).tolist()
+        free = set(removable(model))
+        drawn = [layer for layer in shuffled if layer in free]
         return Selection.of_layers(self.name, drawn[: self.count(layers)])

@@ -38,11 +38,13 @@ class ReplaceMe(LayerMethod):
         import torch
         from torch.nn import functional
 
-        from components.lib.transformer.gates import blocks, watched
+        from components.lib.transformer.gates import blocks, removable, watched
 
         layers = len(blocks(model))
         count = self.count(layers)
-        similarity = dict.fromkeys(range(1, layers - count + 1), 0.0)
+        fixed = {*range(layers)} - {*removable(model)}
+        firsts = (first for first in range(1, layers - count + 1) if fixed.isdisjoint(range(first, first + count)))
+        similarity = dict.fromkeys(firsts, 0.0)
         done = 0
         with torch.no_grad(), watched(model, range(layers)) as seen:
             for batch in windows.split(self.batch_size):

@@ -30,13 +30,13 @@ class ShortGPT(LayerMethod):
         self, model: PreTrainedModel, windows: Tensor, before: Selection, *, journal: Journal, out: Path | None
     ) -> Selection:
         """Choose the layers of smallest BI_i = 1 − mean over tokens of cos(x_i, f_i(x_i))."""
-        from components.lib.transformer.gates import blocks
+        from components.lib.transformer.gates import blocks, removable
 
         layers = range(len(blocks(model)))
         influence = block_influence(
             model, windows, layers, self.batch_size, lambda done: journal.progress(done, len(windows))
         )
-        order = sorted(layers, key=influence.__getitem__)[: self.count(len(layers))]
+        order = sorted(removable(model), key=influence.__getitem__)[: self.count(len(layers))]
         return Selection.of_layers(self.name, order, {"block_influence": tuple(influence.values())})
 
 

@@ -30,7 +30,7 @@ class Sleb(LayerMethod):
 
         `scores["perplexity"]` is, for each layer, the perplexity without it in the last round that measured it.
         """
-        from components.lib.transformer.gates import blocks
+        from components.lib.transformer.gates import blocks, removable
         from components.lib.transformer.perplexity import perplexities_without
 
         layers = range(len(blocks(model)))
@@ -45,7 +45,7 @@ class Sleb(LayerMethod):
             journal.progress(read // windows.shape[1], count * len(windows))
 
         for _ in range(count):
-            left = [layer for layer in layers if layer not in order]
+            left = [layer for layer in removable(model) if layer not in order]
             scores |= perplexities_without(model, windows, order, left, self.batch_size, done)
             order.append(min(left, key=scores.__getitem__))
         return Selection.of_layers(self.name, order, {"perplexity": tuple(scores.values())})

@@ -48,7 +48,7 @@ class Taylor(LayerMethod):
         import torch
 
         from components.lib.training.objective import lm_loss
-        from components.lib.transformer.gates import blocks
+        from components.lib.transformer.gates import blocks, removable
 
         measured = windows[: self.samples]
         found = blocks(model)
@@ -65,7 +65,7 @@ class Taylor(LayerMethod):
                 scores = [_score(block) / measured[:, 1:].numel() for block in found]
         layers = range(len(found))
         guarded = {*layers[: self.first], *layers[len(layers) - min(self.last, len(layers)) :]}
-        order = sorted(layers, key=lambda layer: (layer in guarded, scores[layer]))[: self.count(len(layers))]
+        order = sorted(removable(model), key=lambda layer: (layer in guarded, scores[layer]))[: self.count(len(layers))]
         return Selection.of_layers(self.name, order, {"taylor": tuple(scores)})
 
 

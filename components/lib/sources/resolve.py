@@ -13,8 +13,7 @@ from typing import TypeVar
 from components.lib.errors import Refusal, Unavailable
 from components.lib.recipe.schema import Text
 from components.lib.store.store import Store
-from components.lib.transformer.checkpoint import Checkpoint
-from components.lib.transformer.families import family_of
+from components.lib.transformer.checkpoint import Checkpoint, checked
 
 CHECKPOINT_FILES = (
     "*.safetensors",
@@ -123,7 +122,7 @@ def _hub_model(source: str) -> Resolved:
         config = _ask_hub(
             lambda: hf_hub_download(repository, "config.json", revision=commit, local_dir=folder), source, "release"
         )
-        family_of(json.loads(Path(config).read_text()))
+        checked(json.loads(Path(config).read_text()))
         _ask_hub(
             lambda: snapshot_download(
                 repository,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import PreTrainedModel
 
 from components.lib.recipe.training import Lora
+from components.lib.transformer.gates import family_in
 
 
 def adapted(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
@@ -19,12 +21,21 @@ def adapted(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules="all-linear",
+        target_modules=_matrices(model),
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return get_peft_model(model, config)
+
+
+def _matrices(model: PreTrainedModel) -> str | list[str]:
+    """Return the names of the matrices that are adapted: all but the head, of a wrapper those of its text model's blocks."""
+    family = family_in(model)
+    if not family.wraps:
+        return "all-linear"
+    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return [name for name in linear if family.block_of(f"{name}.")]
 
 
 def merged(model: PeftModel) -> PreTrainedModel:

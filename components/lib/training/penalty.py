@@ -24,8 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from components.lib.transformer.channels import kept_rows, layout_of
-from components.lib.transformer.families import family_named
-from components.lib.transformer.gates import blocks, bypassed, gated, unwrapped
+from components.lib.transformer.gates import blocks, bypassed, family_in, gated, unwrapped
 from components.lib.transformer.layout import Part
 from components.lib.transformer.selection import Channels
 
@@ -110,7 +109,7 @@ class Slices:
 def _sliced(model: nn.Module, channels: Channels) -> Iterator[tuple[Part, Tensor, Pieces]]:
     """Yield every tensor that loses channels with its part of the model and its slice; tied weights once."""
     config: Any = model.config
-    family = family_named(config.model_type)
+    family = family_in(model)
     layout = layout_of(family)
     widths = layout.widths(config.to_dict())
     for full, weight in model.named_parameters():

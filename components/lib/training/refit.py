@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from components.lib.errors import Refusal
 from components.lib.transformer.channels import kept_indices, layout_of
-from components.lib.transformer.families import family_named
-from components.lib.transformer.gates import blocks, bypassed, watched
+from components.lib.transformer.gates import blocks, bypassed, family_in, watched
 from components.lib.transformer.layout import Axis
 from components.lib.transformer.narrow import narrowed
 from components.lib.transformer.selection import NO_CHANNELS, Channels, Selection
@@ -110,7 +109,7 @@ def writer_of(model: PreTrainedModel, layer: int, axis: Axis) -> Writer:
     Raises:
         Refusal: the family has no layout, or the layer has no such projection, or several.
     """
-    layout = layout_of(family_named(model.config.model_type))
+    layout = replace(layout_of(family_in(model)), within=None)  # the names within a block are not those in the model
     wanted = [["hidden"], ["ffn" if axis == "ffn" else "query"]]
     block = blocks(model)[layer]
     found = [module for name, module in block.named_modules() if name and layout.segments(name) == wanted]
@@ -257,7 +256,7 @@ def _tokens(values: Tensor, batch: Tensor) -> Tensor:
 
 def kept_inputs(model: PreTrainedModel, channels: Channels, layer: int, axis: Axis) -> Tensor | None:
     """Return the indices of a writer's inputs that stay, or None if all stay."""
-    layout = layout_of(family_named(model.config.model_type))
+    layout = layout_of(family_in(model))
     segment = "ffn" if axis == "ffn" else "query"
     kept = kept_indices(layout.widths(model.config.to_dict()), [segment], channels.at(layer))
     return None if kept is None else torch.tensor(kept)

@@ -19,7 +19,7 @@ from components.lib.recipe.training import Regularize
 from components.lib.training import loop, lora, objective, penalty
 from components.lib.training.journal import Checkpoints, Journal, NoCheckpoints, Silent
 from components.lib.training.schedule import annealed_part
-from components.lib.transformer.gates import final_state, watched
+from components.lib.transformer.gates import final_state, text_config, thawed, watched
 from components.lib.transformer.narrow import narrowed
 from components.lib.transformer.selection import NO_CHANNELS, Selection
 
@@ -68,12 +68,10 @@ def regularize(
     if teacher is None and needs_teacher(settings, already_cut):
         raise ValueError("the objective compares with the dense model: give it as the teacher")
     trained: PreTrainedModel | PeftModel = (
-        lora.adapted(model, settings.lora, settings.seed)
-        if settings.trainable == "lora"
-        else model.requires_grad_(True)
+        lora.adapted(model, settings.lora, settings.seed) if settings.trainable == "lora" else thawed(model)
     )
     # The release's width, so that a control that was narrowed first is trained at the same rate.
-    width = model.config.hidden_size + (len(selection.channels.hidden) if already_cut else 0)
+    width = text_config(model).hidden_size + (len(selection.channels.hidden) if already_cut else 0)
     settings = loop.with_learning_rate(settings, None if settings.trainable == "lora" else width)
     if teacher is not None:
         teacher.eval().requires_grad_(False)

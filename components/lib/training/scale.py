@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from components.lib.training.refit import run_blocks
 from components.lib.transformer.channels import layout_of
-from components.lib.transformer.families import family_named
-from components.lib.transformer.gates import watched
+from components.lib.transformer.gates import family_in, watched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +42,7 @@ def scale_stream(model: PreTrainedModel, layer: int, factor: float) -> None:
 
     If the head shares its table with the embedding, the final norm is divided by the factor.
     """
-    family = family_named(model.config.model_type)
+    family = family_in(model)
     layout = layout_of(family)
     head = model.get_output_embeddings()
     tied = head.weight is model.get_input_embeddings().weight

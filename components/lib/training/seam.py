@@ -37,7 +37,7 @@ from components.lib.training.refit import (
     seen_by,
     writer_of,
 )
-from components.lib.transformer.gates import blocks, bypassed, resumed, watched
+from components.lib.transformer.gates import blocks, bypassed, removable, resumed, watched
 from components.lib.transformer.selection import Selection
 
 if TYPE_CHECKING:
@@ -285,10 +285,14 @@ def choose_runs(
     # Of n layers in runs of at most k, each with a layer before it, n − ⌈n / (k + 1)⌉ can be removed.
     while layers - -(-layers // (longest + 1)) < count:
         longest += 1
+    fixed = {*range(layers)} - {*removable(model)}
+    if fixed:  # they may stand where such runs would be
+        longest = max(longest, count)
     dense = record(model, *_parted(windows, fit_tokens, measure_tokens), batch_size)
     runs = runs_with_costs(
         model, dense, min(longest, count), strength, lambda number, _: journal.progress(number, total)
     )
+    runs = [run for run in runs if fixed.isdisjoint(range(run.first, run.last + 1))]
     sets = far_apart(cheapest_sets(runs, layers, count, CANDIDATES if shortlist > 1 else 1), max(1, shortlist))
     if len(sets) == 1:
         if shortlist:

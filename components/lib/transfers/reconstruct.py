@@ -20,7 +20,6 @@ from components.lib.training.journal import Journal
 from components.lib.transfers import why_not_fitted
 from components.lib.transfers.ridge import Ridge
 from components.lib.transformer.checkpoint import PrunableCheckpoint
-from components.lib.transformer.families import family_named
 from components.lib.transformer.selection import Selection
 
 if TYPE_CHECKING:
@@ -59,14 +58,14 @@ class Reconstruct(Ridge):
         from components.lib.recipe.training import Optimisation
         from components.lib.training.reconstruct import reconstruct, sites
         from components.lib.training.refit import streams
-        from components.lib.transformer.gates import blocks
+        from components.lib.transformer.gates import blocks, family_in
 
         measured = windows[: self.windows]
         found = sites(selection.removed, len(blocks(model)), self.before, self.after, self.follow)
         sources = {source for site in found for source in site.targets.values()}
         wanted = sorted(sources.union(self.targets(selection)))
         targets = streams(model, measured, wanted)  # of the dense model, before its weights change
-        if not why_not_fitted(family_named(model.config.model_type), model.config.to_dict()):
+        if not why_not_fitted(family_in(model), model.config.to_dict()):
             self.fit(model, measured, targets, selection, journal=journal)
         settings = Optimisation(
             steps=self.steps,

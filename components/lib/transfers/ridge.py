@@ -84,9 +84,10 @@ class Ridge(Transfer):
     ) -> None:
         """Re-fit on the windows `measured`, given the dense model's streams behind the layers of `targets`, in place."""
         from components.lib.training.refit import fit_seams, refit_channels
+        from components.lib.transformer.gates import blocks
 
         axes = [axis for axis in selection.channels.axes if axis != "hidden"]
-        total = len(self.targets(selection)) + len(axes) * (model.config.num_hidden_layers - len(selection.removed))
+        total = len(self.targets(selection)) + len(axes) * (len(blocks(model)) - len(selection.removed))
         fitted = iter(range(1, total + 1))
 
         def done() -> None:

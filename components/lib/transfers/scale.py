@@ -48,6 +48,11 @@ class Scale(Transfer):
     def check(self, checkpoint: PrunableCheckpoint) -> None:
         """Refuse families whose blocks read the stream through no norm, or write it through one, or have unknown matrices."""
         check_writers(checkpoint, f"regularize.transfer is {self.name}")
+        if checkpoint.family.wraps:
+            raise Refusal(
+                f"regularize.transfer is {self.name}, and in {checkpoint.family.title} the projector of the other towers writes the residual "
+                "stream too: use ridge, reconstruct, merge or none"
+            )
         layout = checkpoint.family.layout
         for name, tensor in checkpoint.tensors.items():
             if len(tensor.shape) > 1 and layout is not None and layout.segments(name.rpartition(".")[0]) is None:

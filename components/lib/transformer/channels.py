@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.lib.errors import Refusal
 from components.lib.transformer.families import Config, Family
-from components.lib.transformer.layout import Axis, Layout, Widths, axis_of
+from components.lib.transformer.layout import Axis, Layout, Widths, axis_of, text_part, with_text
 from components.lib.transformer.selection import AXES, Channels
 
 if TYPE_CHECKING:
@@ -52,6 +52,11 @@ def channels_to_remove(
         Refusal: the family has no layout, no such width is near the ratio, or two ratios contradict each other.
     """
     layout = layout_of(family)
+    if family.wraps and ("hidden" in ratios or (layout.head is None and "heads" in ratios)):
+        raise Refusal(
+            f"methods.dress.ratio removes hidden channels, and in {family.title} the projector of the other towers writes them: name ffn"
+            f"{'' if layout.head is None else ' or heads'} alone, or remove layers"
+        )
     widths = layout.widths(config)
     shared = widths.heads // widths.groups
     multiple = multiple or ALIGNED
@@ -129,7 +134,9 @@ def kept_rows(
     Raises:
         Refusal: the tensor may hold channels to remove and the layout does not know it, or its shape contradicts the widths.
     """
-    if max(shape, default=1) == 1:  # a single number, such as a scale
+    if max(shape, default=1) == 1 or not layout.speaks_of(
+        tensor
+    ):  # a single number, such as a scale; or another tower's
         return [None] * len(shape)
     axes = {axis for axis, channels in removed.items() if channels}
     if layout.segments(tensor.rpartition(".")[0]) is None and not _may_hold(axes, widths, shape):
@@ -188,4 +195,4 @@ def cut_widths(config: Config, family: Family, channels: Channels) -> dict[str, 
         cut[layout.groups] = groups
     if layout.head:
         cut[layout.head] = widths.head
-    return dict(config) | cut
+    return with_text(config, dict(text_part(config)) | cut)

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from components.lib.errors import Refusal
-from components.lib.transformer.families import FAMILIES, Config, Family, family_of
-from components.lib.transformer.layout import Widths
+from components.lib.transformer.families import Config, Family, family_for, family_of
+from components.lib.transformer.layout import Widths, text_part, with_text
 from components.lib.transformer.packing import count_parameters
+from components.lib.transformer.wrappers import WRAPPERS
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +60,7 @@ class Checkpoint:
     config: dict[str, Any]
     """config.json as it stands."""
     family: Family | None
-    """The row of its `model_type`; None if the table has none."""
+    """The row of its `model_type`; None if the table has none. Of a wrapper, the row of its text model in it."""
     tensors: Mapping[str, Stored]
     """Every tensor by its name on disk, but for the constants of old releases."""
 
@@ -72,7 +73,11 @@ class Checkpoint:
                 tensor that the index promises.
         """
         config = _read_config(folder)
-        return cls(folder, config, FAMILIES.get(str(config.get("model_type"))), _parameters(folder))
+        try:
+            family: Family | None = family_for(config)
+        except Refusal:
+            family = None
+        return cls(folder, _with_widths(config, family), family, _parameters(folder))
 
     @property
     def layers(self) -> int | None:
@@ -89,7 +94,8 @@ class Checkpoint:
     def widths(self) -> Widths | None:
         """The widths; None if the family's layout is not known, or if the config leaves them to its class."""
         layout = self.family.layout if self.family else None
-        known = layout is not None and layout.hidden[0] in self.config and layout.heads in self.config
+        text = text_part(self.config)
+        known = layout is not None and layout.hidden[0] in text and layout.heads in text
         return layout.widths(self.config) if layout and known else None
 
     @cached_property
@@ -117,8 +123,7 @@ class Checkpoint:
 
     def _first_number(self, names: Iterable[str]) -> int | None:
         """Return the first of the config's fields that is a number; of a multimodal model, of its text model's."""
-        text = self.config.get("text_config")
-        parts = (self.config, text if isinstance(text, dict) else {})
+        parts = (self.config, text_part(self.config))
         found = (part[name] for part in parts for name in names if type(part.get(name)) is int)
         return next(found, None)
 
@@ -141,8 +146,7 @@ class PrunableCheckpoint(Checkpoint):
             Refusal: `Checkpoint.open` or `family_of` refuses it; its weights are quantised; or the stored blocks are not the
                 config's layers.
         """
-        config = _read_config(folder)
-        family = family_of(config, remote_code)
+        config, family = checked(_read_config(folder), remote_code)
         tensors = _parameters(folder)
         _check_dtypes(folder, tensors)
         _check_blocks(folder, config, family, tensors)
@@ -197,10 +201,12 @@ def load_model(
         Refusal: a tensor was missing, unexpected or of another shape (transformers itself would fill it at random), or the
             library of its quantisation is not installed.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    wraps = _read_config(folder).get("model_type") in WRAPPERS
+    auto: Any = AutoModelForImageTextToText if wraps else AutoModelForCausalLM
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto.from_pretrained(
             folder,
             dtype=dtype or "auto",
             device_map={"": device} if device else None,
@@ -214,6 +220,40 @@ def load_model(
     model, loading = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     _check_loading(folder, loading)
     return model.eval()
+
+
+def resolved_text(config: Config) -> Any:
+    """Return a config as transformers' class fills it in, of a wrapper its text model's."""
+    from transformers import CONFIG_MAPPING
+
+    # transformers tags infinity in JSON, and takes the tag off where it reads a file; no field of layers or widths holds one.
+    untagged = {name: value for name, value in config.items() if "__float__" not in json.dumps(value)}
+    return CONFIG_MAPPING[config["model_type"]].from_dict(untagged).get_text_config()
+
+
+def checked(config: dict[str, Any], remote_code: bool = False) -> tuple[dict[str, Any], Family]:
+    """Return a config, of a wrapper with what it leaves to transformers' class written out, and its family.
+
+    Raises:
+        Refusal: as `family_of`.
+    """
+    if config.get("model_type") in WRAPPERS:
+        config = _with_widths(config, family_for(config))
+    return config, family_of(config, remote_code)
+
+
+def _with_widths(config: dict[str, Any], family: Family | None) -> dict[str, Any]:
+    """Return a wrapper's config with the number of layers and the widths that it leaves to transformers' class written out."""
+    if family is None or not family.wraps:
+        return config
+    text, layout = text_part(config), family.layout
+    fields = [family.count, *((*layout.hidden, layout.ffn, layout.heads, layout.groups, layout.head) if layout else ())]
+    absent = [field for field in fields if field and field not in text]
+    if not absent:
+        return config
+    resolved = resolved_text(config)
+    filled = {field: getattr(resolved, field, None) for field in absent}
+    return with_text(config, {**text, **{field: value for field, value in filled.items() if value is not None}})
 
 
 def require_loadable(folder: Path) -> None:

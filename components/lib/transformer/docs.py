@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from components.lib.transformer.families import FAMILIES
+from components.lib.transformer.families import FAMILIES, row_of
 from components.lib.transformer.family import Family, no_heads, spelled_out, unchanged
 from components.lib.transformer.unsupported import UNSUPPORTED
+from components.lib.transformer.wrappers import WRAPPERS, Wrapper
 
 PAGE = Path(__file__).parents[3] / "docs" / "families.md"
 
@@ -29,7 +30,7 @@ def model_types() -> list[str]:
 
 def page(text: str) -> str:
     """Return docs/families.md with its generated sections written anew."""
-    for section, lines in {"supported": supported(), "refused": refused()}.items():
+    for section, lines in {"supported": supported(), "wrappers": wrappers(), "refused": refused()}.items():
         start, end = START.format(section=section), END.format(section=section)
         written = "\n".join([start, "", *lines, "", end])
         before, _, rest = text.partition(start)
@@ -42,10 +43,10 @@ def supported() -> Iterator[str]:
     import transformers
 
     types = model_types()
-    found = sum(model_type in FAMILIES for model_type in types)
+    found = sum(model_type in FAMILIES or model_type in WRAPPERS for model_type in types)
     yield (
         f"Of the {len(types)} model types that transformers {transformers.__version__} loads as causal or image-text models, {found} are "
-        f"supported; {len(types) - found} are refused, each with a reason (below)."
+        f"supported, {len(WRAPPERS)} of them as wrappers of another; {len(types) - found} are refused, each with a reason (below)."
     )
     yield ""
     yield "| `model_type` | families | what a cut of layers changes beside their number | axes of channels |"
@@ -70,6 +71,21 @@ def axes(family: Family) -> str:
     if family.layout.head is None:
         return "`ffn`; `hidden` and `heads` together"
     return "all; `hidden` stays a multiple of the heads" if family.layout.divides else "all"
+
+
+def wrappers() -> Iterator[str]:
+    """Yield a table with a row for each wrapper."""
+    yield "| `model_type` | wrappers | text model | axes of channels |"
+    yield "|---|---|---|---|"
+    for wrapper in sorted(WRAPPERS.values(), key=lambda wrapper: wrapper.model_type):
+        yield f"| `{wrapper.model_type}` | {wrapper.title} | `{wrapper.text}` | {_axes_in(wrapper)} |"
+
+
+def _axes_in(wrapper: Wrapper) -> str:
+    layout = row_of(wrapper.model_type, wrapper.text).layout
+    if layout is None:
+        return "none"
+    return "`ffn`" if layout.head is None else "`ffn`, `heads`"
 
 
 def refused() -> Iterator[str]:

@@ -17,7 +17,7 @@ from components.lib.errors import Refusal
 from components.lib.transformer.channels import layout_of
 from components.lib.transformer.checkpoint import PrunableCheckpoint, Stored, load_model
 from components.lib.transformer.families import cut_config
-from components.lib.transformer.gates import blocks, skipped
+from components.lib.transformer.gates import blocks, skipped, text_config
 from components.lib.transformer.layout import Axis
 from components.lib.transformer.narrow import narrowed
 from components.lib.transformer.selection import NO_CHANNELS, Channels
@@ -246,10 +246,11 @@ def answers(model: PreTrainedModel) -> Tensor:
 
 def _prompts(model: PreTrainedModel, length: int = 24) -> tuple[Tensor, Tensor]:
     """Return (tokens, attention mask), each (batch, length): two full rows, and two padded on the left."""
-    length = min(length, getattr(model.config, "max_position_embeddings", length) // 2)
+    config = text_config(model)
+    length = min(length, getattr(config, "max_position_embeddings", length) // 2)
     padding = torch.tensor([0, 0, length // 3, length // 2])
     draw = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.vocab_size, (len(padding), length), generator=draw)
+    tokens = torch.randint(config.vocab_size, (len(padding), length), generator=draw)
     mask = torch.arange(length).expand_as(tokens) >= padding[:, None]
     return tokens.to(model.device), mask.long().to(model.device)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -23,7 +23,6 @@ from components.lib.transformer.family import (
     Config,
     Family,
     dense_layers,
-    ends_in_full_attention,
     every_layer,
     first_sparse,
     indices,
@@ -50,8 +49,11 @@ from components.lib.transformer.layout import (
     SANDWICH,
     UNGATED,
     Layout,
+    text_part,
+    with_text,
 )
 from components.lib.transformer.unsupported import UNSUPPORTED
+from components.lib.transformer.wrappers import WRAPPERS
 
 _TYPED = MappingProxyType({"layer_types": one_each})
 _WINDOWED = MappingProxyType({"layer_types": one_each, "max_window_layers": leading})
@@ -69,13 +71,14 @@ _LINEAR = MappingProxyType(
 _LFM2 = MappingProxyType({"layer_types": one_each, "full_attn_idxs": indices})
 _GEMMA4 = MappingProxyType(
     {
-        "layer_types": ends_in_full_attention,
+        "layer_types": one_each,
         "per_layer_config": keyed,
         "vocab_size_per_layer_input": unchanged,
         "hidden_size_per_layer_input": unchanged,
         "num_kv_shared_layers": unchanged,
     }
 )
+_GEMMA4_LAST = "the config class makes the last layer one of full attention, whatever its list of types says"
 _GEMMA4_SHARES = MappingProxyType(
     {
         "hidden_size_per_layer_input": "packs an embedding of every layer into one table",
@@ -83,6 +86,14 @@ _GEMMA4_SHARES = MappingProxyType(
     }
 )
 
+_gemma4 = partial(
+    Family,
+    per_layer=_GEMMA4,
+    unsupported=_GEMMA4_SHARES,
+    fixed=lambda config, layers: (layers - 1,),
+    why_fixed=_GEMMA4_LAST,
+    layout=None,
+)
 _of_experts = partial(Family, layout=None, layers_only="is a mixture of experts")
 _of_tuples = partial(Family, tuples=True)
 _hybrid = partial(Family, layout=None, layers_only="has state-space layers, linear attention or convolutions")
@@ -323,14 +334,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             Family("bitnet", "BitNet (bf16 weights)", layout=None),
             Family("doge", "Doge", layout=None),
             Family("youtu", "Youtu-LLM", layout=None),
-            Family("gemma4_text", "Gemma 4 (text)", per_layer=_GEMMA4, unsupported=_GEMMA4_SHARES, layout=None),
-            Family(
-                "gemma4_unified_text",
-                "Gemma 4 unified (text)",
-                per_layer=_GEMMA4,
-                unsupported=_GEMMA4_SHARES,
-                layout=None,
-            ),
+            _gemma4("gemma4_text", "Gemma 4 (text)"),
+            _gemma4("gemma4_unified_text", "Gemma 4 unified (text)"),
             _of_tuples("bloom", "BLOOM", blocks="transformer.h", count="n_layer", layout=None),
             _of_tuples("falcon", "Falcon", blocks="transformer.h", layout=None),
             _of_tuples("mpt", "MPT", blocks="transformer.blocks", count="n_layers", layout=None),
@@ -454,7 +459,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _hybrid(
                 "nemotron_h",
                 "Nemotron-H and Nemotron 3",
-                stored="backbone.layers",
+                stored=("backbone.layers",),
                 counted_by="layers_block_type",
                 per_layer={
                     "layers_block_type": one_each,
@@ -478,6 +483,23 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 )
 """Every supported family by its `model_type`."""
 
+TOWERS: Mapping[str, Family] = MappingProxyType(
+    {
+        row.model_type: row
+        for row in (
+            Family("qwen2_vl_text", "Qwen2-VL (text)", per_layer=_WINDOWED, layout=replace(LLAMA, head=None)),
+            Family("qwen2_5_vl_text", "Qwen2.5-VL (text)", per_layer=_WINDOWED, layout=replace(LLAMA, head=None)),
+            Family("qwen3_vl_text", "Qwen3-VL (text)", layout=Layout({**LLAMA.modules, **HEAD_NORMS})),
+            _of_experts(
+                "qwen3_vl_moe_text",
+                "Qwen3-VL (text, experts)",
+                per_layer={"mlp_only_layers": dense_layers, "decoder_sparse_step": every_layer},
+            ),
+        )
+    }
+)
+"""Text models that exist in a wrapper only: transformers has no class that loads them alone."""
+
 
 def family_of(config: Config, remote_code: bool = False) -> Family:
     """Return the family of a config.json.
@@ -487,7 +509,8 @@ def family_of(config: Config, remote_code: bool = False) -> Family:
             an unknown family, or has a field that speaks of layers and that its row does not know.
     """
     _refuse_kinds(config, remote_code)
-    family = family_named(config.get("model_type"))
+    family = family_for(config)
+    config = text_part(config)
     layers = family.layers(config)
     for name, reason in family.unsupported.items():
         if config.get(name):
@@ -505,6 +528,22 @@ def family_of(config: Config, remote_code: bool = False) -> Family:
             )
     _check_lists(config, family, layers)
     return family
+
+
+def family_for(config: Config) -> Family:
+    """Return the row of a config, of a wrapper that of its text model in it. Raises Refusal if there is none."""
+    return row_of(config.get("model_type"), text_part(config).get("model_type"))
+
+
+@cache
+def row_of(model_type: str | None, text_type: str | None) -> Family:
+    """Return the row of a `model_type`; of a wrapper, that of a text model of `text_type` in it. Raises Refusal if there is none."""
+    wrapper = WRAPPERS.get(str(model_type))
+    if wrapper is None:
+        return family_named(model_type)
+    # Older configs state the text model's fields beside the wrapper's (Qwen2-VL).
+    text_type = wrapper.text if text_type in (None, model_type) else text_type
+    return wrapper.around(TOWERS.get(str(text_type)) or family_named(text_type))
 
 
 def family_named(model_type: object) -> Family:
@@ -533,6 +572,10 @@ def cut_config(config: Config, family: Family, layers: Sequence[int]) -> dict[st
         Refusal: an index is not of this model, or no layer would stay.
     """
     kept = kept_layers(family.layers(config), layers)
+    fixed = sorted(set(layers) - set(family.removable(config)))
+    if fixed:
+        raise Refusal(f"layer {fixed[0]} of {family.title} cannot be removed, since {family.why_fixed}: keep it")
+    whole, config = config, text_part(config)
     cut = dict(config)
     for name, rule in family.per_layer.items():
         if config.get(name) is None:
@@ -544,7 +587,7 @@ def cut_config(config: Config, family: Family, layers: Sequence[int]) -> dict[st
             cut[name] = value
     if family.count in cut or family.counted_by is None:
         cut[family.count] = len(kept)
-    return cut
+    return with_text(whole, cut)
 
 
 def kept_layers(count: int, removed: Sequence[int]) -> list[int]:
@@ -561,16 +604,17 @@ def _refuse_kinds(config: Config, remote_code: bool) -> None:
     """Refuse the kinds of model that no row can describe, before the model type is looked at."""
     kind = config.get("model_type")
     parts = [name for name in config if name in ("text_config", "vision_config", "audio_config")]
-    if parts:
+    if parts and kind not in WRAPPERS:
         raise Refusal(
             f"the model type {kind!r} wraps a text model with others (config.json has {', '.join(parts)}): save its text model alone and name that folder"
         )
     if config.get("is_encoder_decoder"):
         raise Refusal(f"the model type {kind!r} is an encoder-decoder, and only decoders are pruned: name a decoder")
     for name in ("quantization_config", "compression_config"):
-        if config.get(name):
+        stated = config.get(name) or text_part(config).get(name)
+        if stated:
             raise Refusal(
-                f"config.json's {name} says the weights are quantised{_method(config[name])}: prune the full-precision release"
+                f"config.json's {name} says the weights are quantised{_method(stated)}: prune the full-precision release"
                 f"{_full_precision(config)}, and quantise the result"
             )
     if config.get("auto_map") and not remote_code:
@@ -624,6 +668,8 @@ _NOT_PER_LAYER = frozenset(
         "auto_map",
     )
 )
+_OTHER_TOWERS = frozenset(("vision_config", "audio_config", "vision_feature_layer"))
+"""What a wrapper says of its other towers."""
 _WORDS = re.compile(r"layer|pattern|interval|period|every_n|first_k|sparse_step")
 
 
@@ -631,7 +677,7 @@ def _speaking_of_layers(config: Config, layers: int, prefix: str = "") -> Iterat
     """Yield (dotted name, value, why) of every field that may speak of single layers."""
     for key, value in config.items():
         name = f"{prefix}{key}"
-        if key in _NOT_PER_LAYER or value is None or value is False or value in ([], {}):
+        if key in _NOT_PER_LAYER or key in _OTHER_TOWERS or value is None or value is False or value in ([], {}):
             continue
         why = _speaks_of_layers(key, value, layers)
         if why:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from components.lib.errors import Refusal
-from components.lib.transformer.layout import LLAMA, Layout
+from components.lib.transformer.layout import LLAMA, Layout, text_part
 
 Config = Mapping[str, Any]
 """The mapping of a config.json."""
@@ -39,21 +40,6 @@ def indices(config: Config, field: str, kept: Sequence[int]) -> list[int]:
 def leading(config: Config, field: str, kept: Sequence[int]) -> int:
     """A number of layers counted from the first, such as `max_window_layers`."""
     return sum(layer < config[field] for layer in kept)
-
-
-def ends_in_full_attention(config: Config, field: str, kept: Sequence[int]) -> list[Any]:
-    """Gemma 4's `layer_types`: the config class makes the last layer one of full attention, whatever the list says.
-
-    Raises:
-        Refusal: the last layer that stays is of another type.
-    """
-    types = one_each(config, field, kept)
-    if types[-1] != "full_attention":
-        raise Refusal(
-            f"after the cut layer {kept[-1]} would be the last, whose type in config.json's {field} is {types[-1]!r}, and this family's "
-            "last layer must be one of full attention: keep the model's last layer"
-        )
-    return types
 
 
 def keyed(config: Config, field: str, kept: Sequence[int]) -> dict[str, Any]:
@@ -123,8 +109,8 @@ class Family:
     """The names people know it by."""
     blocks: str = "model.layers"
     """Dotted path of the blocks' `ModuleList` in the causal language model."""
-    stored: str = ""
-    """Their path in the checkpoint, if it is another."""
+    stored: tuple[str, ...] = ()
+    """Their other paths in checkpoints."""
     tuples: bool = False
     """Whether a block returns a tuple whose first item is the hidden states, and not the hidden states alone."""
     count: str = "num_hidden_layers"
@@ -141,11 +127,20 @@ class Family:
     """The prefixes of tensors that transformers ignores, such as the heads for multi-token prediction: a cut drops them."""
     layout: Layout | None = LLAMA
     """Where its channels lie; None if only layers can be removed."""
+    fixed: Callable[[Config, int], Sequence[int]] | None = None
+    """(config, number of layers) → the layers that cannot be removed."""
+    why_fixed: str = ""
+    """Why they cannot."""
+    wraps: str = ""
+    """The `model_type` of the text model, if the family wraps it with towers for other inputs (`wrappers.py`)."""
+    tower: str = ""
+    """Dotted path of the text model in a wrapper."""
     layers_only: str = ""
     """Why channels cannot be removed, such as `is a mixture of experts`; empty if the layout is only not written down yet."""
 
     def layers(self, config: Config) -> int:
         """The number of layers the config states. Raises Refusal if it states none."""
+        config = text_part(config)
         count = config.get(self.count)
         if count is None and self.counted_by and isinstance(config.get(self.counted_by), list):
             count = len(config[self.counted_by])
@@ -160,12 +155,20 @@ class Family:
 
         Checkpoints of the bare base model leave the first part of the path out (`h.0.…` for `transformer.h.0.…`).
         """
-        for path in filter(None, (self.blocks, self.stored)):
-            first, rest = path.split(".", 1)
-            found = re.match(rf"(?:{re.escape(first)}\.)?{re.escape(rest)}\.(\d+)\.", tensor)
-            if found:
-                return (int(found[1]), *found.span(1))
-        return None
+        found = next(filter(None, (pattern.match(tensor) for pattern in self.patterns)), None)
+        return (int(found[1]), *found.span(1)) if found else None
+
+    @cached_property
+    def patterns(self) -> tuple[re.Pattern[str], ...]:
+        """Match the names of the blocks' tensors, with a group that is the block's index."""
+        parts = (path.split(".", 1) for path in (self.blocks, *self.stored))
+        return tuple(re.compile(rf"(?:{re.escape(first)}\.)?{re.escape(rest)}\.(\d+)\.") for first, rest in parts)
+
+    def removable(self, config: Config) -> list[int]:
+        """Return the indices of the layers that can be removed."""
+        layers = self.layers(config)
+        fixed = self.fixed(config, layers) if self.fixed else ()
+        return [layer for layer in range(layers) if layer not in fixed]
 
     def ignores(self, tensor: str, config: Config) -> bool:
         """Say whether transformers ignores a tensor: it belongs to a head for multi-token prediction.
@@ -175,4 +178,4 @@ class Family:
         if tensor.startswith(self.ignored):
             return True
         block = self.block_of(tensor)
-        return block is not None and 0 <= block[0] - self.layers(config) < (config.get(HEADS) or 0)
+        return block is not None and 0 <= block[0] - self.layers(config) < (text_part(config).get(HEADS) or 0)

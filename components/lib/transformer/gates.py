@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from components.lib.transformer.families import family_named
+from components.lib.transformer.families import row_of
+from components.lib.transformer.family import Family
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 Placement = Literal["branch", "output"]
 Output: TypeAlias = Tensor | tuple[Any, ...]
@@ -30,10 +31,36 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
     return cast("PreTrainedModel", wrapped.get_base_model() if hasattr(model, "get_base_model") else model)
 
 
+def text_config(model: nn.Module) -> PreTrainedConfig:
+    """Return the config of the model, of a wrapper that of its text model."""
+    config: Any = unwrapped(model).config
+    return config.get_text_config()
+
+
+def family_in(model: nn.Module) -> Family:
+    """Return the row of the model's type. Raises Refusal for an unknown one."""
+    return row_of(unwrapped(model).config.model_type, text_config(model).model_type)
+
+
 def blocks(model: nn.Module) -> nn.ModuleList:
-    """Return the model's blocks, first to last. Raises Refusal for an unknown model type."""
-    causal = unwrapped(model)
-    return cast(nn.ModuleList, causal.get_submodule(family_named(causal.config.model_type).blocks))
+    """Return the model's blocks, first to last; of a wrapper those of its text model. Raises Refusal for an unknown model type."""
+    return cast(nn.ModuleList, unwrapped(model).get_submodule(family_in(model).blocks))
+
+
+def thawed(model: PreTrainedModel) -> PreTrainedModel:
+    """Let every parameter require a gradient, of a wrapper those of its text model and head alone; return the model."""
+    path = family_in(model).tower
+    if not path:
+        return model.requires_grad_(True)
+    model.requires_grad_(False)
+    for part in (model.get_submodule(path), model.get_output_embeddings()):
+        part.requires_grad_(True)
+    return model
+
+
+def removable(model: nn.Module) -> list[int]:
+    """Return the indices of the layers that can be removed, ascending."""
+    return family_in(model).removable(unwrapped(model).config.to_dict())
 
 
 @contextmanager
@@ -80,7 +107,7 @@ def bypassed(model: nn.Module, layers: Sequence[int]) -> Iterator[None]:
 
     They leave their part of the key-value cache empty: for training and perplexity, not for generation.
     """
-    tuples = family_named(unwrapped(model).config.model_type).tuples
+    tuples = family_in(model).tuples
     found = [blocks(model)[layer] for layer in set(layers)]
     # An attribute of the instance takes precedence over its class's method; one that is there already comes back.
     before = [vars(block).get("forward") for block in found]

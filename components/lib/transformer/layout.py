@@ -16,6 +16,7 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,6 +26,18 @@ from components.lib.errors import Refusal
 Axis = Literal["hidden", "ffn", "heads"]
 Part = Literal["attention", "ffn", "rest"]
 Config = Mapping[str, Any]
+
+
+def text_part(config: Config) -> Config:
+    """Return the part of a config that describes the text model: a wrapper's `text_config`, or the whole config."""
+    part = config.get("text_config")
+    return part if isinstance(part, Mapping) else config
+
+
+def with_text(config: Config, text: Config) -> dict[str, Any]:
+    """Return a config with another text model: in its `text_config` if it is a wrapper's, or in its place."""
+    return dict(text) if text_part(config) is config else {**config, "text_config": dict(text)}
+
 
 _AXIS: Mapping[str, Axis] = {"hidden": "hidden", "ffn": "ffn", "query": "heads", "key": "heads", "qkv": "heads"}
 
@@ -79,9 +92,12 @@ class Layout:
     """The config field that is false if the norms stand behind the residual sums (OPT-350m); None if the family has no such form."""
     scaled_embedding: bool = False
     """Whether embeddings are multiplied by the square root of the hidden width (Gemma)."""
+    within: re.Pattern[str] | None = None
+    """Matches the names that the layout speaks of, if those are not all: a wrapper's other towers have modules of the same names."""
 
     def widths(self, config: Config) -> Widths:
         """Return the widths that a config.json states, defaults of the transformers class included."""
+        config = text_part(config)
         hidden, heads = config[self.hidden[0]], config[self.heads]
         groups = (config.get(self.groups) if self.groups else None) or heads
         head = (config.get(self.head) if self.head else None) or hidden // heads
@@ -89,7 +105,7 @@ class Layout:
 
     def norms_after(self, config: Config) -> bool:
         """Say whether a norm stands between a branch's last projection and the residual stream, or behind their sum."""
-        behind_sum = self.norm_first is not None and config.get(self.norm_first) is False
+        behind_sum = self.norm_first is not None and text_part(config).get(self.norm_first) is False
         return behind_sum or not BRANCH_NORMS.isdisjoint(self.modules)
 
     def dimensions(self, tensor: str) -> list[list[str]]:
@@ -116,8 +132,14 @@ class Layout:
 
     def segments(self, module: str) -> list[list[str]] | None:
         """Return the segments of a module's output and, if its weight has two dimensions, of its input; None for an unknown path."""
+        if not self.speaks_of(f"{module}."):
+            return None
         found = [known for known in self.modules if module == known or module.endswith(f".{known}")]
         return [part.split("+") for part in self.modules[max(found, key=len)].split()] if found else None
+
+    def speaks_of(self, name: str) -> bool:
+        """Say whether a tensor may hold channels of the text model."""
+        return self.within is None or self.within.match(name) is not None
 
     def part(self, tensor: str) -> Part:
         """Return the part of the model that the paper (DReSS, arXiv 2501.17905) counts a tensor to."""

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from components.lib.transformer.channels import kept_indices, layout_of
-from components.lib.transformer.families import family_named
-from components.lib.transformer.gates import unwrapped
+from components.lib.transformer.gates import family_in, unwrapped
 from components.lib.transformer.selection import Channels
 
 
@@ -51,7 +50,7 @@ def readers(model: nn.Module, channels: Channels) -> Iterator[tuple[nn.Module, T
     Those are the norms over an axis, the projections from ffn and heads, and the embeddings, which begin the residual stream.
     """
     causal = unwrapped(model)
-    family = family_named(causal.config.model_type)
+    family = family_in(causal)
     layout = layout_of(family)
     widths = layout.widths(causal.config.to_dict())
     for name, module in causal.named_modules():

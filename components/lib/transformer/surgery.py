@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.lib.transformer.channels import cut_widths, kept_rows, layout_of
-from components.lib.transformer.checkpoint import INDEX, WEIGHTS, PrunableCheckpoint, Stored
-from components.lib.transformer.families import Config, Family, cut_config, family_named, kept_layers
+from components.lib.transformer.checkpoint import INDEX, WEIGHTS, PrunableCheckpoint, Stored, resolved_text
+from components.lib.transformer.families import Config, Family, cut_config, kept_layers
+from components.lib.transformer.layout import text_part, with_text
 from components.lib.transformer.selection import NO_CHANNELS, Channels
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ _COMPANIONS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
+    "*processor_config.json",
     "additional_chat_templates",
     "generation_config.json",
     "LICENSE*",
@@ -53,8 +55,10 @@ def drop_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
     """
     from torch import nn
 
-    family = family_named(model.config.model_type)
-    cut = cut_config(model.config.to_dict(), family, layers)
+    from components.lib.transformer.gates import family_in, text_config
+
+    family = family_in(model)
+    cut = text_part(cut_config(model.config.to_dict(), family, layers))
     path, name = family.blocks.rsplit(".", 1)
     parent = model.get_submodule(path)
     blocks = getattr(parent, name)
@@ -64,9 +68,12 @@ def drop_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
         for module in block.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
                 module.layer_idx = new
+    # A wrapper's text model may hold a copy of its config.
+    configs = (text_config(model), getattr(parent, "config", None))
     for field in (*family.per_layer, family.count):
-        if field in cut:
-            setattr(model.config, field, cut[field])
+        for config in filter(None, configs):
+            if field in cut:
+                setattr(config, field, cut[field])
     return model
 
 
@@ -110,18 +117,15 @@ def warn_of_dropped(checkpoint: PrunableCheckpoint) -> None:
 
 def written_out(config: Config, family: Family) -> dict[str, Any]:
     """Return the config with every per-layer field that it leaves to transformers' config class to fill in, written out."""
-    absent = [field for field in family.per_layer if config.get(field) is None]
+    text = text_part(config)
+    absent = [field for field in family.per_layer if text.get(field) is None]
     if not absent:
         return dict(config)
-    from transformers import CONFIG_MAPPING
-
-    # transformers tags infinity in JSON, and takes the tag off where it reads a file; no per-layer field holds one.
-    untagged = {name: value for name, value in config.items() if "__float__" not in json.dumps(value)}
-    resolved = CONFIG_MAPPING[family.model_type].from_dict(untagged)
+    resolved = resolved_text(config)
     # A second name of a field that the config has (`layers_block_type` of `layer_types`) stays absent.
     names = {**resolved.attribute_map, **{name: other for other, name in resolved.attribute_map.items()}}
-    filled = {field: getattr(resolved, field, None) for field in absent if names.get(field) not in config}
-    return dict(config) | {field: value for field, value in filled.items() if value is not None}
+    filled = {field: getattr(resolved, field, None) for field in absent if names.get(field) not in text}
+    return with_text(config, dict(text) | {field: value for field, value in filled.items() if value is not None})
 
 
 def remaining_config(checkpoint: PrunableCheckpoint, layers: Sequence[int], channels: Channels) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from types import MappingProxyType
 _ENCODER = "is an encoder with a head for language modelling, and only decoders are pruned"
 _HALF = "is the decoder of an encoder-decoder, whose blocks read the encoder"
 _WRAPPER = (
-    "wraps a text model with models of images, sound or other inputs: its text model can be pruned if it is saved alone"
+    "wraps a text model with models of images, sound or other inputs, in a way that no row of the wrappers describes"
 )
 _DRAFT = "drafts tokens for another model, whose cache it reads"
 _INDEXED = "looks up numbers in a layer by the layer's index, and a cut renumbers the layers"
@@ -36,15 +36,13 @@ _REASONS: Mapping[str, str] = {
         musicgen_melody
     """,
     _WRAPPER: """
-        aria aya_vision blip blip-2 chameleon cohere2_vision cohere_compass cosmos3_edge cosmos3_omni deepseek_ocr2 deepseek_vl
-        deepseek_vl_hybrid diffusion_gemma dots3_note emu3 ernie4_5_vl_moe evolla exaone4_5 fast_vlm florence2 fuyu gemma3 gemma3n
-        gemma4 gemma4_unified git glm46v glm4v glm4v_moe glm5_next glm_ocr glmga got_ocr2 granite4_vision granite_docling hunyuan_vl
-        hyperclovax_vision_v2 idefics idefics2 idefics3 inkling2 inkling_mm_model instructblip instructblipvideo internvl janus
-        kimi_k25 kosmos-2 kosmos-2.5 lfm2_vl lfm3_vl lighton_ocr llama4 llava llava_next llava_next_video llava_onevision minicpm_ocr
-        minicpmv4_6 minicpmv4_7 minimax_m3_vl mistral3 mistral_large4 mllama molmo2 moshi moss_transcribe_diarize muse_glimmer
-        muse_spark nemotron_h_omni ovis2 paddleocr_vl paligemma perception_lm phi4_multimodal pi0 pix2struct pp_chart2table
-        pp_formulanet qianfan_ocr qwen2_5_omni_thinker qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_omni_moe_thinker qwen3_vl
-        qwen3_vl_moe qwen4_exp shieldgemma2 smolvlm step3p7 t5gemma2 udop unlimited_ocr video_llama_3 video_llava vipllava
+        aria blip blip-2 chameleon cohere_compass cosmos3_edge cosmos3_omni deepseek_ocr2 deepseek_vl_hybrid diffusion_gemma
+        dots3_note emu3 ernie4_5_vl_moe evolla fast_vlm florence2 fuyu gemma3n gemma4_unified git glm46v glm4v glm4v_moe
+        glm5_next glm_ocr glmga granite4_vision granite_docling hunyuan_vl idefics inkling2 inkling_mm_model kimi_k25 instructblip
+        instructblipvideo kosmos-2 kosmos-2.5 llava_next_video minicpm_ocr minicpmv4_6 minicpmv4_7 minimax_m3_vl
+        mistral_large4 mllama molmo2 moshi moss_transcribe_diarize muse_glimmer muse_spark nemotron_h_omni ovis2 paddleocr_vl
+        perception_lm phi4_multimodal pi0 pix2struct pp_chart2table pp_formulanet qianfan_ocr qwen2_5_omni_thinker
+        qwen3_omni_moe_thinker qwen4_exp shieldgemma2 step3p7 t5gemma2 udop unlimited_ocr video_llama_3 video_llava
         vision-encoder-decoder
     """,
     _DRAFT: "gemma4_assistant gemma4_unified_assistant",

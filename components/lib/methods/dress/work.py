@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 from components.lib.methods import sample
 from components.lib.training.journal import Journal
 from components.lib.transformer.channels import channels_to_remove, layout_of
-from components.lib.transformer.families import family_named
-from components.lib.transformer.gates import blocks, bypassed
+from components.lib.transformer.gates import blocks, bypassed, family_in
 from components.lib.transformer.layout import Axis, axis_of
 from components.lib.transformer.selection import Channels, Selection
 
@@ -34,7 +33,7 @@ def choose(
     settings: Dress, model: PreTrainedModel, windows: Tensor, before: Selection, *, journal: Journal
 ) -> Selection:
     """Choose as many channels of every layer as the ratios ask for; layers that are removed lose none."""
-    family = family_named(model.config.model_type)
+    family = family_in(model)
     removed = channels_to_remove(family, model.config.to_dict(), settings.ratios, settings.multiple)
     scores = _SCORES[settings.channels](settings, model, windows, before, journal)
 
@@ -54,7 +53,7 @@ class _Tally:
     """The scores of every channel, summed over the tensors."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.family = family_named(model.config.model_type)
+        self.family = family_in(model)
         self.layout = layout_of(self.family)
         self.widths = self.layout.widths(model.config.to_dict())
         rows: dict[Axis, int] = {"hidden": 1, "ffn": len(blocks(model)), "heads": len(blocks(model))}
@@ -142,7 +141,7 @@ def _moments(
     settings: Dress, model: PreTrainedModel, windows: Tensor, before: Selection, journal: Journal
 ) -> dict[str, _Moments]:
     """Return the moments of what every projection with a known layout reads, by its name, with the layers removed so far bypassed."""
-    layout = layout_of(family_named(model.config.model_type))
+    layout = layout_of(family_in(model))
     measured = sample(windows)
     summed: dict[str, tuple[int, Tensor, Tensor]] = {}
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +25,7 @@ from transformers import PreTrainedModel
 from components.lib.training.journal import Journal, Silent
 from components.lib.training.refit import runs_of
 from components.lib.transfers.merge import Merge
-from components.lib.transformer.gates import blocks, bypassed, final_state
+from components.lib.transformer.gates import blocks, bypassed, final_state, removable
 from components.lib.transformer.selection import Selection
 
 if TYPE_CHECKING:
@@ -38,11 +39,15 @@ def choose(settings: LaCo, model: PreTrainedModel, windows: Tensor, *, journal: 
     stay, order = list(range(len(blocks(model)))), list[int]()
     count, threshold = settings.count(len(stay)), settings.threshold
     distances: dict[int, float] = {}
+    free = set(removable(model))
     while len(order) < count:
         refused = list[float]()
         at = max(0, len(stay) - settings.merged)
         while at >= 0 and len(order) < count:
-            group = stay[at + 1 : at + settings.merged][: count - len(order)]
+            group = list(takewhile(free.__contains__, stay[at + 1 : at + settings.merged]))[: count - len(order)]
+            if not group:
+                at -= 1
+                continue
             with _merged(model, [*order, *group]):
                 similarity = _similarity(dense, _final_states(model, measured, settings.batch_size))
             distances |= dict.fromkeys(group, 1 - similarity)

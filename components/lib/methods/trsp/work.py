@@ -17,7 +17,7 @@ from components.lib.methods import sample
 from components.lib.methods.trsp.gates import learn_gates
 from components.lib.methods.trsp.trajectory import Step, draw, save
 from components.lib.training.journal import Journal
-from components.lib.transformer.gates import blocks
+from components.lib.transformer.gates import blocks, removable
 from components.lib.transformer.perplexity import perplexities_without
 from components.lib.transformer.selection import Selection
 
@@ -78,7 +78,7 @@ class _Search:
 
     def remove(self) -> None:
         """Remove the layer of the smallest gate, or the layer of the shortlist that costs the least perplexity."""
-        left = [layer for layer in range(len(self.gates)) if layer not in self.order]
+        left = [layer for layer in removable(self.model) if layer not in self.order]
         smallest = sorted(left, key=lambda layer: self.gates[layer].item())
         listed = smallest[: max(1, self.settings.shortlist)]
         if self.settings.shortlist > 0:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from components.lib.errors import Refusal
 from components.lib.methods import LayerMethod, known_methods
@@ -22,6 +22,7 @@ from components.lib.transformer.removal import Removal
 from components.lib.transformer.selection import Selection
 from tests.components.lib.methods.layers import LAYERS, OF_LAYERS, choose, cost
 from tests.components.lib.training.tiny import Written, counting, same, weights
+from tests.components.lib.transformer.wrapped import WRAPPED
 from tests.components.lib.transformer.zoo import SPECIMENS, release
 
 BLIND = ("last", "random")
@@ -84,6 +85,28 @@ class TestEveryMethodOfLayers:
 
     def test_explains_the_scores_that_it_leaves(self, model: LlamaForCausalLM, method: str) -> None:
         assert choose(model, method, 1, steps=2).scores.keys() == known_methods()[method].scores.keys()
+
+
+@pytest.fixture(scope="module")
+def with_fixed_layers() -> PreTrainedModel:
+    """A model of whose six layers the first two cannot be removed."""
+    return next(wrapped for wrapped in WRAPPED if wrapped.model_type == "qwen3_vl").model(LAYERS)
+
+
+@pytest.mark.parametrize("method", OF_LAYERS)
+def test_layers_that_cannot_be_removed_are_not_chosen(with_fixed_layers: PreTrainedModel, method: str) -> None:
+    found = choose(with_fixed_layers, method, 3, steps=2)  # type: ignore[arg-type]
+    assert len(found.removed) == 3
+    assert set(found.removed) <= {2, 3, 4, 5}
+
+
+@pytest.mark.parametrize("method", OF_LAYERS)
+def test_more_than_can_be_removed_is_refused_before_the_work(
+    with_fixed_layers: PreTrainedModel, method: str, tmp_path: Path
+) -> None:
+    checkpoint = PrunableCheckpoint.open(release(with_fixed_layers, tmp_path))
+    with pytest.raises(Refusal, match=r"removes 4 layers, but of Qwen3-VL at most 3 of 6 can be removed"):
+        of_layers(method, 4 / 6).check(checkpoint)
 
 
 @pytest.mark.parametrize("method", ["prunecomp", "seam", "shortgpt", "sleb", "trsp"])

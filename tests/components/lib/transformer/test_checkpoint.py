@@ -78,7 +78,9 @@ def test_a_model_of_another_family_is_read_and_not_pruned(model_type: str, tmp_p
 
 def test_the_text_model_of_a_multimodal_one_is_read_and_not_pruned(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": config, "vision_config": {}}))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "mllama", "text_config": config, "vision_config": {}})
+    )
     checkpoint = Checkpoint.open(folder)
     assert (checkpoint.family, checkpoint.layers, checkpoint.longest_context) == (None, 3, 64)
     with pytest.raises(Refusal, match="wraps a text model"):

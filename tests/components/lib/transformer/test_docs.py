@@ -10,6 +10,8 @@ from components.lib.errors import Refusal
 from components.lib.transformer.docs import PAGE, model_types, page
 from components.lib.transformer.families import FAMILIES, family_of
 from components.lib.transformer.unsupported import UNSUPPORTED
+from components.lib.transformer.wrappers import WRAPPERS
+from tests.components.lib.transformer.wrapped import WRAPPED
 from tests.components.lib.transformer.zoo import MODERN, SPECIMENS
 
 
@@ -25,7 +27,10 @@ def test_the_page_names_every_type() -> None:
 
 @pytest.mark.parametrize("model_type", model_types())
 def test_every_type_is_held_by_the_contract_or_refused_by_name(model_type: str) -> None:
-    if model_type in FAMILIES:
+    if model_type in WRAPPERS:
+        assert model_type in {wrapped.model_type for wrapped in WRAPPED}
+        assert model_type not in UNSUPPORTED
+    elif model_type in FAMILIES:
         assert model_type in {specimen.model_type for specimen in (*SPECIMENS, *MODERN)}
         assert model_type not in UNSUPPORTED
     else:

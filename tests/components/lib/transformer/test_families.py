@@ -88,7 +88,7 @@ def test_impossible_cuts_are_refused(removed: list[int], said: str) -> None:
         ),
         ({"compression_config": {"quant_method": "fp8"}}, "compression_config"),
         ({"model_type": "t5", "is_encoder_decoder": True}, "'t5' is an encoder-decoder"),
-        ({"model_type": "gemma3", "text_config": {}, "vision_config": {}}, "'gemma3' wraps a text model"),
+        ({"model_type": "mllama", "text_config": {}, "vision_config": {}}, "'mllama' wraps a text model"),
         ({"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}, "auto_map .* is not run"),
     ],
 )

@@ -10,7 +10,6 @@ from components.lib.errors import Refusal
 from components.lib.transformer.families import FAMILIES, cut_config, family_of
 from components.lib.transformer.family import (
     Rule,
-    ends_in_full_attention,
     first_sparse,
     keyed,
     last_sparse,
@@ -44,7 +43,6 @@ KEPT = [1, 2, 5]
         (last_sparse, -1, -1),
         (no_heads, 1, 0),
         (unchanged, ["full_attention", "moe"], ["full_attention", "moe"]),
-        (ends_in_full_attention, ["a", "b", "c", "d", "e", "full_attention"], ["b", "c", "full_attention"]),
     ],
 )
 def test_a_rule_gives_the_cut_model_s_value(rule: Rule, before: Any, after: Any) -> None:
@@ -52,12 +50,13 @@ def test_a_rule_gives_the_cut_model_s_value(rule: Rule, before: Any, after: Any)
 
 
 def test_gemma_4_keeps_a_last_layer_of_full_attention() -> None:
+    """The methods know it before their work, and choose among the others."""
+    gemma, config = FAMILIES["gemma4_text"], {"num_hidden_layers": 3}
+    assert gemma.removable(config) == [0, 1]
     with pytest.raises(
-        Refusal, match=r"layer 1 would be the last, whose type .* is 'sliding_attention'.*keep the model's last layer"
+        Refusal, match=r"layer 2 of Gemma 4 \(text\) cannot be removed, since the config class makes the last"
     ):
-        ends_in_full_attention(
-            {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types", [0, 1]
-        )
+        cut_config(config, gemma, (2,))
 
 
 def test_a_list_counts_the_layers_of_a_config_without_a_count() -> None:
