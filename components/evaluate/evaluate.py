@@ -23,8 +23,10 @@ from torch import Tensor
 from components.evaluate.context import machine
 from components.evaluate.continuations import questions, write_task
 from components.evaluate.prompts import continue_prompts
+from components.evaluate.served import measure_served
 from components.evaluate.speed import measure_speed, peak_memory, prefill_flops, prompt_batch
 from components.evaluate.zero_shot import Scores, zero_shot
+from components.lib import vllm
 from components.lib.errors import Refusal
 from components.lib.recipe.schema import Evaluate
 from components.lib.tasks.load import Loaded, load_tasks
@@ -301,13 +303,17 @@ def _speed(
 ) -> dict[str, dict[str, Any]]:
     """Measure the speed of a group of models in turns."""
     tokens = next(iter(tokenized.values())).windows.flatten()
-    length = evaluate.speed.prompt + evaluate.speed.generate
+    length = evaluate.speed.length
     longest = {name: evaluated.checkpoint.longest_context for name, evaluated in group.items()}
     fitting = {name: evaluated for name, evaluated in group.items() if (longest[name] or length) >= length}
     progress.advance((len(group) - len(fitting)) * _tokens_of_speed(evaluate))
     group = fitting
+    if evaluate.speed.backend == "vllm":
+        checkpoints = {name: evaluated.checkpoint for name, evaluated in group.items()}
+        figures = measure_served(checkpoints, evaluate.speed, done=progress.advance)
     models = {name: evaluated.load() for name, evaluated in group.items()}
-    figures = measure_speed(models, evaluate.speed, tokens, done=progress.advance)
+    if evaluate.speed.backend == "transformers":
+        figures = measure_speed(models, evaluate.speed, tokens, done=progress.advance)
     flops = {name: prefill_flops(model, evaluate.speed.prompt) for name, model in models.items()}
     largest = prompt_batch(tokens, max(evaluate.speed.batches), evaluate.speed.prompt)
     peaks = {name: peak_memory(model, largest) for name, model in models.items()}
@@ -318,6 +324,9 @@ def _context(
     evaluate: Evaluate, tokenized: Mapping[str, TokenizedText], digests: Mapping[str, str], together: bool
 ) -> dict[str, Any]:
     """Return the data, the settings and the machine of the numbers."""
+    here = machine()
+    if evaluate.speed.enabled and evaluate.speed.backend == "vllm":
+        here["versions"]["vllm"] = vllm.installed()[1]
     return {
         "length": evaluate.length,
         "tokens": {name: text.windows.numel() for name, text in tokenized.items()},
@@ -326,7 +335,7 @@ def _context(
         "seed": SEED,
         "task_limit": evaluate.task_limit,
         "speed": evaluate.speed.model_dump(mode="json") | {"interleaved": together},
-        **machine(),
+        **here,
     }
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import gc
 import inspect
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +26,12 @@ from components.lib.recipe.schema import Speed
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Figures = dict[str, float | str | None]
-"""`tokens_per_second`, `latency_ms_p50` and `latency_ms_p90`; all None, with a `reason`, if the batch did not fit in memory."""
+Figures = dict[str, Any]
+"""`tokens_per_second`, `latency_ms_p50`, `latency_ms_p90`, and `turns`, the tokens per second of each repetition; the first
+three None, with a `reason`, if the batch was not measured."""
 
 SpeedOf = dict[str, dict[str, Figures]]
-"""Phase (`prefill`, `decode`) → batch size as a string → figures."""
+"""Phase (`prefill`, `decode`, and `throughput` behind a server) → batch size as a string → figures."""
 
 
 @dataclass
@@ -38,8 +40,8 @@ class _Timings:
 
     prefill: list[float] = field(default_factory=list)
     """One for each repetition."""
-    decode: list[float] = field(default_factory=list)
-    """One for each decoded token, over all repetitions."""
+    decode: list[list[float]] = field(default_factory=list)
+    """One for each decoded token, by repetition."""
     failure: str | None = None
 
 
@@ -52,7 +54,8 @@ def measure_speed(
     """Measure the speed of the models side by side.
 
     The prefill latency is that of a whole pass, the decode latency that of one step (a token of every sequence);
-    throughput is computed from the medians. The figures of a batch that does not fit in memory are None, with a reason.
+    throughput is the median of the repetitions. The figures of a batch that does not fit in memory are None, with a reason.
+    Without tokens to decode, prefill alone is measured.
 
     Args:
         models: in evaluation mode, all on one device.
@@ -60,7 +63,8 @@ def measure_speed(
         tokens: (any number,), the prompts are filled with them, repeated as needed.
         done: called after each pass with the number of its tokens, prompt and generated.
     """
-    results: dict[str, SpeedOf] = {name: {"prefill": {}, "decode": {}} for name in models}
+    phases = ("prefill", "decode") if speed.generate else ("prefill",)
+    results: dict[str, SpeedOf] = {name: {phase: {} for phase in phases} for name in models}
     for batch in speed.batches:
         ids = prompt_batch(tokens, batch, speed.prompt)
         timings = {name: _Timings() for name in models}
@@ -70,8 +74,11 @@ def measure_speed(
                 if done:
                     done(batch * (speed.prompt + speed.generate))
         for name, timing in timings.items():
-            results[name]["prefill"][str(batch)] = _figures(timing.prefill, batch * speed.prompt, timing.failure)
-            results[name]["decode"][str(batch)] = _figures(timing.decode, batch, timing.failure)
+            read = [batch * speed.prompt / seconds for seconds in timing.prefill]
+            results[name]["prefill"][str(batch)] = figures([timing.prefill], read, timing.failure)
+            if speed.generate:
+                steps = [batch / statistics.median(seconds) for seconds in timing.decode]
+                results[name]["decode"][str(batch)] = figures(timing.decode, steps, timing.failure)
     return results
 
 
@@ -95,13 +102,14 @@ def _time(model: PreTrainedModel, prompts: Tensor, generate: int, timings: _Timi
     else:
         if not warm_up:
             timings.prefill.append(prefill)
-            timings.decode.extend(decode)
+            timings.decode.append(decode)
         return
     # Free after the handler: inside it the exception still holds the frames with the activations.
-    _free_memory()
+    free_memory()
 
 
-def _free_memory() -> None:
+def free_memory() -> None:
+    """Give memory of models and activations that are no longer referenced back to the device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -162,14 +170,24 @@ class _CudaClock:
         return [before.elapsed_time(after) / 1000 for before, after in zip(self._marks, self._marks[1:], strict=False)]
 
 
-def _figures(seconds: list[float], tokens: int, failure: str | None) -> Figures:
-    """Return the figures of passes, given the seconds of each and the `tokens` that each reads or writes."""
+def figures(seconds: Sequence[Sequence[float]], throughput: Sequence[float], failure: str | None = None) -> Figures:
+    """Return the figures of one phase at one batch size.
+
+    Args:
+        seconds: latencies, in groups of any size.
+        throughput: tokens per second of each repetition.
+        failure: why the batch was not measured.
+    """
     if failure:
         return {"tokens_per_second": None, "latency_ms_p50": None, "latency_ms_p90": None, "reason": failure}
-    p50, p90 = (
-        torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.5, 0.9], dtype=torch.float64)).tolist()
-    )
-    return {"tokens_per_second": tokens / p50, "latency_ms_p50": 1000 * p50, "latency_ms_p90": 1000 * p90}
+    each = torch.tensor([one for group in seconds for one in group], dtype=torch.float64)
+    p50, p90 = each.quantile(torch.tensor([0.5, 0.9], dtype=torch.float64)).tolist()
+    return {
+        "tokens_per_second": statistics.median(throughput),
+        "latency_ms_p50": 1000 * p50,
+        "latency_ms_p90": 1000 * p90,
+        "turns": list(throughput),
+    }
 
 
 @torch.inference_mode()

@@ -52,10 +52,12 @@ def _complete(given: References, recipe: Recipe) -> References:
 
 
 def _unused(recipe: Recipe) -> tuple[str, ...]:
-    """Without tasks, lm-eval and its version change nothing."""
-    if recipe.evaluate.tasks or recipe.evaluate.continuations:
-        return ()
-    return ("components.evaluate.zero_shot", "components.evaluate.continuations", "components.lib.tasks.load")
+    """Without tasks, lm-eval and its version change nothing; nor does what is for servers, if none is measured."""
+    tasks = ("components.evaluate.zero_shot", "components.evaluate.continuations", "components.lib.tasks.load")
+    return (
+        *(() if recipe.evaluate.tasks or recipe.evaluate.continuations else tasks),
+        *(() if recipe.evaluate.speed.backend == "vllm" else ("components.evaluate.served", "components.lib.vllm")),
+    )
 
 
 STAGE = Stage("evaluate", Inputs, work, sections=("evaluate",), complete=_complete, unused=_unused)

@@ -1,9 +1,10 @@
-"""The checks of a release against a recipe, made once, before any work."""
+"""The checks of a release and of the installed programs against a recipe, made once, before any work."""
 
 from __future__ import annotations
 
+from components.lib import vllm
 from components.lib.errors import Refusal
-from components.lib.recipe.schema import Recipe
+from components.lib.recipe.schema import Recipe, Speed
 from components.lib.transformer.checkpoint import PrunableCheckpoint
 
 
@@ -22,3 +23,9 @@ def check_release(checkpoint: PrunableCheckpoint, recipe: Recipe) -> None:
     for field, length in recipe.lengths().items():
         if most is not None and length > most:
             raise Refusal(f"{field} is {length}, and the model reads {most} tokens at most: set it to {most} or less")
+
+
+def check_speed(speed: Speed) -> None:
+    """Raise Refusal if speed is measured with vLLM, and vLLM is not installed."""
+    if speed.enabled and speed.backend == "vllm":
+        vllm.installed()

@@ -51,6 +51,15 @@ class SigningSettings(BaseSettings):
     """Whether this process signs by Sigstore with the identity of its workload (keyless)."""
 
 
+class VllmSettings(BaseSettings):
+    """vLLM (ESPALIER_VLLM_*)."""
+
+    model_config = SettingsConfigDict(env_prefix="ESPALIER_VLLM_", env_ignore_empty=True, extra="ignore")
+
+    python: str | None = None
+    """The interpreter of an environment that has vLLM."""
+
+
 class MlflowSettings(BaseSettings):
     """MLflow (MLFLOW_*). The Kubeflow server's MLflow plugin sets `experiment_id` and `run_id` in each task."""
 

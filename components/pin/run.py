@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from components.lib.checks import check_speed
 from components.lib.recipe.loading import parse_recipe
 from components.lib.stage.events import reported
 from components.lib.store.store import Reference, Store
@@ -15,6 +16,7 @@ def pin_run(release: str, recipe: str, name: str, run: str) -> tuple[str, str, s
     with reported("pin", run):
         store = Store.from_environment()
         parsed = parse_recipe(recipe)
+        check_speed(parsed.evaluate.speed)
         pinned = pin_files(parsed, store)
         texts = {dotted: str(text.path) for dotted, text in pinned.texts()}
         check_loadable(pinned.evaluate, store)

@@ -11,7 +11,7 @@ from components.lib.errors import Refusal
 from components.lib.store.store import Store
 from components.lib.tracking.registry import Version
 from components.register.format import ABSENT, count, number, percent, times
-from components.register.measured import Context, Measured, figure, ratio, unlike
+from components.register.measured import SPEEDS, Context, Measured, figure, ratio, unlike
 from components.register.report import Report
 
 SHORT = 12
@@ -98,7 +98,7 @@ def _measured(one: Measured, other: Measured) -> Iterator[tuple[str, str, Any]]:
         yield "accuracy", task, percent
     for size in ("parameters", "bytes", "peak_memory"):
         yield size, "", count
-    for phase in ("prefill", "decode"):
+    for phase in SPEEDS:
         for batch in dict.fromkeys(batch for model in models for batch in model.speed.get(phase, {})):
             yield phase, batch, number
 

@@ -25,6 +25,9 @@ def finite(value: Any) -> Any:
 Metric = Annotated[float | None, BeforeValidator(finite)]
 """A measured number, None if there is none. NaN and infinities become None, so that a report is plain JSON."""
 
+SPEEDS = ("prefill", "decode", "throughput")
+"""The phases of speed; the last one is measured behind a server alone."""
+
 
 class Throughput(BaseModel):
     """Speed of one phase at one batch size."""
@@ -34,6 +37,13 @@ class Throughput(BaseModel):
     tokens_per_second: Metric = None
     latency_ms_p50: Metric = None
     latency_ms_p90: Metric = None
+    turns: tuple[float, ...] = ()
+    """Tokens per second of each repetition, in which all models took their turn."""
+
+    def spread(self, base: Throughput) -> tuple[float, float] | None:
+        """Return the smallest and the largest ratio to another model's throughput in the same repetition; None without repetitions."""
+        found = [one / other for one, other in zip(self.turns, base.turns, strict=False) if other]
+        return (min(found), max(found)) if found else None
 
 
 class Measured(BaseModel):
@@ -52,7 +62,7 @@ class Measured(BaseModel):
     tasks: dict[str, dict[str, Metric]] = {}
     """By the task's name: its metrics and their standard errors, as lm-eval names them."""
     speed: dict[str, dict[str, Throughput]] = {}
-    """By phase (`prefill`, `decode`), then by batch size; a phase that was not measured is left out."""
+    """By phase of `SPEEDS`, then by batch size; a phase that was not measured is left out."""
     prefill_flops: int | None = None
     """Floating-point operations of one prompt."""
     peak_memory: int | None = None
@@ -92,7 +102,7 @@ def figure(model: Measured, name: str, part: str) -> Accuracy | None:
     value: float | None
     if name == "perplexity":
         value = model.perplexity.get(part)
-    elif name in ("prefill", "decode"):
+    elif name in SPEEDS:
         value = model.tokens_per_second(name, part)
     else:
         value = getattr(model, name)
@@ -160,11 +170,15 @@ def unlike(figure: str, part: str, found: Context, other: Context) -> str:
             )
         if found.task_limit != other.task_limit:
             return f"measured on {found.task_limit or 'all'} examples a task, not on {other.task_limit or 'all'}"
-    if figure in ("prefill", "decode", "peak_memory"):
+    if figure in SPEEDS:
+        backend, wanted = (one.speed.get("backend", "transformers") for one in (found, other))
+        if backend != wanted:
+            return f"measured with {backend}, not with {wanted}"
+    if figure in (*SPEEDS, "peak_memory"):
         for name, unit in (("prompt", "tokens of prompt"), ("generate", "generated tokens")):
             if found.speed.get(name) != other.speed.get(name):
                 return f"measured with {found.speed.get(name, 'unknown')} {unit}, not with {other.speed.get(name)}"
-    if figure in ("prefill", "decode") and other.machine and found.machine != other.machine:
+    if figure in SPEEDS and other.machine and found.machine != other.machine:
         return f"measured on {found.machine or 'an unknown machine'}, not on {other.machine}"
     return ""
 

@@ -124,7 +124,7 @@ def serve(
     port: Annotated[int, typer.Option(help="The port on the loopback address.")] = 8000,
     python: Annotated[
         str | None,
-        typer.Option(help="The interpreter of the environment that has vLLM.", envvar="ESPALIER_VLLM_PYTHON"),
+        typer.Option(help="The interpreter of an environment that has vLLM; that of ESPALIER_VLLM_PYTHON if absent."),
     ] = None,
     home: Home = HOME,
 ) -> None:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from components.lib import vllm
 from components.lib.errors import Refusal
 from components.lib.store.store import Store
 from components.lib.tracking.registry import Version
-
-LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -56,21 +54,16 @@ def server(model: Path, port: int, python: str | None = None, options: Sequence[
     Args:
         model: the folder of the checkpoint, whose name requests give in the field `model`.
         port: a port of the loopback address.
-        python: the interpreter of the environment that vLLM is installed in; this one if it is absent.
+        python: the interpreter of the environment that vLLM is installed in; that of ESPALIER_VLLM_PYTHON, or this one, if it is absent.
         options: further options of the server.
 
     Raises:
         Refusal: the named interpreter is missing, or no server is installed.
     """
-    if python is not None and shutil.which(python) is None:
-        raise Refusal(f"--python is {python!r}, which is no program: name the interpreter of vLLM's environment")
-    place = ("--host", LOOPBACK, "--port", str(port))
-    if python is not None or importlib.util.find_spec("vllm"):
-        interpreter = shutil.which(python or sys.executable) or sys.executable
-        # The command `vllm` asks for a distribution of that name, which builds for CPUs do not have.
-        entry = ("-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", model.name)
-        offline = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-        return Server("vllm", (interpreter, *entry, *place, *options), offline, model.parent)
+    found = vllm.interpreter(python)
+    if found:
+        command = vllm.server_command(found, model, model.name, port, options)
+        return Server("vllm", command, vllm.ENVIRONMENT, model.parent)
     if not all(importlib.util.find_spec(package) for package in ("fastapi", "uvicorn", "openai")):
         raise Refusal(
             "no server is installed: install espalier[serve] for `transformers serve`, or name the interpreter of an "
@@ -78,4 +71,5 @@ def server(model: Path, port: int, python: str | None = None, options: Sequence[
         )
     # It takes a folder as the name of the model, so it runs beside the folder.
     run = ("-c", "from transformers.cli.transformers import main; main()", "serve", model.name)
+    place = ("--host", vllm.LOOPBACK, "--port", str(port))
     return Server("transformers", (sys.executable, *run, *place, *options), {"HF_HUB_OFFLINE": "1"}, model.parent)

@@ -53,16 +53,45 @@ class Calibration(Section):
     seed: int = Field(0, description="Seed of the draw.")
 
 
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "latency": {"batches": [1], "prompt": 2048, "generate": 0, "repeats": 50},
+    # The first of 128 tokens comes with the prompt's pass.
+    "throughput": {"batches": [64], "prompt": 64, "generate": 127, "repeats": 10},
+}
+"""The protocols of the papers on removing layers, by name."""
+
+
 class Speed(Section):
     """The measurement of prefill speed and decode speed."""
 
     enabled: bool = Field(True, description="Whether speed is measured.")
+    backend: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="The program that runs the models: transformers in the stage itself, or vLLM's server, asked by vLLM's own benchmark, with every batch size as the number of concurrent requests. ESPALIER_VLLM_PYTHON names the interpreter of an environment that has vLLM.",
+    )
+    protocol: Literal["latency", "throughput"] | None = Field(
+        None,
+        description="The papers' protocol, which replaces the four fields below. latency: batch 1, a prompt of 2048 tokens, 50 times. throughput: batch 64, 64 tokens in, 128 out, 10 times.",
+    )
     batches: tuple[Count, ...] = Field((1, 8, 64), description="Batch sizes.")
     prompt: Count = Field(512, description="Tokens of the prompt, in prefill and decode.")
-    generate: Count = Field(32, description="Tokens decoded after the prompt.")
+    generate: Annotated[int, Field(ge=0)] = Field(
+        32, description="Tokens decoded after the prompt and the first token; 0: decode is not measured."
+    )
     repeats: Count = Field(
         5, description="Measured repetitions, after one warm-up; the median and the 90th percentile are reported."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_protocol(cls, value: Any) -> Any:
+        protocol = value.get("protocol") if isinstance(value, dict) else None
+        return {**value, **PROTOCOLS[protocol]} if isinstance(protocol, str) and protocol in PROTOCOLS else value
+
+    @property
+    def length(self) -> int:
+        """Tokens that a model must be able to read; vLLM counts the last generated one, which nothing reads."""
+        return self.prompt + self.generate + (self.backend == "vllm")
 
 
 class Evaluate(Section):
@@ -202,7 +231,7 @@ class Recipe(Section):
         """Return every number of tokens that a model of this recipe must be able to read, by its field."""
         speed = self.evaluate.speed
         asked = {"calibration.length": self.calibration.length, "evaluate.length": self.evaluate.length or 0}
-        return asked | ({"evaluate.speed.prompt + generate": speed.prompt + speed.generate} if speed.enabled else {})
+        return asked | ({"evaluate.speed.prompt + generate": speed.length} if speed.enabled else {})
 
     def texts(self) -> Iterator[tuple[str, Text]]:
         """Yield every text of the recipe with its dotted name."""

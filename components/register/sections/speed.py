@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from components.register.format import ABSENT, number, times
-from components.register.measured import Measured, names, ratio
+from components.register.measured import Measured, Throughput, names, ratio
 from components.register.report import Curves, Report
 from components.register.sections.section import Cell, ReportSection
 
@@ -25,7 +25,9 @@ def speed(report: Report, curves: Curves) -> ReportSection:
     """Compare the models phase by phase."""
     dense, candidate = report.dense, report.candidate
     promised = times(ratio(dense.prefill_flops, candidate.prefill_flops), 2) if candidate.prefill_flops else ""
-    return ReportSection("Speed", "speed.html.j2", {"phases": _phases(report.models()), "promised": promised})
+    served = report.parsed_recipe().evaluate.speed.backend == "vllm"
+    data = {"phases": _phases(report.models()), "promised": promised, "served": served}
+    return ReportSection("Speed", "speed.html.j2", data)
 
 
 def _phases(models: Mapping[str, Measured]) -> list[Phase]:
@@ -45,6 +47,9 @@ def _pace(model: Measured, dense: Measured, phase: str, batch: str) -> Cell:
     found = model.speed[phase].get(batch)
     if found is None:
         return Cell(ABSENT)
-    speedup = times(ratio(found.tokens_per_second, dense.tokens_per_second(phase, batch)), 2)
+    base = dense.speed.get(phase, {}).get(batch, Throughput())
+    speedup = times(ratio(found.tokens_per_second, base.tokens_per_second), 2)
+    if model is not dense and (spread := found.spread(base)):
+        speedup += f" ({spread[0]:.2f} to {spread[1]:.2f})"
     latency = f"{number(found.latency_ms_p50)} / {number(found.latency_ms_p90)} ms"
     return Cell(number(found.tokens_per_second), speedup, latency)

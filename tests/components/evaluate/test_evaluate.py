@@ -179,7 +179,7 @@ def test_the_context_goes_with_the_numbers(models: dict, texts: dict, tmp_path: 
     assert context["tokens"] == {"home": 192, "away": 192}  # 200 tokens: 12 windows of 16
     assert context["digests"] == {"home": "abc"}
     assert context["speed"] == {
-        "enabled": True, "batches": [1, 3], "prompt": 8, "generate": 2, "repeats": 2, "interleaved": True,
+        "enabled": True, "backend": "transformers", "protocol": None, "batches": [1, 3], "prompt": 8, "generate": 2, "repeats": 2, "interleaved": True,
     }  # fmt: skip
     assert context["versions"]["torch"] == torch.__version__
     assert {"device", "cpu", "gpu", "threads", "seed", "batch_size", "task_limit"} <= set(context)

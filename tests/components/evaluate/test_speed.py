@@ -41,13 +41,23 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, tuple[int, .
 
 def test_throughput_comes_from_the_median_of_passes_and_of_steps(model: PreTrainedModel, scripted: list) -> None:
     found = measure_speed({"dense": model}, settings(), TOKENS)["dense"]
-    assert found["prefill"]["2"] == pytest.approx(
-        {"tokens_per_second": 2 * 8 / 2.0, "latency_ms_p50": 2000, "latency_ms_p90": 2000}
-    )
-    assert found["decode"]["2"] == pytest.approx(
-        {"tokens_per_second": 2 / 0.2, "latency_ms_p50": 200, "latency_ms_p90": 300}
-    )
+    assert found["prefill"]["2"] == {
+        "tokens_per_second": 2 * 8 / 2.0,
+        "latency_ms_p50": 2000,
+        "latency_ms_p90": 2000,
+        "turns": [8, 8],
+    }
+    assert found["decode"]["2"] == {
+        "tokens_per_second": 2 / 0.2,
+        "latency_ms_p50": pytest.approx(200),
+        "latency_ms_p90": pytest.approx(300),
+        "turns": [10, 10],
+    }
     assert list(found["prefill"]) == ["1", "2"]
+
+
+def test_without_tokens_to_decode_prefill_alone_is_timed(model: PreTrainedModel) -> None:
+    assert list(measure_speed({"dense": model}, settings(generate=0), TOKENS)["dense"]) == ["prefill"]
 
 
 def test_models_take_turns_inside_each_repetition_after_a_warm_up(model: PreTrainedModel, scripted: list) -> None:

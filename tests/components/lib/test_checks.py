@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
-from components.lib.checks import check_release
+from components.lib.checks import check_release, check_speed
 from components.lib.errors import Refusal
+from components.lib.recipe.schema import Speed
 from components.lib.transformer.checkpoint import PrunableCheckpoint
 from tests.components.lib.recipe.smallest import recipe
 from tests.components.lib.transformer import zoo
@@ -55,3 +58,16 @@ def test_a_length_beyond_what_the_model_reads_is_refused_by_its_field(
 
 def test_the_length_of_a_speed_that_is_not_measured_does_not_count(checkpoint: PrunableCheckpoint) -> None:
     check_release(checkpoint, recipe(**FITS | {"evaluate__speed": {"enabled": False, "prompt": 512}}))
+
+
+def test_a_missing_vllm_is_refused_if_speed_is_measured_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = Speed(backend="vllm")
+    with pytest.raises(
+        Refusal, match=r"backend is vllm, which is not installed: name the interpreter .* in ESPALIER_VLLM_PYTHON"
+    ):
+        check_speed(served)
+    monkeypatch.setenv("ESPALIER_VLLM_PYTHON", sys.executable)
+    with pytest.raises(Refusal, match=f"not installed in the environment of {sys.executable}"):
+        check_speed(served)
+    check_speed(Speed())
+    check_speed(served.model_copy(update={"enabled": False}))

@@ -200,6 +200,12 @@ def test_the_bare_minimum_is_a_page_too(tmp_path: Path) -> None:
     assert "Training Before the cut" not in page.text
 
 
+def test_a_speed_up_has_the_range_of_its_turns(rewrite: Rewrite, models: dict[str, Any]) -> None:
+    for name, turns in (("dense", [100.0, 50.0]), ("candidate", [130.0, 60.0])):
+        models[name]["speed"]["prefill"]["8"]["turns"] = turns
+    assert "(1.20 to 1.30)" in page_of(rewrite(models)).text
+
+
 def test_a_missing_number_is_a_dash_never_a_zero(rewrite: Rewrite, models: dict[str, Any]) -> None:
     models["candidate"]["perplexity"]["technical"] = None
     text = page_of(rewrite(models)).text

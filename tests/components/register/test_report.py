@@ -40,7 +40,12 @@ def test_report_json_has_the_fields_that_are_promised(report: Report) -> None:
     assert set(told["controls"]) == {"pruned-first", "dense-trained"}
     for model in (told["dense"], told["candidate"], told["champion"], *told["controls"].values()):
         assert {"parameters", "bytes", "perplexity", "speed"} <= set(model)
-    assert set(told["candidate"]["speed"]["decode"]["8"]) == {"tokens_per_second", "latency_ms_p50", "latency_ms_p90"}
+    assert set(told["candidate"]["speed"]["decode"]["8"]) == {
+        "tokens_per_second",
+        "latency_ms_p50",
+        "latency_ms_p90",
+        "turns",
+    }
     assert told["candidate"]["perplexity"] == {"wikitext2": 58.72, "technical": 259.1}
     assert {"name", "value", "bound", "passed", "why"} <= set(told["verdict"]["rules"][0])
     assert set(told["registered"]) == {"name", "version", "aliases", "source"}

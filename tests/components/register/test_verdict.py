@@ -183,6 +183,7 @@ def test_a_figure_that_was_not_measured_fails_its_rule(figure: str, left_out: st
         ("accuracy", "versions", {"lm_eval": None}, "measured with an unknown version of lm-eval"),
         ("mean_accuracy", "task_limit", None, "measured on all examples a task, not on 500"),
         ("prefill", "speed", {"prompt": 32, "generate": 8}, "measured with 32 tokens of prompt, not with 64"),
+        ("decode", "speed", {"backend": "vllm"}, "measured with vllm, not with transformers"),
         ("peak_memory", "speed", {}, "measured with unknown tokens of prompt, not with 64"),
     ],
 )

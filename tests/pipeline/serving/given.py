@@ -56,7 +56,6 @@ def answering(
 ) -> Iterator[str]:
     """Run a server in a folder until the block ends; yield its address as soon as it answers."""
     given = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", **environment}
-    given.pop("ESPALIER_VLLM_PYTHON", None)
     with log.open("w") as said:
         process = subprocess.Popen(list(command), env=given, cwd=folder, stdout=said, stderr=said)
     try:

@@ -50,7 +50,7 @@ class TestAnUnknownField:
     def test_is_refused_with_all_known_ones_if_none_is_near(self) -> None:
         said = refusal(evaluate__speed__zzz=1)
         assert said.startswith(
-            "the recipe's field 'evaluate.speed.zzz' is not known: known there are enabled, batches,"
+            "the recipe's field 'evaluate.speed.zzz' is not known: known there are enabled, backend,"
         )
 
     def test_is_found_inside_a_named_text(self) -> None:

@@ -209,6 +209,8 @@ def test_the_lengths_that_a_model_must_read_are_told_by_their_fields() -> None:
         "evaluate.length": 24,
         "evaluate.speed.prompt + generate": 35,
     }
+    served = recipe(calibration__length=16, evaluate__speed=speed | {"backend": "vllm"})
+    assert served.lengths()["evaluate.speed.prompt + generate"] == 36
     quiet = recipe(calibration__length=16, evaluate__speed=speed | {"enabled": False})
     assert quiet.lengths() == {"calibration.length": 16, "evaluate.length": 16}
 
@@ -264,3 +266,15 @@ class TestATarget:
         made = recipe(target={"max_perplexity_ratio": 1.15}).with_ratios({"trsp": 0.125})
         assert made.target
         assert made.methods.chosen[0].asked("layers") == 0.125
+
+
+class TestAProtocolOfThePapers:
+    def test_replaces_the_fields_and_stays_the_same_when_it_is_written(self) -> None:
+        latency = recipe(evaluate__speed={"protocol": "latency", "batches": [8], "prompt": 512})
+        speed = latency.evaluate.speed
+        assert (speed.batches, speed.prompt, speed.generate, speed.repeats) == ((1,), 2048, 0, 50)
+        assert parse_recipe(latency.to_yaml()) == latency
+
+    def test_of_throughput_writes_128_tokens(self) -> None:
+        speed = recipe(evaluate__speed={"protocol": "throughput"}).evaluate.speed
+        assert (speed.batches, speed.prompt, speed.generate + 1, speed.repeats) == ((64,), 64, 128, 10)
