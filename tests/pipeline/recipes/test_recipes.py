@@ -22,6 +22,8 @@ from components.lib.recipe.schema import Recipe, Text
 RECIPES = sorted((Path(pipeline.__file__).parent / "recipes").glob("*.yaml"))
 WHOLE = ["dress", "seam", "trsp"]
 PEERS = [path for path in RECIPES if path.stem in ("laco", "last", "prunecomp", "random", "replaceme", "taylor")]
+CHANNELS = {"flap": "fluctuation", "wanda": "wanda", "magnitude": "magnitude"}
+"""The recipes of channels that dress is compared with, by their choice."""
 BASELINES = [path for path in RECIPES if path.stem in ("sleb", "shortgpt")]
 
 
@@ -51,7 +53,8 @@ def value(settings: Mapping[str, Any], dotted: str) -> Any:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_shipped_recipe_is_valid_and_named_after_its_method(path: Path) -> None:
-    assert [method.name for method in load_recipe(path).methods.chosen] == [path.stem]
+    method = "dress" if path.stem in CHANNELS else path.stem
+    assert [chosen.name for chosen in load_recipe(path).methods.chosen] == [method]
 
 
 def test_every_method_ships_a_recipe() -> None:
@@ -106,6 +109,20 @@ def test_a_peer_has_the_texts_and_the_training_of_trsp_and_its_own_transfer(path
     assert (transfer and transfer.name) == own
     assert peer.regularize.model_copy(update={"transfer": trsp.regularize.transfer}) == trsp.regularize
     assert (peer.calibration, peer.recover) == (trsp.calibration, trsp.recover)
+
+
+@pytest.mark.parametrize(("name", "channels"), CHANNELS.items())
+def test_a_peer_of_channels_is_dress_but_for_its_choice_and_its_transfer(name: str, channels: str) -> None:
+    peer, dress = load_recipe(RECIPES[0].with_stem(name)), load_recipe(RECIPES[0].with_stem("dress"))
+    assert peer.regularize.transfer.chosen is None
+    same = peer.model_copy(
+        update={
+            "methods": load_recipe(RECIPES[0].with_stem(name), ["methods.dress.channels=activation"]).methods,
+            "regularize": peer.regularize.model_copy(update={"transfer": dress.regularize.transfer}),
+        }
+    )
+    assert same == dress
+    assert [method.model_dump()["channels"] for method in peer.methods.chosen] == [channels]
 
 
 @pytest.mark.parametrize("path", BASELINES, ids=lambda path: path.stem)
