@@ -11,12 +11,15 @@ the perplexity without any training (`transfer`). For each RECIPE/SEED of `--tra
 
 With `--tasks FOLDER` the dense model and the trained models of the first seed answer the tasks there (lm-eval's files) too.
 
-A figure is written as soon as it is made, and made once: run it again to go on. `--table` prints the tables from what is there.
+A figure is written as soon as it is made, and made once: run it again to go on. `python -m benchmarks.evidence_page` makes docs/evidence.md
+of the files in benchmarks/figures.
 """
 
 from __future__ import annotations
 
-import statistics
+import argparse
+import shlex
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -38,7 +41,6 @@ from components.lib.training.regularize import needs_teacher, regularize
 from components.lib.transformer.gates import bypassed
 from components.lib.transformer.narrow import narrowed
 from components.lib.transformer.selection import NOTHING, Channels, Selection
-from components.register.accuracy import judged_tasks, mean_accuracy
 from pipeline.recipes import find_recipe
 
 OURS = "seam"
@@ -49,6 +51,19 @@ class Evidence:
 
     def __init__(self, bench: Bench, figures: Figures) -> None:
         self.bench, self.figures = bench, figures
+
+    @classmethod
+    def open(cls, arguments: argparse.Namespace) -> Evidence:
+        """Open the inputs, and the file of figures with what the page says about them."""
+        bench = Bench(arguments)
+        training = load_recipe(find_recipe(OURS), list(arguments.set)).regularize
+        said = {
+            "title": arguments.title,
+            "calibration": arguments.calibration.name,
+            "steps": f"{training.steps} steps of {training.batch_size} windows",
+            "command": shlex.join(["python", "-m", "benchmarks.evidence", *map(_without_folder, sys.argv[1:])]),
+        }
+        return cls(bench, Figures(Path(arguments.out), bench.conditions() | said))
 
     def recipe(self, name: str, ratio: float) -> Recipe:
         """Return a shipped recipe with the ratio set on each of its methods, and the command's fields."""
@@ -141,6 +156,12 @@ class Evidence:
         return figure
 
 
+def _without_folder(argument: str) -> str:
+    """Return an argument of the command with a file's name in place of its path."""
+    name, equals, path = argument.rpartition("=")
+    return f"{name}{equals}{Path(path).name}" if "/" in path else argument
+
+
 def cells(evidence: Evidence) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     """Yield the figures to make, with how and from what: the first seed of every recipe before the second of any."""
     arguments = evidence.bench.arguments
@@ -159,53 +180,8 @@ def cells(evidence: Evidence) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
         yield f"dense-trained/{seed}", evidence.dense_trained, (arguments.ratios[0], seed)
 
 
-def tables(bench: Bench, figures: Figures) -> Iterator[str]:
-    """Yield Markdown: a table for each ratio, with medians over the seeds that are there and, in brackets, least and greatest.
-
-    A trained model stands beside its control: the ratio of the two, seed by seed, is the median, the least and the greatest.
-    """
-    arguments, held = bench.arguments, figures.figures
-    names = judged_tasks(held["dense"].get("tasks", {}))
-
-    def cell(values: Sequence[float], form: str) -> str:
-        if not values:
-            return ""
-        middle = f"{statistics.median(values):{form}}"
-        return middle if len(values) == 1 else f"{middle} ({min(values):{form}} to {max(values):{form}})"
-
-    def row(title: str, prefix: str, over: str = "") -> str | None:
-        found = {seed: held[f"{prefix}/{seed}"] for seed in arguments.seeds if f"{prefix}/{seed}" in held}
-        if not found:
-            return None
-        cells = [cell([figure[text] for figure in found.values()], ".1f") for text in bench.tests]
-        means = [mean for one in found.values() if (mean := mean_accuracy(one.get("tasks", {}), names))]
-        if names:
-            cells.append(cell([100 * mean.value for mean in means], ".1f"))
-        both = [(one, held[f"{over}/{seed}"]) for seed, one in found.items() if f"{over}/{seed}" in held]
-        cells += [cell([one[text] / other[text] for one, other in both], ".3f") for text in bench.tests]
-        return f"| {title} | " + " | ".join([*cells, str(len(found))]) + " |"
-
-    heads = [*bench.tests, *(["tasks, mean accuracy, %"] if names else [])]
-    heads += [f"{text}, over its control" for text in bench.tests]
-    for ratio in arguments.ratios:
-        yield f"\n| at {ratio:g} | " + " | ".join([*heads, "seeds"]) + " |"
-        yield "|---|" + "---|" * (len(heads) + 1)
-        dense = mean_accuracy(held["dense"].get("tasks", {}), names)
-        cells = [f"{held['dense'][text]:.1f}" for text in bench.tests] + ([f"{100 * dense.value:.1f}"] if dense else [])
-        yield "| dense | " + " | ".join(cells) + " |" * (len(bench.tests) + 2)
-        rows = [row("dense, the same training", "dense-trained")]
-        for name in arguments.recipes:
-            control = f"control/{name}/{ratio}"
-            rows += [
-                row(f"`{name}`, no training", f"transfer/{name}/{ratio}"),
-                row(f"`{name}`, trained", f"candidate/{name}/{ratio}", control),
-                row(f"control of `{name}`: cut first, the same training", control),
-            ]
-        yield from (some for some in rows if some)
-
-
 def main() -> None:
-    """Parse the command, make the figures that are missing, and print the tables."""
+    """Parse the command, and make the figures that are missing."""
     arguments = parser(__doc__.splitlines()[0])
     arguments.add_argument("--recipes", nargs="+", default=[OURS, "shortgpt", "last", "random"])
     arguments.add_argument("--trained", nargs="*", default=[], metavar="RECIPE/SEED", help="which are trained")
@@ -214,16 +190,15 @@ def main() -> None:
     arguments.add_argument("--tasks", type=Path, metavar="FOLDER", help="task files of lm-eval, for the first seed")
     arguments.add_argument("--task-limit", type=int, default=400, help="examples of each task")
     arguments.add_argument("--choosing", type=int, help="choose on the first windows only")
-    arguments.add_argument("--table", action="store_true", help="print the tables of what is there, and make nothing")
-    bench = Bench(arguments.parse_args())
-    figures = Figures(Path(bench.arguments.out), bench.conditions())
-    if not bench.arguments.table:
-        for name, make, inputs in cells(Evidence(bench, figures)):
-            try:
-                figures.get(name, make, *inputs)
-            except Refusal as refusal:
-                print(f"{name}: {refusal}", flush=True)
-    print("\n".join(tables(bench, figures)))
+    arguments.add_argument(
+        "--title", default="Every method on one release", help="the section's title in docs/evidence.md"
+    )
+    evidence = Evidence.open(arguments.parse_args())
+    for name, make, inputs in cells(evidence):
+        try:
+            evidence.figures.get(name, make, *inputs)
+        except Refusal as refusal:
+            print(f"{name}: {refusal}", flush=True)
 
 
 if __name__ == "__main__":
