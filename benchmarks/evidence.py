@@ -94,13 +94,15 @@ class Evidence:
         held = {"removed": list(selection.removed), "channels": selection.channels.model_dump(mode="json")}
         return held | {"seconds": round(time.monotonic() - start)}
 
-    def transferred(self, name: str, ratio: float, seed: int) -> tuple[PreTrainedModel, Selection]:
-        """Return the full-size model after the recipe's transfer, and its selection."""
+    def _transferred(self, name: str, ratio: float, seed: int) -> tuple[PreTrainedModel, Selection, dict[str, Any]]:
+        """Return the full-size model after the recipe's transfer, its selection, and what the transfer alone gives."""
+        start = time.monotonic()
         selection, model = self.selection(name, ratio, seed), self.bench.model()
         transfer = self.recipe(name, ratio).regularize.transfer.chosen
         if transfer:
             transfer.apply(model, self.bench.windows(seed), selection, journal=Silent())
-        return model, selection
+        seconds = round(time.monotonic() - start)
+        return model, selection, {"seconds": seconds, **self.bench.perplexities(model, selection)}
 
     def dense(self) -> dict[str, Any]:
         """Measure the dense model."""
@@ -108,13 +110,12 @@ class Evidence:
 
     def untrained(self, name: str, ratio: float, seed: int) -> dict[str, Any]:
         """Measure the recipe's transfer alone."""
-        start = time.monotonic()
-        model, selection = self.transferred(name, ratio, seed)
-        return {"seconds": round(time.monotonic() - start), **self.bench.perplexities(model, selection)}
+        return self._transferred(name, ratio, seed)[2]
 
     def candidate(self, name: str, ratio: float, seed: int) -> dict[str, Any]:
-        """Measure the transfer with the training behind it."""
-        model, selection = self.transferred(name, ratio, seed)
+        """Measure the transfer with the training behind it, and the transfer alone on the way."""
+        model, selection, alone = self._transferred(name, ratio, seed)
+        self.figures.get(f"transfer/{name}/{ratio}/{seed}", lambda: alone)
         return self._trained(model, selection, ratio, seed, first=False)
 
     def control(self, name: str, ratio: float, seed: int) -> dict[str, Any]:
