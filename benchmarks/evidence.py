@@ -9,7 +9,7 @@ the perplexity without any training (`transfer`). For each RECIPE/SEED of `--tra
     candidate       the transfer, then the training of the recipe `seam`, the same for all, with the parts closed from the first step
     control         the same parts cut first, no transfer, the same training
 
-With `--tasks FOLDER` the dense model and the trained models of the first seed answer the tasks there (lm-eval's files) too.
+With `--tasks FOLDER` the dense model and the trained models of the first seed at the last ratio answer the tasks there (lm-eval's files) too.
 
 A figure is written as soon as it is made, and made once: run it again to go on. `python -m benchmarks.evidence_page` makes docs/evidence.md
 of the files in benchmarks/figures.
@@ -106,7 +106,7 @@ class Evidence:
 
     def dense(self) -> dict[str, Any]:
         """Measure the dense model."""
-        return self._measured(self.bench.model(), NOTHING, self.bench.arguments.seeds[0])
+        return self._measured(self.bench.model(), NOTHING, tasks=True)
 
     def untrained(self, name: str, ratio: float, seed: int) -> dict[str, Any]:
         """Measure the recipe's transfer alone."""
@@ -138,21 +138,23 @@ class Evidence:
         windows: Tensor = self.bench.windows(seed)
         model = regularize(model, teacher, windows, selection, settings, already_cut=first, journal=Losses())
         seconds = round(time.monotonic() - start)
-        return {"seconds": seconds, **self._measured(model, NOTHING if first else selection, seed)}
+        arguments = self.bench.arguments
+        tasks = (ratio, seed) == (arguments.ratios[-1], arguments.seeds[0])
+        return {"seconds": seconds, **self._measured(model, NOTHING if first else selection, tasks)}
 
-    def _measured(self, model: PreTrainedModel, without: Selection, seed: int) -> dict[str, Any]:
-        """Return the perplexities, and the scores on the tasks if they are asked for and the seed is the first."""
+    def _measured(self, model: PreTrainedModel, without: Selection, tasks: bool) -> dict[str, Any]:
+        """Return the perplexities, and the scores on the tasks if the command names any."""
         arguments = self.bench.arguments
         figure: dict[str, Any] = dict(self.bench.perplexities(model, without))
-        if arguments.tasks and seed == arguments.seeds[0]:
+        if arguments.tasks and tasks:
             with (
                 tempfile.TemporaryDirectory() as folder,
                 bypassed(model, without.removed),
                 narrowed(model, without.channels),
             ):
-                tasks = load_tasks(folders=[collect(arguments.tasks, Path(folder))])
+                loaded = load_tasks(folders=[collect(arguments.tasks, Path(folder))])
                 figure["tasks"] = zero_shot(
-                    tasks, model, self.bench.tokenizer, batch_size=16, limit=arguments.task_limit
+                    loaded, model, self.bench.tokenizer, batch_size=16, limit=arguments.task_limit
                 )
         return figure
 
@@ -188,7 +190,7 @@ def main() -> None:
     arguments.add_argument("--trained", nargs="*", default=[], metavar="RECIPE/SEED", help="which are trained")
     arguments.add_argument("--controls", nargs="*", default=[OURS], help="recipes whose trained cells have a control")
     arguments.add_argument("--dense-trained", nargs="*", type=int, default=[], metavar="SEED")
-    arguments.add_argument("--tasks", type=Path, metavar="FOLDER", help="task files of lm-eval, for the first seed")
+    arguments.add_argument("--tasks", type=Path, metavar="FOLDER", help="task files of lm-eval")
     arguments.add_argument("--task-limit", type=int, default=400, help="examples of each task")
     arguments.add_argument("--choosing", type=int, help="choose on the first windows only")
     arguments.add_argument(

@@ -31,7 +31,7 @@ fits; the training behind it has the same tokens, steps, objective and parameter
 transfer. Perplexity is measured on texts that nothing was chosen or trained on, in windows of the training's length.
 
 A cell is the median over the seeds, with the least and the greatest in brackets if there are several. A ratio is taken seed by seed before its median: below 1
-the candidate is better. Accuracy is the mean over the tasks, normalised by length if a task has that metric, of the first seed only.
+the candidate is better. Accuracy is the mean over the tasks, normalised by length if a task has that metric, of one seed.
 docs/methods.md describes the methods.
 """
 
