@@ -32,7 +32,7 @@ transfer. Perplexity is measured on texts that nothing was chosen or trained on,
 
 A cell is the median over the seeds, with the least and the greatest in brackets if there are several. A ratio is taken seed by seed before its median: below 1
 the candidate is better. Accuracy is the mean over the tasks, normalised by length if a task has that metric, of one seed.
-docs/methods.md describes the methods.
+docs/methods.md describes the methods. A row or a seed that is missing is not measured yet: the command above the table goes on with it.
 """
 
 
@@ -97,7 +97,7 @@ def cell(values: Sequence[float], form: str) -> str:
 
 def page() -> str:
     """Return docs/evidence.md."""
-    found = [Table(**json.loads(path.read_text())) for path in sorted(FIGURES.glob("evidence-*.json"))]
+    found = [Table(**json.loads(path.read_text())) for path in sorted(FIGURES.glob("evidence-*.json"), reverse=True)]
     return "\n".join([INTRODUCTION, *(line for table in found for line in _section(table))])
 
 
