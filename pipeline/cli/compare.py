@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich.markup import escape
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from components.lib.errors import Refusal
 from components.register.format import ABSENT, times
-from pipeline.cli.options import ERROR, HOME, PASS, Home, Image, console
+from pipeline.cli.options import ERROR, HOME, PASS, Cluster, Home, Image, Mutable, Place, console, runner_on
 
 if TYPE_CHECKING:
     from pipeline.compare.comparison import Comparison, Row
@@ -37,22 +37,24 @@ def compare(
             help="Another value for a field; methods.NAME.… applies to the recipes that name this method.",
         ),
     ] = None,
-    on: Annotated[
-        Literal["local", "docker"], typer.Option(help="Where the stages run: processes or containers of this machine.")
-    ] = "local",
+    on: Place = "local",
     image: Image = None,
+    profile: Cluster = "plain",
+    mutable_image: Mutable = False,
+    parallel: Annotated[
+        int | None, typer.Option(min=1, help="How many cells run side by side on a cluster; 2 when absent.")
+    ] = None,
     home: Home = HOME,
 ) -> None:
     """Compare recipes over ratios and seeds, and register nothing. Exit status 0: every cell was measured; 1: one failed."""
     from pipeline.compare.cells import load_recipes
     from pipeline.runners.compare import compare as run_cells
-    from pipeline.runners.docker import IMAGE, DockerRunner
-    from pipeline.runners.local import LocalRunner
 
     loaded = load_recipes(recipes, set_ or ())
     parts = _numbers("--ratios", ratios, float), _numbers("--seeds", seeds, int)
-    runner = DockerRunner(image or IMAGE) if on == "docker" else LocalRunner()
-    command = _command(recipes, model, ratios, seeds, set_ or (), on)
+    runner = runner_on(on, image, profile, mutable_image, parallel)
+    place = {"--on": on, "--profile": profile if on == "kubeflow" else "", "--parallel": str(parallel or "")}
+    command = _command(recipes, model, ratios, seeds, set_ or (), place if on != "local" else {})
     compared = run_cells(loaded, model, *parts, home, console, command, runner)
     _show(compared.comparison)
     for suffix in ("html", "csv", "json"):
@@ -68,12 +70,14 @@ def _numbers(option: str, text: str, kind: Callable[[str], T]) -> list[T]:
         raise Refusal(f"{option} is {text!r}: write {name} with commas between them, such as {option} 0,1") from None
 
 
-def _command(recipes: Sequence[str], model: str, ratios: str, seeds: str, overrides: Sequence[str], on: str) -> str:
+def _command(
+    recipes: Sequence[str], model: str, ratios: str, seeds: str, overrides: Sequence[str], place: Mapping[str, str]
+) -> str:
     words = ["espalier", "compare", *recipes, "--model", model]
     words += ["--ratios", ratios] if ratios else []
     words += ["--seeds", seeds] if seeds else []
     words += [word for override in overrides for word in ("--set", override)]
-    return shlex.join([*words, *(["--on", on] if on != "local" else [])])
+    return shlex.join([*words, *(word for option, value in place.items() if value for word in (option, value))])
 
 
 def _show(comparison: Comparison) -> None:

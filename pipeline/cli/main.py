@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -15,7 +15,20 @@ from components.lib.recipe.loading import load_recipe
 from components.lib.recipe.schema import Recipe
 from pipeline.cli.compare import compare
 from pipeline.cli.models import diff, models, promote, rollback
-from pipeline.cli.options import ERROR, FAIL, HOME, PASS, Cluster, Home, Image, Mutable, console, write_or_print
+from pipeline.cli.options import (
+    ERROR,
+    FAIL,
+    HOME,
+    PASS,
+    Cluster,
+    Home,
+    Image,
+    Mutable,
+    Place,
+    console,
+    runner_on,
+    write_or_print,
+)
 from pipeline.cli.schedule import schedule_app
 from pipeline.cli.serving import deploy, manifest, package, serve
 from pipeline.cli.watch import watch
@@ -34,8 +47,6 @@ for _name, _value in {
     "TOKENIZERS_PARALLELISM": "1",
 }.items():
     os.environ.setdefault(_name, _value)
-
-Place = Literal["local", "docker", "kubeflow"]
 
 app = typer.Typer(
     help="Recompress large language models: regularise, then prune, measured and registered.",
@@ -70,16 +81,14 @@ def run(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Another value for a field, such as methods.trsp.ratio=0.5."),
     ] = None,
-    on: Annotated[
-        Place, typer.Option(help="Where the stages run: processes here, containers here, or a cluster.")
-    ] = "local",
+    on: Place = "local",
     image: Image = None,
     profile: Cluster = "plain",
     mutable_image: Mutable = False,
     home: Home = HOME,
 ) -> None:
     """Recompress a release, measure it and register it. Exit status 0: the rules hold; 3: a rule fails; 1: an error."""
-    runner = _runner(on, image, profile, mutable_image)
+    runner = runner_on(on, image, profile, mutable_image)
     _run(load_recipe(find_recipe(recipe), set_ or ()), model, name, home, runner)
 
 
@@ -116,7 +125,7 @@ def demo(
     with bar("making a release", console) as journal:
         release = make_release(home / "demo", journal=journal)
     recipe = load_recipe(find_recipe("trsp"), [*OVERRIDES, *release.overrides()])
-    _run(recipe, str(release.model), "demo", home, _runner("local"))
+    _run(recipe, str(release.model), "demo", home, runner_on("local"))
 
 
 def _demo_real(home: Path) -> None:
@@ -125,7 +134,7 @@ def _demo_real(home: Path) -> None:
     console.print("unpacking the model")
     release = make_real_release(home / "demo-real")
     recipe = load_recipe(find_recipe("shortgpt"), [*OVERRIDES, *release.overrides()])
-    _run(recipe, str(release.model), "demo-real", home, _runner("local"))
+    _run(recipe, str(release.model), "demo-real", home, runner_on("local"))
 
 
 @app.command()
@@ -162,21 +171,6 @@ def services_status(home: Home = HOME) -> None:
     for service in Services(home).status():
         table.add_row(service.name, service.address, str(service.pid or ""), "yes" if service.running else "no")
     console.print(table)
-
-
-def _runner(on: Place, image: str | None = None, profile: str = "plain", mutable: bool = False) -> Runner:
-    if on == "kubeflow":
-        from pipeline.kubeflow.profile import Profile
-        from pipeline.runners.kubeflow import KubeflowRunner
-
-        return KubeflowRunner(Profile.load(profile, image), mutable)
-    if on == "docker":
-        from pipeline.runners.docker import IMAGE, DockerRunner
-
-        return DockerRunner(image or IMAGE)
-    from pipeline.runners.local import LocalRunner
-
-    return LocalRunner()
 
 
 def _run(recipe: Recipe, model: str, name: str, home: Path, runner: Runner) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 
 from components.lib.errors import Refusal
+
+if TYPE_CHECKING:
+    from pipeline.runners.runner import Runner
 
 PASS, ERROR, FAIL = 0, 1, 3
 """Exit status: every candidate passed its rules (or there was nothing to do); an error; a candidate failed its rules."""
@@ -19,6 +22,10 @@ HOME = Path(".espalier")
 
 console = Console()
 
+Place = Annotated[
+    Literal["local", "docker", "kubeflow"],
+    typer.Option(help="Where the stages run: processes here, containers here, or a cluster."),
+]
 Home = Annotated[Path, typer.Option(help="The folder that holds all state.", envvar="ESPALIER_HOME")]
 Image = Annotated[
     str | None, typer.Option(help="The stages' image; for a cluster with its digest.", envvar="ESPALIER_IMAGE")
@@ -31,6 +38,34 @@ Mutable = Annotated[
 ]
 RecipeName = Annotated[str | None, typer.Option(help="The recipe of every source that names none.")]
 AtMost = Annotated[int, typer.Option(min=1, help="How many releases are recompressed at the same time.")]
+
+
+def runner_on(
+    on: str, image: str | None = None, profile: str = "plain", mutable: bool = False, parallel: int | None = None
+) -> Runner:
+    """Return the runner of a place, with the options that count there.
+
+    Raises:
+        Refusal: the profile is wrong, or `parallel` is given for a place that runs one cell after the other.
+    """
+    if parallel and on != "kubeflow":
+        raise Refusal(
+            f"--parallel is for --on kubeflow: with --on {on} the cells run one after the other, so that they do not disturb "
+            "each other's speed"
+        )
+    if on == "kubeflow":
+        from pipeline.compare.pipeline import AT_MOST
+        from pipeline.kubeflow.profile import Profile
+        from pipeline.runners.kubeflow import KubeflowRunner
+
+        return KubeflowRunner(Profile.load(profile, image), mutable, parallel=parallel or AT_MOST)
+    if on == "docker":
+        from pipeline.runners.docker import IMAGE, DockerRunner
+
+        return DockerRunner(image or IMAGE)
+    from pipeline.runners.local import LocalRunner
+
+    return LocalRunner()
 
 
 @contextmanager

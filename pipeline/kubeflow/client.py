@@ -58,6 +58,7 @@ class PipelineRun:
     run_id: str
     address: str
     """Its page in the web interface."""
+    arguments: Mapping[str, Any]
 
 
 class _KfpClient(kfp.Client):
@@ -109,7 +110,7 @@ class KubeflowClient:
             return PipelineVersion(pipeline_id, found, version)
 
     def start(
-        self, version: PipelineVersion, label: str, arguments: Mapping[str, str], profile: Profile
+        self, version: PipelineVersion, label: str, arguments: Mapping[str, Any], profile: Profile
     ) -> PipelineRun:
         """Start a run of the version.
 
@@ -117,9 +118,8 @@ class KubeflowClient:
             Unavailable: the server does not take it.
         """
         with self.asked():
-            experiment = self.client.create_experiment(self.server.experiment, namespace=self.server.namespace)
             run = self.client.run_pipeline(
-                experiment.experiment_id,
+                self.experiment_id(),
                 label,
                 params=dict(arguments),
                 pipeline_id=version.pipeline_id,
@@ -127,7 +127,27 @@ class KubeflowClient:
                 pipeline_root=profile.pipeline_root,
                 service_account=profile.service_account,
             )
-        return PipelineRun(run.run_id, self.address(run.run_id))
+        return PipelineRun(run.run_id, self.address(run.run_id), arguments)
+
+    def running(self, label: str) -> PipelineRun | None:
+        """Return the newest run with this label if it has not ended.
+
+        Raises:
+            Unavailable: the server does not answer.
+        """
+        with self.asked():
+            runs = self.client.list_runs(
+                experiment_id=self.experiment_id(), sort_by="created_at desc", filter=_equals(label)
+            ).runs
+        newest = next((run for run in runs or () if run.display_name == label), None)
+        if newest is None or newest.state in ENDED:
+            return None
+        return PipelineRun(newest.run_id, self.address(newest.run_id), newest.runtime_config.parameters)
+
+    def experiment_id(self) -> str:
+        """Return the id of the profile's experiment, which is made if it is missing."""
+        experiment = self.client.create_experiment(self.server.experiment, namespace=self.server.namespace)
+        return str(experiment.experiment_id)
 
     def address(self, run_id: str) -> str:
         """Return the run's page in the web interface."""
@@ -146,28 +166,37 @@ class KubeflowClient:
             Unavailable: the server has not answered for ten minutes; the run goes on.
         """
         reported: set[tuple[str, str]] = set()
+        for seen in self.looks(run, pause):
+            for name, event, seconds in _events(seen):
+                if (name, event) not in reported:
+                    reported.add((name, event))
+                    on_event(name, event, seconds)
+        return seen
+
+    def looks(self, run: PipelineRun, pause: float = 5.0) -> Iterator[V2beta1Run]:
+        """Yield the run every `pause` seconds, the last time in its final state.
+
+        Raises:
+            Unavailable: as `follow`.
+        """
         answered = time.monotonic()
         while True:
             try:
                 with self.asked(f"; the run goes on: {run.address}"):
                     seen = self.client.get_run(run.run_id)
-                answered = time.monotonic()
             except Unavailable:
                 if time.monotonic() - answered > PATIENCE:
                     raise
             else:
-                for name, event, seconds in _events(seen):
-                    if (name, event) not in reported:
-                        reported.add((name, event))
-                        on_event(name, event, seconds)
+                yield seen
                 if seen.state in ENDED:
-                    return seen
+                    return
+                answered = time.monotonic()
             time.sleep(pause)
 
     def _version(self, pipeline_id: str, name: str) -> str | None:
         """Return the id of the pipeline's version with this name, or None."""
-        predicates = {"predicates": [{"operation": "EQUALS", "key": "display_name", "string_value": name}]}
-        found = self.client.list_pipeline_versions(pipeline_id, filter=json.dumps(predicates)).pipeline_versions or []
+        found = self.client.list_pipeline_versions(pipeline_id, filter=_equals(name)).pipeline_versions or []
         return next((one.pipeline_version_id for one in found if one.display_name == name), None)
 
     @contextlib.contextmanager
@@ -197,6 +226,11 @@ def failed_task(run: V2beta1Run) -> str:
 def succeeded(run: V2beta1Run) -> bool:
     """Return True if the run succeeded."""
     return run.state == "SUCCEEDED"
+
+
+def _equals(name: str) -> str:
+    """Return the filter for what is displayed under this name."""
+    return json.dumps({"predicates": [{"operation": "EQUALS", "key": "display_name", "string_value": name}]})
 
 
 def _events(run: V2beta1Run) -> Iterator[tuple[str, str, float | None]]:

@@ -36,14 +36,17 @@ def configured(graph: GraphComponent, configure: Callable[[PipelineTask], object
 def configured_for_cluster(graph: GraphComponent, profile: Profile, mutable: bool = False) -> GraphComponent:
     """Return the pipeline in the profile's image, each task with the resources that the profile gives its stage.
 
+    A pipeline inside of it is left as it is: configure that one first.
+
     Raises:
         Refusal: the profile names no image, or names one by a tag and `mutable` is False.
     """
     image = profile.pinned_image(mutable)
 
     def configure(task: PipelineTask) -> None:
-        task.set_container_image(image)
-        profile.configure(task)
+        if task.container_spec is not None:
+            task.set_container_image(image)
+            profile.configure(task)
 
     return configured(graph, configure)
 

@@ -9,20 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from croniter import croniter
-from kfp import compiler
-from kfp.dsl import PipelineTask
 from kfp_server_api import V2beta1RecurringRun as RecurringRun
 
 from components.lib.errors import Refusal
 from pipeline.kubeflow.client import KubeflowClient, PipelineVersion
-from pipeline.kubeflow.compile import configured, configured_for_cluster
+from pipeline.kubeflow.compile import compile_pipeline, configured_for_cluster
 from pipeline.kubeflow.profile import Profile
 from pipeline.recompress import recompress
 from pipeline.watch import watch_pipeline
@@ -108,19 +104,8 @@ def compile_watch(profile: Profile, at_most: int, mutable: bool = False) -> str:
     Raises:
         Refusal: the profile names no image, or names one by a tag and `mutable` is False.
     """
-    image = profile.pinned_image(mutable)
-
-    def configure(task: PipelineTask) -> None:
-        # The tasks of the inner pipeline are configured already.
-        if task.container_spec is not None:
-            task.set_container_image(image)
-            profile.configure(task)
-
-    outer = configured(watch_pipeline(at_most, configured_for_cluster(recompress, profile, mutable)), configure)
-    with tempfile.TemporaryDirectory(prefix="espalier-compile-") as folder:
-        path = Path(folder) / "watch.yaml"
-        compiler.Compiler().compile(outer, str(path))
-        return path.read_text()
+    watch = watch_pipeline(at_most, configured_for_cluster(recompress, profile, mutable))
+    return compile_pipeline(watch, profile, mutable)
 
 
 def create(kubeflow: KubeflowClient, plan: Plan, package: str) -> tuple[RecurringRun, bool]:
@@ -139,8 +124,7 @@ def create(kubeflow: KubeflowClient, plan: Plan, package: str) -> tuple[Recurrin
     check_cron(plan.cron)
     version = kubeflow.upload(PIPELINE, package)
     with kubeflow.asked():
-        server = kubeflow.server
-        experiment_id = kubeflow.client.create_experiment(server.experiment, namespace=server.namespace).experiment_id
+        experiment_id = kubeflow.experiment_id()
         known = _named(kubeflow, plan.name, experiment_id)
         description = f"plan {_digest(plan, version)}"
         same = [one for one in known if one.description == description]

@@ -1,7 +1,8 @@
-"""Run a comparison on this machine: one run of the pipeline for each cell, which registers nothing.
+"""Run a comparison: one run of the pipeline for each cell, which registers nothing.
 
-Cells share every output whose key is the same. A cell whose report is in the store is not run again, so that the same comparison
-started again continues with the first cell that is not finished.
+On this machine the cells run one after the other; on a cluster one pipeline runs several side by side. Cells share every output
+whose key is the same. A cell whose report is in the store is not run again, so that the same comparison started again continues
+with the cells that are not finished.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from rich.console import Console
 
 from components.lib.errors import Refusal, StageFailed, Unavailable
 from components.lib.recipe.schema import Recipe
+from components.lib.settings import MlflowSettings
 from components.lib.stage.code import code_of_everything
 from components.lib.stage.declaration import declared_stages
 from components.lib.store.store import Reference, Store
@@ -31,8 +33,9 @@ from pipeline.compare.cells import Cell, cells
 from pipeline.compare.comparison import Comparison, Result
 from pipeline.compare.page import render
 from pipeline.runners.local import LocalRunner
+from pipeline.runners.progress import cells_displayed
 from pipeline.runners.run import check, check_room, check_services, fetch_report, in_environment, run, to_store
-from pipeline.runners.runner import Runner
+from pipeline.runners.runner import ParallelRunner, Runner
 
 
 @dataclass(frozen=True)
@@ -66,14 +69,16 @@ def compare(
         home: the folder of all state.
         console: shows the progress.
         command: makes the comparison again, for the page.
-        on: the runner of the stages: one that reaches this machine's services.
+        on: the runner of the stages.
 
     Raises:
         Refusal: an error that the user can correct and that every cell has.
     """
     planned = cells(recipes, ratios, seeds)
-    _check(planned, release, home)
-    check_services()
+    _check(planned, release)
+    if on.embeds:
+        check_room([cell.recipe for cell in planned], release, home)
+        check_services()
     with on.services(home) as environment, in_environment(environment):
         store = Store.from_environment()
         check_services()
@@ -116,47 +121,108 @@ class _Comparing:
 
     def all(self) -> Compared:
         """Run the cells that have no report yet, and leave the page."""
-        runs.open_parent(self.label, {"sha256.release": self.comparison.release.digest}, {})
-        waiting = []
-        for index, cell in enumerate(self.comparison.cells):
-            if self.store.read_text(f"runs/{cell.run}/report.json") is None:
-                waiting.append(index)
-            else:
-                self._finished(index, fetch_report(self.store, cell.run, self.home / "runs" / cell.run))
-        done = len(self.planned) - len(waiting)
-        if done:
-            self.console.print(f"{done} of {len(self.planned)} cells were measured before", highlight=False)
-        began = time.monotonic()
-        psutil.cpu_percent()  # the first call begins the interval of the next one
-        for worked, index in enumerate(waiting):
-            left = (time.monotonic() - began) / worked * (len(waiting) - worked) if worked else None
-            self._announce(index, done + worked, left)
-            self._run(index)
-            self._leave()
+        # A cluster's stages may use an MLflow that this machine does not know.
+        logged = bool(MlflowSettings().tracking_uri)
+        if logged:
+            runs.open_parent(self.label, {"sha256.release": self.comparison.release.digest}, {})
+        self._take_measured()
+        self._refuse()
+        if isinstance(self.on, ParallelRunner):
+            self._run_together(self.on)
+        else:
+            self._run_in_turn()
         self._leave()
-        self._log()
+        if logged:
+            self._log()
         return Compared(self.comparison, self.folder)
 
-    def _announce(self, index: int, behind: int, left: float | None) -> None:
-        failed = len(self.comparison.failed)
-        progress = [f"cell {behind + 1} of {len(self.planned)}"]
-        progress += [f"{failed} failed"] if failed else []
-        progress += [f"about {seconds(left)} left"] if left is not None else []
-        self.console.print(
-            f"{self.comparison.cells[index].name} ({', '.join([*progress, *_resources(self.home)])})", highlight=False
-        )
+    @property
+    def _waiting(self) -> list[int]:
+        """The cells that have not ended."""
+        return [index for index, cell in enumerate(self.comparison.cells) if cell.state == "waiting"]
 
-    def _run(self, index: int) -> None:
+    def _take_measured(self) -> None:
+        """Take the report of each cell that was measured before."""
+        for index, cell in enumerate(self.comparison.cells):
+            if self.store.read_text(f"runs/{cell.run}/report.json") is not None:
+                self._end(index)
+        done = len(self.planned) - len(self._waiting)
+        if done:
+            self.console.print(f"{done} of {len(self.planned)} cells were measured before", highlight=False)
+
+    def _refuse(self) -> None:
+        """Let each cell fail whose recipe cannot be applied to the release, before anything runs for it."""
+        for index in self._waiting:
+            try:
+                pin_release(self.release, self.planned[index].recipe, self.store)
+            except Unavailable:
+                raise
+            except Refusal as refusal:
+                self._fail(index, refusal)
+
+    def _run_in_turn(self) -> None:
+        """Run one cell after the other."""
+        left = _Left(len(self._waiting))
+        psutil.cpu_percent()  # the first call begins the interval of the next one
+        for index in self._waiting:
+            cell = self.comparison.cells[index]
+            behind = len(self.planned) - len(self._waiting)
+            progress = [f"cell {behind + 1} of {len(self.planned)}", *self._failures, *left.shown(len(self._waiting))]
+            self.console.print(f"{cell.name} ({', '.join([*progress, *_resources(self.home)])})", highlight=False)
+            try:
+                run(self.planned[index].recipe, self.release, None, self.home, self.console, cell.run, on=self.on)
+            except Exception as error:  # the other cells go on
+                self._fail(index, error)
+            else:
+                self._end(index)
+            self._leave()
+
+    def _run_together(self, on: ParallelRunner) -> None:
+        """Run the cells side by side."""
+        recipes = {self.comparison.cells[index].run: self.planned[index].recipe.to_yaml() for index in self._waiting}
+        if not recipes:
+            return
+        left = _Left(len(self._waiting))
+        with cells_displayed(self.console) as display:
+            for news in on.run_cells(self.label, self.release, recipes, self.console):
+                # Recipes with the same content are one run.
+                for index in [index for index in self._waiting if self.comparison.cells[index].run == news.run]:
+                    name = self.comparison.cells[index].name
+                    if news.stage:
+                        display.at(name, news.stage)
+                        continue
+                    if news.error:
+                        self._fail(index, news.error)
+                    else:
+                        self._end(index)
+                    behind = len(self.planned) - len(self._waiting)
+                    progress = [f"{behind} of {len(self.planned)} cells", *self._failures]
+                    how = self.comparison.cells[index].state
+                    display.end(name, f"{how} ({', '.join([*progress, *left.shown(len(self._waiting))])})")
+                if not news.stage:
+                    self._leave()
+
+    @property
+    def _failures(self) -> list[str]:
+        failed = len(self.comparison.failed)
+        return [f"{failed} failed"] if failed else []
+
+    def _end(self, index: int) -> None:
+        """Take the report that a cell left in the store."""
         cell = self.comparison.cells[index]
         try:
-            result = run(self.planned[index].recipe, self.release, None, self.home, self.console, cell.run, on=self.on)
-        except Exception as error:  # the other cells go on
-            told = isinstance(error, Refusal | StageFailed)
-            reason = str(error) if told else f"{type(error).__name__}: {error}"
-            self.console.print(f"{cell.name} failed: {reason}", highlight=False, markup=False)
-            self._set(index, cell.model_copy(update={"state": "failed", "reason": reason}))
+            report = fetch_report(self.store, cell.run, self.home / "runs" / cell.run)
+        except StageFailed as missing:
+            self._fail(index, missing)
         else:
-            self._finished(index, result.report)
+            self._finished(index, report)
+
+    def _fail(self, index: int, error: Exception) -> None:
+        cell = self.comparison.cells[index]
+        told = isinstance(error, Refusal | StageFailed)
+        reason = str(error) if told else f"{type(error).__name__}: {error}"
+        self.console.print(f"{cell.name} failed: {reason}", highlight=False, markup=False)
+        self._set(index, cell.model_copy(update={"state": "failed", "reason": reason}))
 
     def _finished(self, index: int, report: Report) -> None:
         found = {"state": "done", "removed": in_words(report.removals()), "models": report.models()}
@@ -193,8 +259,23 @@ class _Comparing:
         runs.close_parent(self.label, succeeded="failed" not in states)
 
 
-def _check(planned: Sequence[Cell], release: str, home: Path) -> None:
-    """Raise Refusal if no cell can be run, or the disk has no room for all."""
+class _Left:
+    """The time that the cells of a comparison still take, from the time that those before took."""
+
+    def __init__(self, cells: int) -> None:
+        self._cells = cells
+        self._began = time.monotonic()
+
+    def shown(self, waiting: int) -> list[str]:
+        """Return the time for the cells that wait, in words; nothing before the first has ended and after the last."""
+        ended = self._cells - waiting
+        if not ended or not waiting:
+            return []
+        return [f"about {seconds((time.monotonic() - self._began) / ended * waiting)} left"]
+
+
+def _check(planned: Sequence[Cell], release: str) -> None:
+    """Raise Refusal if no cell can be run."""
     refusals = []
     for cell in planned:
         try:
@@ -203,7 +284,6 @@ def _check(planned: Sequence[Cell], release: str, home: Path) -> None:
             refusals.append(refusal)
     if len(refusals) == len(planned):
         raise refusals[0]
-    check_room([cell.recipe for cell in planned], release, home)
 
 
 def _pinned(release: str, planned: Sequence[Cell], store: Store) -> Reference:

@@ -91,6 +91,34 @@ def displayed(log: Path, stages: int, console: Console) -> Iterator[ProgressDisp
             display.close_log()
 
 
+class CellsDisplay:
+    """A row for each cell of a comparison that runs: its newest stage, then its end."""
+
+    def __init__(self, bars: Progress, console: Console) -> None:
+        self._bars, self._console = bars, console
+        self._rows: dict[str, TaskID] = {}
+
+    def at(self, cell: str, stage: str) -> None:
+        """Show the stage that began."""
+        self._bars.update(self._row(cell), shown=stage)
+
+    def end(self, cell: str, how: str) -> None:
+        """Show the cell's end, which is one line if the console is no terminal."""
+        _finish(self._bars, self._row(cell), how, self._console)
+
+    def _row(self, cell: str) -> TaskID:
+        if cell not in self._rows:
+            self._rows[cell] = self._bars.add_task(escape(cell), total=None, shown="")
+        return self._rows[cell]
+
+
+@contextlib.contextmanager
+def cells_displayed(console: Console) -> Iterator[CellsDisplay]:
+    """Show the cells of a comparison on the console while the block runs."""
+    with _bars(console) as bars:
+        yield CellsDisplay(bars, console)
+
+
 class Bar:
     """A journal for work in this process, shown as a bar."""
 

@@ -6,10 +6,10 @@ report is: success requires the report, and a runner's exit code is not trusted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from rich.console import Console
 
@@ -30,6 +30,32 @@ class Runner(Protocol):
         Raises:
             Refusal: a stage found an error that the user can correct.
             StageFailed: a stage broke.
+        """
+
+
+class CellNews(NamedTuple):
+    """News of a cell of a comparison: a stage of it began, or it ended."""
+
+    run: str
+    """The label of the cell's run."""
+    stage: str = ""
+    """The stage that began; empty if the cell ended."""
+    error: Exception | None = None
+    """Why it failed."""
+
+
+@runtime_checkable
+class ParallelRunner(Protocol):
+    """A runner that runs several cells of a comparison side by side."""
+
+    def run_cells(self, label: str, release: str, recipes: Mapping[str, str], console: Console) -> Iterator[CellNews]:
+        """Run the cells, and yield their news until each has ended.
+
+        Args:
+            label: the comparison's label.
+            release: the release's reference.
+            recipes: the YAML of each cell's recipe, by the label of its run.
+            console: shows where the cells run.
         """
 
 

@@ -1,15 +1,28 @@
-"""A comparison as a person makes it: cells side by side, one of them refused, nothing registered, and continued."""
+"""A comparison as a person makes it: cells side by side, one of them refused, nothing registered, and continued.
+
+The pipeline that a cluster runs is run here by kfp itself.
+"""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from kfp import local
 from mlflow import MlflowClient
+from rich.console import Console
 
+from pipeline.compare.cells import load_recipes
+from pipeline.compare.pipeline import compare_pipeline
+from pipeline.runners.compare import compare as run_cells
+from pipeline.runners.local import LocalRunner
+from pipeline.runners.runner import CellNews
 from pipeline.services.embedded import Services
 from tests.e2e.conftest import Bench, Outcome
 
@@ -18,15 +31,19 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 QUICK = ("evaluate.controls=[]", "regularize.schedule=none", "regularize.transfer=ridge")
 
 
-def compare(bench: Bench, *more: str) -> Outcome:
+def recipes(bench: Bench) -> list[str]:
     sleb = bench.recipe.with_name("sleb.yaml")
     sleb.write_text(
         bench.recipe.read_text().replace(
             "{trsp: {ratio: 0.25, steps: 2, batch_size: 4, shortlist: 2}}", "{sleb: {ratio: 0.25}}"
         )
     )
+    return [str(bench.recipe), str(sleb)]
+
+
+def compare(bench: Bench, *more: str) -> Outcome:
     settings = [part for override in QUICK for part in ("--set", override)]
-    return bench.espalier("compare", str(bench.recipe), str(sleb), "--model", str(bench.release), *settings, *more)
+    return bench.espalier("compare", *recipes(bench), "--model", str(bench.release), *settings, *more)
 
 
 def written(outcome: Outcome) -> dict[str, Any]:
@@ -80,3 +97,27 @@ def test_a_cell_whose_report_is_there_is_not_run_again(bench: Bench, first: Outc
     assert "2 of 2 cells were measured before" in again.printed
     before = {cell["run"]: cell["models"] for cell in written(first)["cells"]}
     assert all(before[cell["run"]] == cell["models"] for cell in written(again)["cells"])
+
+
+@dataclass(frozen=True)
+class WithKfp(LocalRunner):
+    """Runs the pipeline that a cluster runs, with kfp itself."""
+
+    root: Path = Path()
+
+    def run_cells(self, label: str, release: str, recipes: Mapping[str, str], console: Console) -> Iterator[CellNews]:
+        local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(self.root))
+        cells = [{"recipe": recipe, "run": run} for run, recipe in recipes.items()]
+        compare_pipeline(at_most=2)(release=release, cells=cells)
+        return (CellNews(run) for run in recipes)
+
+
+def test_the_pipeline_of_a_cluster_measures_the_cells_that_this_machine_would(bench: Bench, tmp_path: Path) -> None:
+    loaded = load_recipes(recipes(bench), QUICK)
+    console = Console(file=io.StringIO())
+    made = run_cells(loaded, str(bench.release), [0.5], [], bench.home, console, "", WithKfp(tmp_path / "root"))
+    assert {cell.recipe: cell.models["candidate"].layers for cell in made.comparison.cells} == {"recipe": 4, "sleb": 4}
+    here = compare(bench, "--ratios", "0.5")
+    assert here.status == 0, here.told
+    assert "2 of 2 cells were measured before" in here.printed
+    assert written(here)["cells"] == made.comparison.model_dump(mode="json")["cells"]

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from components.lib.errors import Refusal
-from components.lib.store.runs import leave_failure
+from components.lib.store.runs import leave_failure, leave_stage
 
 EVENT = "@espalier "
 """The prefix of a line of standard output that holds an event; the rest of the line is JSON."""
@@ -59,15 +59,16 @@ class StageEvents:
 def reported(label: str, run: str = "") -> Iterator[StageEvents]:
     """Report a block of work: `opened`, then `done` with its seconds unless the block itself calls `finish`.
 
-    An error is reported as `refused` or `failed` and raised again. It is also kept in the store, because nobody reads a pod's
-    standard output on a cluster.
+    An error is reported as `refused` or `failed` and raised again. The beginning and an error are also kept in the store, because
+    nobody reads a pod's standard output on a cluster.
 
     Args:
         label: the stage's name as the progress display shows it.
-        run: the recompression's label; empty if the work is not a part of one, and then an error is not kept.
+        run: the recompression's label; empty if the work is not a part of one, and then nothing is kept.
     """
     events = StageEvents(label)
     events.emit("opened")
+    leave_stage(run, label)
     try:
         yield events
     except BaseException as error:

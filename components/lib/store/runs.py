@@ -1,7 +1,7 @@
-"""The state of a run in the store, at `runs/<run>/`: its watched item, its last failure and its end.
+"""The state of a run in the store, at `runs/<run>/`: its watched item, its newest stage, its last failure and its end.
 
 A watcher does not wait for the runs that it starts on a cluster, so a later process reads here for which item a run was made,
-whether it ended, and why.
+whether it ended, and why. A comparison on a cluster reads here how far each of its cells is.
 """
 
 from __future__ import annotations
@@ -36,6 +36,24 @@ def leave_item(run: str, key: str, store: Store) -> None:
 def item_of(run: str, store: Store) -> str | None:
     """Return the key of the item for which the run is made; None if no watcher started the run."""
     return store.read_text(f"runs/{run}/item")
+
+
+def leave_stage(run: str, stage: str) -> None:
+    """Record that the stage began. Best effort: it never raises, because only a progress display reads it."""
+    if run:
+        with contextlib.suppress(Exception):
+            Store.from_environment().write_text(f"runs/{run}/stage", stage)
+
+
+def newest_stage(run: str, store: Store) -> str:
+    """Return the stage of the run that began last; empty if none began."""
+    return store.read_text(f"runs/{run}/stage") or ""
+
+
+def forget(run: str, store: Store) -> None:
+    """Delete the record of an earlier attempt, so that its failure and its end do not count for the next one."""
+    for name in ("stage", "failure.json", "ended.json"):
+        store.delete_text(f"runs/{run}/{name}")
 
 
 def leave_failure(run: str, stage: str, error: BaseException) -> None:

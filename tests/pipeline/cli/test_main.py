@@ -332,6 +332,14 @@ class TestACompare:
         said = refusal("--seeds", "0,1.5")
         assert said == "--seeds is '0,1.5': write whole numbers with commas between them, such as --seeds 0,1"
 
+    def test_side_by_side_on_this_machine(self, refusal: Callable[..., str]) -> None:
+        assert refusal("--parallel", "2").startswith(
+            "--parallel is for --on kubeflow: with --on local the cells run one"
+        )
+
+    def test_on_a_cluster_with_an_image_that_may_change(self, refusal: Callable[..., str]) -> None:
+        assert "'espalier:cpu' has no digest" in refusal("--on", "kubeflow", "--image", "espalier:cpu")
+
     def test_whose_cells_do_not_fit_on_the_disk(
         self, refusal: Callable[..., str], release: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -70,6 +70,8 @@ class KubeflowServer:
             return self._kept(self.experiments, _model(body, "V2beta1Experiment"), "experiment_id")
         if (method, path) == ("POST", "/runs"):
             return self._start(_model(body, "V2beta1Run"))
+        if (method, path) == ("GET", "/runs"):
+            return api.V2beta1ListRunsResponse(runs=_named(self.runs, query)[::-1])
         if method == "GET" and path.startswith("/runs/"):
             return self._look(next(run for run in self.runs if run.run_id == path.split("/")[2]))
         raise KeyError(f"{method} {path}")

@@ -18,6 +18,7 @@ from google.protobuf import json_format
 from kfp.pipeline_spec import pipeline_spec_pb2
 
 from components.lib.errors import Refusal
+from pipeline.compare.pipeline import compare_pipeline
 from pipeline.kubeflow.compile import compile_pipeline, configured_for_cluster
 from pipeline.kubeflow.profile import Profile
 from pipeline.recompress import recompress
@@ -31,6 +32,24 @@ RESUMING = {"regularize", "control", "control-2", "lora-rft"}
 def compiled(profile: str) -> str:
     text = compile_pipeline(recompress, Profile.load(profile, IMAGE))
     return re.sub(r"^sdkVersion: .*$", "sdkVersion: kfp", text, flags=re.M)
+
+
+@cache
+def documents(kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A pipeline as the profile `plain` runs it, and what Kubernetes is told: the first one, or a comparison's three cells side by side."""
+    if kind == "recompress":
+        pipeline, platform = yaml.safe_load_all(compiled("plain"))
+    else:
+        profile = Profile.load("plain", IMAGE)
+        made = compare_pipeline(3, configured_for_cluster(recompress, profile))
+        pipeline, platform = yaml.safe_load_all(compile_pipeline(made, profile))
+    return pipeline, platform
+
+
+def cells() -> dict[str, Any]:
+    """The one task of the comparison's loop."""
+    (cell,) = documents("compare")[0]["components"]["comp-for-loop-1"]["dag"]["tasks"].values()
+    return dict(cell)
 
 
 def parsed(profile: str) -> tuple[Any, Any]:
@@ -163,3 +182,28 @@ def test_to_dress_a_pipeline_leaves_the_plain_one_as_it_was() -> None:
     spec = recompress.pipeline_spec.deployment_spec["executors"]
     assert {one["container"]["image"] for one in spec.values()} == {"espalier"}
     assert all("env" not in one["container"] for one in spec.values())
+
+
+class TestTheCellsOfAComparison:
+    """Each runs the first pipeline as it is: nothing of it is written a second time."""
+
+    def test_run_side_by_side_in_a_bounded_number(self) -> None:
+        root = documents("compare")[0]["root"]
+        assert set(root["inputDefinitions"]["parameters"]) == {"release", "cells"}
+        (loop,) = root["dag"]["tasks"].values()
+        assert loop["iteratorPolicy"] == {"parallelismLimit": 3}
+        assert loop["parameterIterator"]["items"] == {"inputParameter": "pipelinechannel--cells"}
+
+    def test_are_the_whole_first_pipeline_with_its_exit_handler_and_resources(self) -> None:
+        (first, platform), (comparison, its_platform) = documents("recompress"), documents("compare")
+        assert comparison["components"][cells()["componentRef"]["name"]]["dag"] == first["root"]["dag"]
+        assert comparison["components"]["comp-exit-handler-1"] == first["components"]["comp-exit-handler-1"]
+        assert comparison["deploymentSpec"] == first["deploymentSpec"]
+        assert its_platform == platform
+
+    def test_take_their_recipe_and_label_and_register_nothing(self) -> None:
+        given = cells()["inputs"]["parameters"]
+        assert given["name"] == {"runtimeValue": {"constant": ""}}
+        assert {name: given[name]["parameterExpressionSelector"] for name in ("recipe", "run")} == {
+            name: f'parseJson(string_value)["{name}"]' for name in ("recipe", "run")
+        }

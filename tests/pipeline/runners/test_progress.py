@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from components.lib.stage.events import EVENT, reported
-from pipeline.runners.progress import ProgressDisplay, bar, displayed
+from pipeline.runners.progress import ProgressDisplay, bar, cells_displayed, displayed
 
 
 def event(stage: str, kind: str, **details: Any) -> str:
@@ -201,3 +201,15 @@ class TestBar:
         with pytest.raises(ZeroDivisionError), bar("making a release", console):
             raise ZeroDivisionError
         assert shown(console) == ""
+
+
+def test_cells_side_by_side_have_a_row_each_with_their_stage() -> None:
+    console = terminal()
+    with cells_displayed(console) as display:
+        display.at("trsp at 0.25", "pin")
+        display.at("sleb at 0.25", "learn_gates")
+        display.at("trsp at 0.25", "regularize")
+        display.end("sleb at 0.25", "done (1 of 2 cells)")
+    *_, trsp, sleb = shown(console).splitlines()
+    assert re.search("trsp at 0.25 .* regularize", trsp)
+    assert re.search("✓ sleb at 0.25 .* done \\(1 of 2 cells\\)", sleb)

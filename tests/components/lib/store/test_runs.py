@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from components.lib.store.runs import Ending, ending, leave_end, leave_unregistered
+import pytest
+
+from components.lib.stage.events import reported
+from components.lib.store.runs import Ending, ending, forget, leave_end, leave_unregistered, newest_stage
 from components.lib.store.store import Store
 
 
@@ -18,3 +21,16 @@ def test_a_run_that_worked_and_registered_nothing_failed_for_good(store: Store) 
     assert ending("one", store) == Ending(
         succeeded=False, stage="register", reason="the target does not hold", lasting=True
     )
+
+
+def test_a_run_shows_its_newest_stage_and_an_attempt_forgets_the_one_before(store: Store) -> None:
+    assert newest_stage("one", store) == ""
+    with reported("pin", "one"):
+        pass
+    with pytest.raises(KeyError), reported("control dense-trained", "one"):
+        raise KeyError("layer")
+    leave_end("one", succeeded=False)
+    assert newest_stage("one", store) == "control dense-trained"
+    assert ending("one", store) == Ending(succeeded=False, stage="control dense-trained", reason="KeyError: 'layer'")
+    forget("one", store)
+    assert (newest_stage("one", store), ending("one", store)) == ("", None)
