@@ -6,11 +6,12 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
 
 from components.lib.settings import MlflowSettings
 from components.lib.stage.events import EventSink
@@ -26,6 +27,9 @@ LABEL = "espalier.run"
 
 DIGITS = 32
 """MLflow keeps at most 36 characters of a data set's digest."""
+
+ATTEMPTS = 4
+"""How often data sets are logged before an error counts."""
 
 STAGE_OF = "espalier.stage_of"
 """The tag of a stage's run that holds the label of the recompression it is a part of."""
@@ -66,8 +70,14 @@ def log_data(run_id: str, data: Mapping[str, Reference], context: str) -> None:
         )
         for name, reference in data.items()
     ]
-    if inputs:
-        client().log_inputs(run_id, inputs)
+    if not inputs:
+        return
+    for _ in range(ATTEMPTS - 1):
+        # MLflow looks a data set up and then inserts it: a run that logs the same one in the meantime makes this fail.
+        with suppress(MlflowException):
+            client().log_inputs(run_id, inputs)
+            return
+    client().log_inputs(run_id, inputs)
 
 
 def close_parent(label: str, succeeded: bool) -> None:

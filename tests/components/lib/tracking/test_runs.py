@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
 
 from components.lib.errors import Refusal
 from components.lib.tracking import client, origin, runs, trail
@@ -17,6 +19,25 @@ from tests.components.lib.tracking.given import AWAY, a_run, reference
 
 def all_runs(mlflow: MlflowClient) -> list[Run]:
     return list(mlflow.search_runs([client.experiment_id()]))
+
+
+@pytest.mark.parametrize("failures", [1, runs.ATTEMPTS])
+def test_data_that_another_run_logs_at_the_same_time_is_logged_again(
+    mlflow: MlflowClient, monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    """MLflow then answers that the data set is there already, as it does to the second of two cells that start together."""
+    run, log, answers = runs.open_parent("one", {}, {}), MlflowClient.log_inputs, iter([True] * failures)
+
+    def fails_first(self: MlflowClient, *given: Any) -> None:
+        if next(answers, False):
+            raise MlflowException("UNIQUE constraint failed: datasets.experiment_id, datasets.name, datasets.digest")
+        log(self, *given)
+
+    monkeypatch.setattr(MlflowClient, "log_inputs", fails_first)
+    with pytest.raises(MlflowException) if failures == runs.ATTEMPTS else nullcontext():
+        runs.log_data(run, {"wikitext2": reference("d")}, "evaluate")
+    logged = [one.dataset.name for one in mlflow.get_run(run).inputs.dataset_inputs]
+    assert logged == (["wikitext2"] if failures < runs.ATTEMPTS else [])
 
 
 class TestTheParentRun:
