@@ -18,7 +18,7 @@ from components.evaluate import evaluate as module
 from components.evaluate import stage
 from components.evaluate.evaluate import evaluate
 from components.lib.errors import Refusal
-from components.lib.recipe.schema import Evaluate
+from components.lib.recipe.schema import Evaluate, Speed
 from components.lib.stage.declaration import Job
 from components.lib.tasks.files import collect
 from components.lib.training.journal import Silent
@@ -192,6 +192,23 @@ def test_models_too_large_to_hold_together_are_timed_one_after_the_other(
     found = measure(models, texts, tmp_path)
     assert found["context"]["speed"]["interleaved"] is False
     assert all(model["speed"]["decode"]["3"]["tokens_per_second"] > 0 for model in found["models"].values())
+
+
+def test_speed_behind_a_server_is_measured_of_the_same_checkpoints_and_its_version_is_kept(
+    models: dict, texts: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def served(asked: Mapping[str, Checkpoint], speed: Speed, done: Any) -> dict[str, Any]:
+        return {name: {"prefill": {"1": {"tokens_per_second": one.layers}}} for name, one in asked.items()}
+
+    monkeypatch.setattr(module, "measure_served", served)
+    monkeypatch.setattr(module.vllm, "installed", lambda: ("python", "1.2.3"))
+    found = measure(models, texts, tmp_path, speed={"backend": "vllm", "batches": (1,), "prompt": 8, "generate": 2})
+    assert {name: model["speed"]["prefill"]["1"]["tokens_per_second"] for name, model in found["models"].items()} == {
+        "dense": 4,
+        "candidate": 3,
+    }
+    assert found["models"]["dense"]["prefill_flops"] > found["models"]["candidate"]["prefill_flops"]
+    assert found["context"]["versions"]["vllm"] == "1.2.3"
 
 
 def test_the_same_digest_is_measured_once_and_told_twice(models: dict, texts: dict, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 VLLM = os.environ.get("ESPALIER_TEST_VLLM")
 """The interpreter of an environment that has vLLM."""
-START_SECONDS = 240.0
+START_SECONDS = 480.0
 
 PYTHONS = pytest.mark.parametrize(
     "python",
