@@ -14,6 +14,7 @@ from components.lib.sources.resolve import Resolved, checkpoint_files, resolve_r
 from components.lib.store.artifacts import Manifest, describe
 from components.lib.store.store import Reference, Store
 from components.lib.transformer.checkpoint import PrunableCheckpoint
+from components.lib.transformer.surgery import extract_text, text_alone
 from components.lib.transformer.text import SUFFIXES
 from components.pin.tasks import pin_task
 
@@ -30,17 +31,40 @@ def pin_release(release: str, recipe: Recipe, store: Store) -> Reference:
     if "@sha256:" in release:
         return _checked(Reference.parse(release), recipe, store)
     resolved = resolve_release(release, store)
-    prefix = f"releases/{resolved.prefix}"
+    prefix = _prefix(resolved, recipe)
     found = store.find(prefix)
     if found:
         return _checked(found, recipe, store)
-    return _fetch(resolved, prefix, store, lambda folder: checkpoint_files(check_checkpoint(folder, recipe)))
+    with tempfile.TemporaryDirectory(prefix="espalier-pin-") as scratch:
+        return _fetch(
+            resolved, prefix, store, lambda folder: checkpoint_files(_asked_for(folder, recipe, Path(scratch) / "text"))
+        )
+
+
+def _prefix(resolved: Resolved, recipe: Recipe) -> str:
+    """Return the snapshot's place in the store: the text model of a release lies beside the whole release."""
+    return f"releases/{resolved.prefix}{'-text' if recipe.text_only else ''}"
+
+
+def _asked_for(folder: Path, recipe: Recipe, scratch: Path) -> PrunableCheckpoint:
+    """Return the checkpoint in the folder, or, if the recipe asks for the text model alone, that, written to `scratch`."""
+    checkpoint = check_checkpoint(folder, recipe)
+    if not (recipe.text_only and PrunableCheckpoint.open(folder).family.wraps):
+        return checkpoint
+    extract_text(folder, scratch)
+    return check_checkpoint(scratch, recipe)
 
 
 def _checked(release: Reference, recipe: Recipe, store: Store) -> Reference:
     """Check the configuration and the headers of the weights of a release in the store, and return its reference."""
     with tempfile.TemporaryDirectory(prefix="espalier-pin-") as scratch:
-        check_checkpoint(store.get_headers(release, Path(scratch) / "release") / "model", recipe)
+        folder = store.get_headers(release, Path(scratch) / "release") / "model"
+        check_checkpoint(folder, recipe)
+        if recipe.text_only and PrunableCheckpoint.open(folder).family.wraps:
+            raise Refusal(
+                f"text_only is true, but {release} is a release with its other towers, which is stored already: name its source, or set "
+                "text_only to false"
+            )
     return release
 
 
@@ -50,7 +74,10 @@ def pin_folder(folder: Path, recipe: Recipe, store: Store) -> Reference:
     Raises:
         Refusal: the folder is not a checkpoint that the recipe can be applied to.
     """
-    with _linked(checkpoint_files(check_checkpoint(folder, recipe))) as artifact:
+    with (
+        tempfile.TemporaryDirectory(prefix="espalier-pin-") as scratch,
+        _linked(checkpoint_files(_asked_for(folder, recipe, Path(scratch) / "text"))) as artifact,
+    ):
         return store.put_content(artifact, "releases", {"source": str(folder), "revision": None})
 
 
@@ -104,9 +131,10 @@ def find_release(release: str, recipe: Recipe, store: Store) -> Reference | None
         return Reference.parse(release)
     folder = Path(release).expanduser()
     if folder.is_dir():
-        files = checkpoint_files(check_checkpoint(folder, recipe))
-        return store.find(f"releases/{digest_of(files)}")
-    return store.find(f"releases/{resolve_release(release, store).prefix}")
+        with tempfile.TemporaryDirectory(prefix="espalier-pin-") as scratch:
+            files = checkpoint_files(_asked_for(folder, recipe, Path(scratch) / "text"))
+            return store.find(f"releases/{digest_of(files)}")
+    return store.find(_prefix(resolve_release(release, store), recipe))
 
 
 def find_text(text: Text, store: Store) -> Reference | None:
@@ -127,6 +155,8 @@ def digest_of(files: Mapping[str, Path]) -> str:
 def check_checkpoint(folder: Path, recipe: Recipe) -> PrunableCheckpoint:
     """Open a checkpoint. Raises Refusal if the recipe cannot be applied to it, before any work."""
     checkpoint = PrunableCheckpoint.open(folder)
+    if recipe.text_only and checkpoint.family.wraps:
+        checkpoint = text_alone(checkpoint)
     check_release(checkpoint, recipe)
     return checkpoint
 

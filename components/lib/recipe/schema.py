@@ -142,6 +142,10 @@ class Evaluate(Section):
 class Recipe(Section):
     """How a release is recompressed."""
 
+    text_only: bool = Field(
+        False,
+        description="Whether the text model of a release of images and text is taken out of it when it is pinned: the result is a model of text alone. A release of text alone stays as it is.",
+    )
     methods: Methods = Field(
         description="The methods that choose layers or channels to remove, each with its own settings; a method of layers and one of channels may be combined."
     )

@@ -361,6 +361,12 @@ def _no_weights(folder: Path) -> Refusal:
             f"{folder} holds pickled weights only ({pickled[0]}), which can run code when they are read: convert them to safetensors "
             "with save_pretrained if you trust them"
         )
+    packed = sorted(path.name for path in folder.glob("*.gguf"))
+    if packed:
+        return Refusal(
+            f"{folder} holds GGUF weights only ({packed[0]}), which are quantised: name the full-precision release that they were made from, or "
+            f'dequantise them with AutoModelForCausalLM.from_pretrained("{folder}", gguf_file="{packed[0]}") and save_pretrained'
+        )
     return Refusal(f"{folder} holds neither {WEIGHTS} nor {INDEX}: name a folder with safetensors weights")
 
 

@@ -170,6 +170,15 @@ class Family:
         fixed = self.fixed(config, layers) if self.fixed else ()
         return [layer for layer in range(layers) if layer not in fixed]
 
+    def alone(self, tensor: str) -> str | None:
+        """Return the name that a wrapper's tensor has in its text model saved alone; None for one of the other towers."""
+        inside = self.blocks.removeprefix(self.tower)  # .layers
+        towers = [path.removesuffix(inside) for path in (self.blocks, *self.stored)]
+        for tower in towers:
+            if tensor.startswith(f"{tower}."):
+                return f"model.{tensor.removeprefix(f'{tower}.')}"
+        return "lm_head.weight" if tensor in ("lm_head.weight", "language_model.lm_head.weight") else None
+
     def ignores(self, tensor: str, config: Config) -> bool:
         """Say whether transformers ignores a tensor: it belongs to a head for multi-token prediction.
 

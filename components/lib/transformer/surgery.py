@@ -15,11 +15,13 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from components.lib.errors import Refusal
 from components.lib.transformer.channels import cut_widths, kept_rows, layout_of
 from components.lib.transformer.checkpoint import INDEX, WEIGHTS, PrunableCheckpoint, Stored, resolved_text
-from components.lib.transformer.families import Config, Family, cut_config, kept_layers
+from components.lib.transformer.families import FAMILIES, Config, Family, cut_config, family_of, kept_layers
 from components.lib.transformer.layout import text_part, with_text
 from components.lib.transformer.selection import NO_CHANNELS, Channels
+from components.lib.transformer.wrappers import WRAPPERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,6 +104,47 @@ def cut_checkpoint(
     _write_weights(out, tensors)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     carry(source, out, remote_code)
+
+
+def text_alone(checkpoint: PrunableCheckpoint) -> PrunableCheckpoint:
+    """Return the text model of a wrapper as a checkpoint of its own, whose tensors lie in the wrapper's files.
+
+    Raises:
+        Refusal: transformers has no class for the text model alone.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    family = checkpoint.family
+    if family.wraps not in FAMILIES or not WRAPPERS[family.model_type].alone:
+        raise Refusal(
+            f"text_only is true, but transformers has no class for the text model of {family.title} alone that computes what it computes in "
+            "the wrapper: set it to false, and the text model is pruned in place"
+        )
+    named = ((family.alone(name), tensor) for name, tensor in checkpoint.tensors.items())
+    tensors = {name: tensor for name, tensor in named if name is not None}
+    config = {
+        "dtype": checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or checkpoint.dtype,
+        **text_part(checkpoint.config),
+        "model_type": family.wraps,
+        "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.wraps]],
+        "tie_word_embeddings": "lm_head.weight" not in tensors,
+    }
+    return PrunableCheckpoint(checkpoint.folder, config, family_of(config), tensors)
+
+
+def extract_text(source: Path, out: Path) -> None:
+    """Write the text model of a wrapper, with its tokenizer, to the folder `out`.
+
+    Raises:
+        Refusal: `source` cannot be pruned, or `text_alone` refuses it.
+    """
+    checkpoint = text_alone(PrunableCheckpoint.open(source))
+    out.mkdir(parents=True, exist_ok=True)
+    _write_weights(out, checkpoint.tensors)
+    (out / "config.json").write_text(json.dumps(checkpoint.config, indent=2) + "\n")
+    carry(source, out)
+    for path in out.glob("*processor_config.json"):
+        path.unlink()
 
 
 def warn_of_dropped(checkpoint: PrunableCheckpoint) -> None:

@@ -31,6 +31,8 @@ class Wrapper:
     fixed: Callable[[Config, int], range] | None = None
     """(config, number of layers) → the layers that cannot be removed, beside those of the text model."""
     why_fixed: str = ""
+    alone: bool = True
+    """Whether the class of the text model, loaded alone, computes what it computes in the wrapper."""
     layers_only: str = ""
     """Why channels of the text model cannot be removed, if they cannot."""
 
@@ -81,10 +83,10 @@ WRAPPERS: Mapping[str, Wrapper] = MappingProxyType(
             Wrapper("llava", "LLaVA", "llama", stored=_OLD),
             Wrapper("llava_next", "LLaVA-NeXT", "llama", stored=_OLD),
             Wrapper("internvl", "InternVL", "qwen2", stored=_OLD),
-            Wrapper("paligemma", "PaliGemma", "gemma", stored=_OLD),
+            Wrapper("paligemma", "PaliGemma", "gemma", stored=_OLD, alone=False),
             Wrapper("lfm2_vl", "LFM2-VL", "lfm2", stored=_OLD),
-            Wrapper("cohere2_vision", "Command A Vision", "cohere2", stored=_OLD),
-            Wrapper("aya_vision", "Aya Vision", "cohere", stored=_OLD),
+            Wrapper("cohere2_vision", "Command A Vision", "cohere2", stored=_OLD, alone=False),
+            Wrapper("aya_vision", "Aya Vision", "cohere", stored=_OLD, alone=False),
             Wrapper("lfm3_vl", "LFM3-VL", "lfm3"),
             Wrapper("lighton_ocr", "LightOn OCR", "qwen3"),
             Wrapper("got_ocr2", "GOT-OCR 2", "qwen2", stored=_OLD),

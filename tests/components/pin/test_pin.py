@@ -17,8 +17,9 @@ from components.lib.sources.resolve import Resolved
 from components.lib.store.store import Reference, Store
 from components.lib.transformer.checkpoint import Checkpoint
 from components.pin import pin
-from components.pin.pin import check_checkpoint, check_text, pin_folder, pin_release, pin_text
+from components.pin.pin import check_checkpoint, check_text, find_release, pin_folder, pin_release, pin_text
 from tests.components.lib.transformer import zoo
+from tests.components.lib.transformer.wrapped import WRAPPED
 
 
 def recipe(ratio: float = 0.25, calibration: int = 32, evaluate: int = 32, **fields: object) -> Recipe:
@@ -30,6 +31,19 @@ def recipe(ratio: float = 0.25, calibration: int = 32, evaluate: int = 32, **fie
         }
         | fields
     )
+
+
+def test_the_text_model_alone_is_pinned_if_the_recipe_asks_for_it(tmp_path: Path, store: Store) -> None:
+    gemma = next(wrapped for wrapped in WRAPPED if wrapped.model_type == "gemma3")
+    folder = zoo.release(gemma.model(6), tmp_path / "release")
+    whole, alone = pin_folder(folder, recipe(), store), pin_folder(folder, recipe(text_only=True), store)
+    assert whole != alone
+    assert find_release(str(folder), recipe(text_only=True), store) == alone
+    config = json.loads((store.get(alone, tmp_path / "text") / "model" / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("gemma3_text", ["Gemma3ForCausalLM"])
+    assert pin_release(str(alone), recipe(text_only=True), store) == alone
+    with pytest.raises(Refusal, match=r"text_only is true, but .* is a release with its other towers"):
+        pin_release(str(whole), recipe(text_only=True), store)
 
 
 NARROW = {"dress": {"ratio": 0.25}}

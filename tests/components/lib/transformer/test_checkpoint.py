@@ -135,6 +135,12 @@ def test_a_config_that_is_not_json_is_refused(folder: Path) -> None:
         Checkpoint.open(folder)
 
 
+def test_gguf_weights_are_refused_with_the_way_to_dequantise_them(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-Q4_K_M.gguf")
+    with pytest.raises(Refusal, match=r'GGUF weights only \(model-Q4_K_M\.gguf\).*gguf_file="model-Q4_K_M\.gguf"'):
+        Checkpoint.open(folder)
+
+
 def test_pickled_weights_are_refused(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(Refusal, match=r"pickled weights only \(pytorch_model\.bin\)"):

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from components.lib.errors import Refusal
 from components.lib.recipe.training import Lora, Regularize
@@ -25,7 +25,7 @@ from components.lib.transformer.families import FAMILIES, TOWERS, row_of
 from components.lib.transformer.gates import bypassed, family_in, removable, skipped
 from components.lib.transformer.narrow import narrowed
 from components.lib.transformer.selection import Channels, Selection
-from components.lib.transformer.surgery import cut_checkpoint, drop_layers
+from components.lib.transformer.surgery import cut_checkpoint, drop_layers, extract_text
 from components.lib.transformer.wrappers import WRAPPERS
 from tests.components.lib.transformer.test_contract_core import assert_same_files
 from tests.components.lib.transformer.wrapped import WRAPPED, Wrapped
@@ -169,6 +169,31 @@ def test_a_config_may_leave_widths_to_its_class(tmp_path: Path) -> None:
     older = {name.replace("model.language_model.", "language_model.model."): tensor for name, tensor in tensors.items()}
     save_file(older, source / WEIGHTS, metadata={"format": "pt"})
     assert PrunableCheckpoint.open(source).layers == LAYERS
+
+
+ALONE = [one for one in WRAPPED if WRAPPERS[one.model_type].text in FAMILIES and WRAPPERS[one.model_type].alone]
+
+
+@pytest.mark.parametrize("wrapped", ALONE, ids=str, indirect=True)
+def test_the_text_model_taken_out_computes_what_it_computes_in_the_wrapper(wrapped: Wrapped, tmp_path: Path) -> None:
+    source = released(wrapped, tmp_path / "release")
+    extract_text(source, tmp_path / "text")
+    model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "text", output_loading_info=True)
+    assert not any(loading.values()), loading
+    assert PrunableCheckpoint.open(tmp_path / "text").family is FAMILIES[WRAPPERS[wrapped.model_type].text]
+    # Words alone: some wrappers read the tokens that stand for an image as padding.
+    words = torch.randint(3, 80, (2, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(model.eval()(input_ids=words).logits, load_model(source)(input_ids=words).logits)
+    assert not list((tmp_path / "text").glob("*processor_config.json"))
+
+
+def test_a_text_model_without_a_class_of_its_own_is_not_taken_out(tmp_path: Path) -> None:
+    source = released(named("qwen2_5_vl"), tmp_path / "release")
+    with pytest.raises(
+        Refusal, match=r"text_only is true, but transformers has no class for the text model of Qwen2\.5-VL"
+    ):
+        extract_text(source, tmp_path / "text")
 
 
 def test_training_changes_the_text_model_alone() -> None:
