@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -79,7 +78,7 @@ HASTY = Config(**_CHECKSUMS, connect_timeout=2, read_timeout=5, retries={"mode":
 
 _LONGEST_WAIT = 20.0
 """Seconds to which a server's Retry-After is limited."""
-_PART = 16 * 2**20
+PART = 16 * 2**20
 _THREADS = 8
 
 
@@ -123,19 +122,6 @@ def split(uri: str) -> tuple[str, str]:
     return match[1], match[2]
 
 
-class Hashed:
-    """A file to download to that keeps the size and the hash and drops the bytes."""
-
-    def __init__(self) -> None:
-        self.size = 0
-        self.sha256 = hashlib.sha256()
-
-    def write(self, data: bytes) -> None:
-        """Take the next bytes."""
-        self.size += len(data)
-        self.sha256.update(data)
-
-
 class ConcurrentTransfers:
     """Up- and downloads, in parts of 16 MiB, on one pool of threads."""
 
@@ -148,12 +134,10 @@ class ConcurrentTransfers:
         future = self._manager.upload(str(path), bucket, key, extra_args={"Metadata": dict(metadata)})
         self._begun.append((f"s3://{bucket}/{key}", future))
 
-    def download(self, bucket: str, key: str, target: Path | Hashed) -> None:
+    def download(self, bucket: str, key: str, path: Path) -> None:
         """Start to download an object, and make the folder of its path."""
-        if isinstance(target, Path):
-            target.parent.mkdir(parents=True, exist_ok=True)
-        future = self._manager.download(bucket, key, str(target) if isinstance(target, Path) else target)
-        self._begun.append((f"s3://{bucket}/{key}", future))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._begun.append((f"s3://{bucket}/{key}", self._manager.download(bucket, key, str(path))))
 
     def finish(self) -> None:
         """Wait for all transfers, and raise the first error."""
@@ -170,7 +154,7 @@ class ConcurrentTransfers:
 @contextlib.contextmanager
 def transfers(client: Any) -> Iterator[ConcurrentTransfers]:
     """Yield a ConcurrentTransfers and wait for it when the block ends. An error cancels the unfinished transfers."""
-    config = TransferConfig(multipart_threshold=_PART, multipart_chunksize=_PART, max_concurrency=_THREADS)
+    config = TransferConfig(multipart_threshold=PART, multipart_chunksize=PART, max_concurrency=_THREADS)
     with create_transfer_manager(client, config) as manager:
         begun = ConcurrentTransfers(manager)
         yield begun

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from components.lib.errors import Refusal, Unavailable
 from components.lib.store.artifacts import MANIFEST, Manifest, Reference, need_space
-from components.lib.store.s3 import explained
+from components.lib.store.s3 import PART, explained
 from components.lib.store.store import PrefixCheckpoints, Store
 
 SECRET = "0" * 40
@@ -435,3 +435,12 @@ def test_need_space_tells_both_numbers(tmp_path: Path) -> None:
     need_space(tmp_path / "not" / "there", 1)
     with pytest.raises(Unavailable, match=r"needs 1e\+09 GB and its disk has .* GB free"):
         need_space(tmp_path / "not" / "there", 10**18)
+
+
+@pytest.mark.timeout(120)
+def test_a_file_of_many_parts_is_verified(store: Store, tmp_path: Path) -> None:
+    folder = tmp_path / "large"
+    folder.mkdir()
+    (folder / "weights").touch()
+    os.truncate(folder / "weights", 12 * PART + 1)  # a concurrent download that cannot seek waits for ever at ten parts
+    store.verify(store.put_content(folder, "large"))
