@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, ValidationError
 
 from components.lib.errors import Refusal
+from components.lib.given_yaml import read_yaml, short
 from components.lib.recipe.loading import load_recipe
 from components.lib.recipe.schema import Section
 from components.watch.find import Reason, Watched
@@ -112,14 +112,14 @@ def _checked(path: Path, **fields: Any) -> Watched:
 
 def _parse(path: Path) -> SourceList:
     try:
-        return SourceList.model_validate(yaml.safe_load(path.read_text()))
+        return SourceList.model_validate(read_yaml(path))
     except OSError as error:
         raise Refusal(f"the list of sources {path} cannot be read ({error.strerror}): name a YAML file") from None
-    except yaml.YAMLError as error:
-        raise Refusal(f"the list of sources {path} is not YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "its top level"
+        where = short(".".join(map(str, first["loc"]))) or "its top level"
         raise Refusal(
             f"the list of sources {path} is wrong at {where} ({first['msg']}): write 'sources', a list of release and name"
         ) from None
+    except ValueError as error:
+        raise Refusal(f"the list of sources {path} is not YAML ({error}): correct it") from None

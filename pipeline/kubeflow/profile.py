@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from kfp import kubernetes
 from kfp.dsl import PipelineTask
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from components.lib.errors import Refusal
+from components.lib.given_yaml import read_yaml, short
 
 PROFILES = Path(__file__).parents[1] / "profiles"
 COMPONENTS = Path(__file__).parents[2] / "components"
@@ -198,14 +198,14 @@ class Profile(ProfileSection):
         """
         path = find_profile(name)
         try:
-            settings = yaml.safe_load(path.read_text())
+            settings = read_yaml(path)
         except OSError as error:
             shipped = ", ".join(sorted(path.stem for path in PROFILES.glob("*.yaml")))
             raise Refusal(
                 f"the profile {name} cannot be read ({error.strerror}): name a YAML file or a shipped profile ({shipped})"
             ) from None
-        except yaml.YAMLError as error:
-            raise Refusal(f"the profile {path} is not YAML ({' '.join(str(error).split())}): correct it") from None
+        except ValueError as error:
+            raise Refusal(f"the profile {path} is not YAML ({error}): correct it") from None
         if not isinstance(settings, dict):
             raise Refusal(f"the profile {path} holds no fields: copy a shipped one from {PROFILES}")
         try:
@@ -300,7 +300,7 @@ def _sentence(path: Path, error: ValidationError) -> str:
     """Return the first fault as one sentence, with the number of the others."""
     faults = error.errors(include_url=False)
     fault = faults[0]
-    place = ".".join(str(part) for part in fault["loc"])
+    place = short(".".join(str(part) for part in fault["loc"]))
     if fault["type"] == "extra_forbidden":
         # In `stages` the name of a stage precedes the field, so compare with the fields of every section.
         known = {name for model in ProfileSection.__subclasses__() for name in model.model_fields}
@@ -310,9 +310,9 @@ def _sentence(path: Path, error: ValidationError) -> str:
     elif fault["type"] == "value_error":
         said = f"{place}: {fault['ctx']['error']}"
     else:
-        said = f"the field {place!r} is {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+        said = f"the field {place!r} is {short(repr(fault['input']))}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-    return f"in the profile {path.name}, {said}{more}"
+    return f"in the profile {path}, {said}{more}"
 
 
 def _nearest(word: str, known: list[str]) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from components.lib.errors import Refusal, StageFailed
+from components.lib.given_yaml import short
 from components.lib.recipe.schema import Recipe
 from components.lib.settings import MlflowSettings, StoreSettings
 from components.lib.store.runs import item_of, leave_item
@@ -129,8 +130,10 @@ def check(recipe: Recipe, release: str, name: str | None) -> None:
 
 def check_name(name: str) -> None:
     """Raise Refusal if MLflow, its filters or a path could misread the registered model's name."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-        raise Refusal(f"the registered model's name is {name!r}: use letters, digits, '_' and '-'")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}", name):
+        raise Refusal(
+            f"the registered model's name is {short(repr(name))}: use letters, digits, '_' and '-', 128 at most"
+        )
 
 
 def check_room(recipes: Sequence[Recipe], release: str, home: Path) -> None:

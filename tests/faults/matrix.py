@@ -25,6 +25,7 @@ from typing import Any
 
 from pipeline.services.embedded import services
 from tests.faults.store_round import store_round
+from tests.faults.whole_run import bench, faults_round, kill_round, together_round
 
 DOCS = Path(__file__).parents[2] / "docs"
 FIGURES = DOCS / "reliability.jsonl"
@@ -48,6 +49,7 @@ class Row:
     run: Callable[[int, Any], Figures]
     """Runs the round with this seed."""
     at_once: int = 1
+    """How many rounds may run at the same time."""
 
 
 def _store(seed: int, environment: Mapping[str, str]) -> Figures:
@@ -79,6 +81,49 @@ ROWS = {
         _store,
         at_once=6,
     ),
+    **{
+        f"kill-{victim}": Row(
+            f"`kill -9` of {words} at a random moment of a run",
+            "same digest after the same command; one version",
+            50,
+            bench,
+            lambda seed, opened, victim=victim: kill_round(seed, opened, victim),
+            at_once=at_once,
+        )
+        for victim, words, at_once in (
+            ("stage", "the stage", 2),
+            ("runner", "the runner", 2),
+            ("s3", "the S3 server", 1),
+            ("mlflow", "MLflow", 1),
+        )
+    },
+    **{
+        f"{of}-run": Row(
+            f"{words} faults in whole runs",
+            goal,
+            20,
+            bench,
+            lambda seed, opened, of=of: faults_round(seed, opened, of),
+            2,
+        )
+        for of, words, goal in (
+            ("s3", "S3", "same digest; every artifact whole"),
+            ("mlflow", "MLflow", "nothing registered twice; curves whole"),
+        )
+    },
+    **{
+        name: Row(words, goal, 10, bench, lambda seed, opened, recipes=recipes: together_round(seed, opened, recipes))
+        for name, words, goal, recipes in (
+            ("two", "two identical runs at once", "one version, aliases whole", ["quarter"] * 2),
+            ("four", "four identical runs at once", "one version, aliases whole", ["quarter"] * 4),
+            (
+                "different",
+                "two different runs at once under one name",
+                "one version for each result",
+                ["quarter", "half"],
+            ),
+        )
+    },
 }
 
 
@@ -91,26 +136,30 @@ def main(given: Sequence[str] | None = None) -> None:
     arguments.add_argument("--table", action="store_true", help="run nothing")
     chosen = arguments.parse_args(given)
     if not chosen.table:
-        for name in chosen.rows:
-            run_row(name, [chosen.seed] if chosen.seed is not None else left(name, figures())[: chosen.most])
+        for shared in dict.fromkeys(ROWS[name].bench for name in chosen.rows):
+            with shared() as opened:
+                for name in chosen.rows:
+                    if ROWS[name].bench is shared:
+                        run_row(
+                            name,
+                            [chosen.seed] if chosen.seed is not None else left(name, figures())[: chosen.most],
+                            opened,
+                        )
     print(write_table(figures()))
 
 
-def run_row(name: str, seeds: Sequence[int]) -> None:
+def run_row(name: str, seeds: Sequence[int], opened: Any) -> None:
     """Run rounds of one row, and keep the figures of each as soon as it ends."""
-    row = ROWS[name]
-    if not seeds:
-        return
-    with row.bench() as bench, ThreadPoolExecutor(row.at_once) as threads:
-        for figure in threads.map(lambda seed: _timed(name, seed, bench), seeds):
+    with ThreadPoolExecutor(ROWS[name].at_once) as threads:
+        for figure in threads.map(lambda seed: _timed(name, seed, opened), seeds):
             with FIGURES.open("a") as file:
                 file.write(json.dumps(figure) + "\n")
             print(json.dumps(figure), flush=True)
 
 
-def _timed(name: str, seed: int, bench: Any) -> dict[str, Any]:
+def _timed(name: str, seed: int, opened: Any) -> dict[str, Any]:
     began = time.monotonic()
-    figure = ROWS[name].run(seed, bench)
+    figure = ROWS[name].run(seed, opened)
     return {"row": name, "seed": seed, **figure, "seconds": round(time.monotonic() - began, 1)}
 
 

@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from components.lib.errors import Refusal
+from components.lib.given_yaml import parse_yaml, short
 from components.lib.recipe.messages import first_fault
 from components.lib.recipe.schema import Recipe
 from components.lib.recipe.section import descend
@@ -36,9 +37,9 @@ def parse_recipe(text: str, overrides: Sequence[str] = ()) -> Recipe:
         Refusal: the YAML cannot be read, a field is unknown or its value is not allowed.
     """
     try:
-        settings = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise Refusal(f"the recipe is not YAML: {' '.join(str(error).split())}") from None
+        settings = parse_yaml(text)
+    except ValueError as error:
+        raise Refusal(f"the recipe is not YAML: {error}: correct it") from None
     if not isinstance(settings, dict):
         raise Refusal(
             "the recipe is not a mapping of sections: start from one of the shipped recipes (espalier recipes)"
@@ -108,15 +109,15 @@ def _override(settings: dict[str, Any], override: str) -> None:
     section, leaf = descend(settings, key.strip())
     try:
         section[leaf] = _yaml_value(value)
-    except yaml.YAMLError:
-        raise Refusal(f"--set {key} has the value {value!r}, which is not YAML: quote it") from None
+    except ValueError:
+        raise Refusal(f"--set {key} has the value {short(repr(value))}, which is not YAML: quote it") from None
     if section[leaf] is None:
         del section[leaf]
 
 
 def _yaml_value(text: str) -> Any:
     """Parse a YAML value. YAML 1.1 reads 1e-4 as a string, which is turned into the number."""
-    value = yaml.safe_load(text)
+    value = parse_yaml(text)
     if isinstance(value, str):
         try:
             return float(value)

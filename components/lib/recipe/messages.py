@@ -10,6 +10,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from components.lib.given_yaml import short
 from components.lib.recipe.schema import Recipe
 
 
@@ -19,17 +20,17 @@ def first_fault(error: ValidationError, settings: dict[str, Any]) -> str:
     # A field of several types has a fault for each of them: the deepest fault belongs to the type that was meant.
     around = [found for found in faults if _on_one_way(found[0], faults[0][0])]
     loc, fault = max(around, key=lambda found: len(found[0]))
-    place = ".".join(map(str, loc))
+    place = short(".".join(map(str, loc)))
     if fault["type"] == "extra_forbidden":
         known = _fields_at(loc[:-1])
         said = f"the recipe's field {place!r} is not known{_did_you_mean(str(loc[-1]), known)}"
     elif fault["type"] == "missing":
         said = f"the recipe's field {place!r} is missing: add it ({_fields_help(fault['loc'])})"
     elif fault["type"] == "value_error":
-        said = f"the recipe's {place + ': ' if place else ''}{fault['ctx']['error']}"
+        said = f"the recipe's {place + ': ' if place else ''}{short(str(fault['ctx']['error']), 1000)}"
     else:
         wanted = " or ".join(dict.fromkeys(_wanted(other["msg"]) for found, other in around if found == loc))
-        said = f"the recipe's field {place!r} is {fault['input']!r}: {wanted}"
+        said = f"the recipe's field {place!r} is {short(repr(fault['input']))}: {wanted}"
     more = len(faults) - len(around)
     return said + (f" (and {more} more)" if more else "")
 

@@ -44,7 +44,7 @@ class Reference:
 
 def _inside(name: str) -> str:
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or str(path) != name or name in {"", ".", MANIFEST}:
+    if path.is_absolute() or ".." in path.parts or str(path) != name or name in {"", ".", MANIFEST} or "\0" in name:
         raise ValueError(f"{name!r} is not the name of a file inside the artifact")
     return name
 

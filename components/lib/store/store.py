@@ -293,10 +293,10 @@ class Store:
 
     def folders(self, prefix: str) -> list[str]:
         """Return the names of the folders right below `prefix` that hold anything, complete or not."""
-        bucket, key = split(self.uri(prefix) + "/")
-        with explained(self.uri(prefix)):
-            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key, Delimiter="/")
-            return [found["Prefix"][len(key) : -1] for page in pages for found in page.get("CommonPrefixes", ())]
+        uri = f"{self.uri(prefix)}/"
+        start = len(split(uri)[1])
+        pages = self._pages(uri, Delimiter="/")
+        return [found["Prefix"][start:-1] for page in pages for found in page.get("CommonPrefixes", ())]
 
     def newest(self, prefix: str) -> list[str]:
         """Return the prefixes of the complete artifacts right below `prefix`, the newest first."""
@@ -368,10 +368,17 @@ class Store:
 
     def _list(self, uri: str) -> list[dict[str, Any]]:
         """List every object whose URI starts with `uri`; the markers of empty folders are left out."""
+        found = (one for page in self._pages(uri) for one in page.get("Contents", ()))
+        return [one for one in found if not one["Key"].endswith("/")]
+
+    def _pages(self, uri: str, **options: str) -> list[dict[str, Any]]:
+        """Return the answers to a listing; one that was damaged on its way, so that botocore cannot parse it, is asked for again."""
         bucket, key = split(uri)
-        with explained(uri):
-            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
-            return [found for page in pages for found in page.get("Contents", ()) if not found["Key"].endswith("/")]
+        paginator = self._client.get_paginator("list_objects_v2")
+        for _ in range(_READINGS):
+            with explained(uri), contextlib.suppress(ValueError):
+                return list(paginator.paginate(Bucket=bucket, Prefix=key, **options))
+        raise Unavailable(f"S3 lists {uri} in a way that cannot be read: check the server, and start again")
 
     def _range(self, uri: str, start: int, end: int) -> bytes:
         """Return the bytes of an object from `start` to before `end`."""

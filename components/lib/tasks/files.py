@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from components.lib.errors import Refusal
+from components.lib.given_yaml import parse_yaml
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -81,8 +82,8 @@ def _merged(file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
     Loader.add_constructor("!function", lambda loader, node: _Function(str(node.value), file.parent))
     try:
-        config = yaml.load(file.read_text(encoding="utf-8"), Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        config = parse_yaml(file.read_text(encoding="utf-8"), Loader)
+    except (OSError, ValueError) as error:
         raise Refusal(f"the task file {file} cannot be read ({' '.join(str(error).split())}): correct it") from None
     if not isinstance(config, dict):
         raise Refusal(f"the task file {file} is no mapping: see lm-eval's guide to tasks")

@@ -8,11 +8,14 @@ that is cut, trained or pinned as a release. `load_model` imports transformers, 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+
+from safetensors import SafetensorError, safe_open
 
 from components.lib.errors import Refusal
 from components.lib.transformer.families import Config, Family, family_for, family_of
@@ -321,8 +324,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise Refusal(f"{path} cannot be read ({error}): get the release again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise Refusal(f"{path} cannot be read ({str(error)[:200]}): get the release again") from None
     if not isinstance(value, dict):
         raise Refusal(f"{path} holds {type(value).__name__}, not a mapping: get the release again")
     return value
@@ -339,10 +342,10 @@ def _stored(folder: Path) -> dict[str, Stored]:
         return _header(folder / WEIGHTS)
     if not (folder / INDEX).is_file():
         raise _no_weights(folder)
-    weight_map = _read_json(folder / INDEX).get("weight_map", {})
+    weight_map = _weight_map(folder / INDEX)
     missing = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
     if missing:
-        raise Refusal(f"{folder / INDEX} names {', '.join(missing)}, which the folder lacks: get the release again")
+        raise Refusal(f"{folder / INDEX} names {', '.join(missing[:3])}, which the folder lacks: get the release again")
     tensors = {
         name: tensor for file in sorted(set(weight_map.values())) for name, tensor in _header(folder / file).items()
     }
@@ -370,24 +373,38 @@ def _no_weights(folder: Path) -> Refusal:
     return Refusal(f"{folder} holds neither {WEIGHTS} nor {INDEX}: name a folder with safetensors weights")
 
 
+def _weight_map(path: Path) -> dict[str, str]:
+    """Return the shard of each tensor. Raises Refusal if it is no name of a file right in the folder."""
+    weight_map = _read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise Refusal(f"{path} has no 'weight_map' from tensors to files: get the release again")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]{1,240}\.safetensors", file):
+            raise Refusal(
+                f"{path} says that {name} is in {str(file)[:80]!r}, which is no safetensors file of the folder: get the release again"
+            )
+    return weight_map
+
+
 def _header(path: Path) -> dict[str, Stored]:
-    """Read a safetensors header: 8 bytes of length, then JSON, then the tensors' bytes."""
-    total = path.stat().st_size
+    """Read a safetensors header: 8 bytes of length, then JSON, then the tensors' bytes. The library checks it."""
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, total)))
-    except ValueError:
-        raise Refusal(f"{path} is no safetensors file: get the release again") from None
+        with safe_open(path, "np"):
+            pass
+    except (SafetensorError, OSError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise Refusal(
+            f"{path} is no whole safetensors file ({said}): it was cut short or changed, so get it again"
+        ) from None
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        start, end = entry["data_offsets"]
-        tensors[name] = Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
-    whole = max((tensor.start + tensor.size for tensor in tensors.values()), default=8 + length)
-    if whole > total:
-        raise Refusal(f"{path} has {total} bytes of {whole}: it was cut short, get it again")
-    return tensors
+    return {
+        name: Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
+        for name, entry in header.items()
+        for start, end in [entry["data_offsets"]]
+    }
 
 
 def _check_dtypes(folder: Path, tensors: Mapping[str, Stored]) -> None:
@@ -402,12 +419,14 @@ def _check_blocks(folder: Path, config: Config, family: Family, tensors: Mapping
     """Refuse a folder whose tensors are of other layers than its config counts, as after a careless cut."""
     read = (name for name in tensors if not family.ignores(name, config))
     stored = {found[0] for found in map(family.block_of, read) if found}
-    stated = set(range(family.layers(config)))
-    if stored - stated:
+    stated = family.layers(config)
+    if beyond := [layer for layer in stored if layer >= stated]:
         raise Refusal(
-            f"{folder} holds tensors of layer {min(stored - stated)}, but its {family.count} is {len(stated)}: get the release again"
+            f"{folder} holds tensors of layer {min(beyond)}, but its {family.count} is {stated}: get the release again"
         )
-    if stated - stored:
+    # Not a set of all layers: a damaged config may state billions.
+    if len(stored) < stated:
+        absent = next(layer for layer in range(stated) if layer not in stored)
         raise Refusal(
-            f"{folder} has no tensors of layer {min(stated - stored)}, but its {family.count} is {len(stated)}: get the release again"
+            f"{folder} has no tensors of layer {absent}, but its {family.count} is {stated}: get the release again"
         )

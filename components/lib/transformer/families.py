@@ -548,15 +548,19 @@ def row_of(model_type: str | None, text_type: str | None) -> Family:
 
 def family_named(model_type: object) -> Family:
     """Return the row of a `model_type`. Raises Refusal if there is none."""
+    if not isinstance(model_type, str):
+        raise Refusal(
+            f"the model type {_short(model_type)} is not supported: a config.json names one in words, so get the release again"
+        )
     if model_type in FAMILIES:
-        return FAMILIES[str(model_type)]
+        return FAMILIES[model_type]
     if model_type in UNSUPPORTED:
         raise Refusal(
-            f"the model type {model_type!r} is not supported, since it {UNSUPPORTED[str(model_type)]}: choose a model of a type that "
+            f"the model type {model_type!r} is not supported, since it {UNSUPPORTED[model_type]}: choose a model of a type that "
             "docs/families.md lists"
         )
     raise Refusal(
-        f"the model type {model_type!r} is not supported: supported are {', '.join(FAMILIES)}; docs/families.md shows how to add a family"
+        f"the model type {_short(model_type)} is not supported: supported are {', '.join(FAMILIES)}; docs/families.md shows how to add a family"
     )
 
 

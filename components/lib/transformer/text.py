@@ -24,11 +24,14 @@ from torch import Tensor
 from components.lib.errors import Refusal
 
 if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
     from transformers import PreTrainedTokenizerBase
 
 SEPARATOR = "\n\n"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 
+_UNPACKED = 200_000_000
+"""Characters that a file may unpack to, however small it is."""
 PIECE = 1_000_000
 """Characters tokenised at once: bounds the tokenizer's own bookkeeping, which takes some hundred bytes a token."""
 OVERLAP = 4_096
@@ -93,10 +96,9 @@ def _read_jsonl(path: Path, field: str) -> list[str]:
 def _json_document(path: Path, number: int, line: str, field: str) -> str:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise Refusal(
-            f"the text {path} has no JSON on line {number} ({error.msg}): put one object on each line"
-        ) from None
+    except (ValueError, RecursionError) as error:
+        said = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise Refusal(f"the text {path} has no JSON on line {number} ({said}): put one object on each line") from None
     if not isinstance(row, dict):
         raise Refusal(f"the text {path} has a {type(row).__name__} on line {number}: put one object on each line")
     _require_column(path, field, row)
@@ -110,16 +112,33 @@ def _read_parquet(path: Path, field: str) -> list[str]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
         _require_column(path, field, file.schema_arrow.names)
-        column = file.read(columns=[field]).column(field).to_pylist()
+        column = _unpacked(path, file, field)
     except pyarrow.ArrowException as error:
         reason = str(error).splitlines()[0]
         raise Refusal(f"the text {path} cannot be read as parquet ({reason}): write the file anew") from None
     return [_require_text(path, number, field, value) for number, value in enumerate(column, 1)]
 
 
+def _unpacked(path: Path, file: ParquetFile, field: str) -> list[Any]:
+    """Read a column in parts. Raises Refusal before a small file that unpacks to gigabytes fills the memory."""
+    column: list[Any] = []
+    size, most = 0, max(_UNPACKED, 100 * path.stat().st_size)
+    for batch in file.iter_batches(batch_size=64, columns=[field]):
+        # Not the batch's own bytes: a dictionary holds a text once that many rows name.
+        part = batch.column(0).to_pylist()
+        size += sum(len(value) for value in part if isinstance(value, str))
+        if size > most:
+            raise Refusal(
+                f"the text {path} unpacks to more than {most / 1e6:.0f} MB, a hundred times its size or more: check where it is from"
+            )
+        column += part
+    return column
+
+
 def _require_column(path: Path, field: str, columns: Iterable[str]) -> None:
     if field not in columns:
-        there = ", ".join(columns) or "none"
+        names = list(columns)
+        there = ", ".join(names[:10]) + (" …" if len(names) > 10 else "") or "none"
         raise Refusal(f"the text {path} has no column {field!r}: set 'field' to one of its columns ({there})")
 
 
@@ -127,6 +146,13 @@ def _require_text(path: Path, number: int, field: str, value: Any) -> str:
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
         raise Refusal(f"the text {path} has {kind} in column {field!r} of row {number}: leave rows without text out")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise Refusal(
+                f"the text {path} has half a character (a surrogate) in row {number}: write the row anew"
+            ) from None
     return value
 
 

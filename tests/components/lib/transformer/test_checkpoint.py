@@ -177,7 +177,7 @@ def test_a_file_cut_short_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"\x08\0\0\0\0\0\0\0not json", b"<html>no such file</html>"])
 def test_a_file_that_is_no_safetensors_is_refused(folder: Path, content: bytes) -> None:
     (folder / "model.safetensors").write_bytes(content)
-    with pytest.raises(Refusal, match="is no safetensors file"):
+    with pytest.raises(Refusal, match="is no whole safetensors file"):
         Checkpoint.open(folder)
 
 
