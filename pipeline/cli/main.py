@@ -29,6 +29,7 @@ from pipeline.cli.options import (
     runner_on,
     write_or_print,
 )
+from pipeline.cli.plan import plan
 from pipeline.cli.schedule import schedule_app
 from pipeline.cli.serving import deploy, manifest, package, serve
 from pipeline.cli.watch import watch
@@ -59,6 +60,7 @@ app.add_typer(services_app, name="services")
 app.add_typer(schedule_app, name="schedule")
 app.command()(compare)
 app.command()(watch)
+app.command()(plan)
 app.command()(why)
 app.command()(models)
 app.command()(diff)

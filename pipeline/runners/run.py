@@ -74,6 +74,7 @@ def run(
     with on.services(home) as environment, in_environment(environment):
         store = Store.from_environment()
         check_services()
+        check_memory(recipe, release, on, console)
         pinned = to_store(release, recipe, store)
         result = _attempt(recipe, pinned, name, label, folder, console, on, store)
         safer = _safer(recipe, result.report) if name is not None else None
@@ -126,6 +127,14 @@ def check(recipe: Recipe, release: str, name: str | None) -> None:
     for task in recipe.evaluate.task_files:
         if _is_here(task):
             check_task(task, recipe.evaluate.remote_code)
+
+
+def check_memory(recipe: Recipe, release: str, on: Runner, console: Console) -> None:
+    """Warn of each stage whose device has no known size. Raises Refusal if a device is too small, with the cure."""
+    from pipeline.plan.plan import require_memory
+
+    for warning in require_memory(recipe, release, getattr(on, "profile", None)):
+        console.print(f"warning: {warning}", highlight=False, markup=False)
 
 
 def check_name(name: str) -> None:

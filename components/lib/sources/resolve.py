@@ -8,12 +8,15 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from components.lib.errors import Refusal, Unavailable
 from components.lib.recipe.schema import Text
 from components.lib.store.store import Store
 from components.lib.transformer.checkpoint import Checkpoint, checked
+
+if TYPE_CHECKING:
+    from components.lib.tracking.registry import Version
 
 CHECKPOINT_FILES = (
     "*.safetensors",
@@ -68,6 +71,32 @@ def resolve_text(text: Text, store: Store) -> Resolved:
     return _s3(text.path, store)
 
 
+def release_config(source: str) -> str:
+    """Return the config.json of a release that is not a folder, and read nothing else of it.
+
+    Raises:
+        Refusal: the release cannot be found, or has no config.json.
+    """
+    if source.startswith("models:/"):
+        source = _registered_version(source).source
+    if source.startswith("s3://"):
+        return _config_on_s3(source, Store.from_environment())
+    from huggingface_hub import hf_hub_download
+
+    repository, _, revision = source.partition("@")
+    path = _ask_hub(lambda: hf_hub_download(repository, "config.json", revision=revision or None), source, "release")
+    return Path(path).read_text()
+
+
+def _config_on_s3(source: str, store: Store) -> str:
+    place = source.partition("@sha256:")[0].rstrip("/")
+    for name in ("config.json", "model/config.json"):  # of a plain checkpoint, and of an artifact
+        text = store.read_uri(f"{place}/{name}")
+        if text is not None:
+            return text
+    raise Refusal(f"{source} has no config.json: name the prefix of a Hugging Face checkpoint")
+
+
 def checkpoint_files(checkpoint: Checkpoint) -> dict[str, Path]:
     """Return the files that the store keeps of a checkpoint, by name in the artifact; weight files that it does not read are left out."""
     folder = checkpoint.folder
@@ -88,6 +117,12 @@ def _s3(source: str, store: Store) -> Resolved:
 
 
 def _registered(source: str, store: Store) -> Resolved:
+    version = _registered_version(source)
+    found = _s3(version.source, store)
+    return Resolved(f"models:/{version.name}/{version.version}", found.revision, found.fetch)
+
+
+def _registered_version(source: str) -> Version:
     from components.lib.tracking import registry
 
     name, _, alias = source.removeprefix("models:/").partition("@")
@@ -106,8 +141,7 @@ def _registered(source: str, store: Store) -> Resolved:
         raise Refusal(
             f"{source} lies at {version.source}, not on S3: register its s3:// prefix, or name the folder itself"
         )
-    found = _s3(version.source, store)
-    return Resolved(f"models:/{version.name}/{version.version}", found.revision, found.fetch)
+    return version
 
 
 def _hub_model(source: str) -> Resolved:

@@ -364,6 +364,10 @@ class Store:
             raise Unavailable(f"{uri} names no object and no prefix with objects: check the address")
         return found
 
+    def read_uri(self, uri: str) -> str | None:
+        """Return the text of one small object anywhere on S3, or None if there is none."""
+        return self._read(uri)
+
     # S3 itself
 
     def _list(self, uri: str) -> list[dict[str, Any]]:

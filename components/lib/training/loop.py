@@ -361,7 +361,8 @@ def _nested(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 def _optimizer(weights: list[nn.Parameter], settings: Optimisation, section: str) -> torch.optim.Optimizer:
     arguments: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(weights, **arguments)
+        # On a GPU torch would else step all weights at once, with a temporary copy of a whole state: a quarter more memory.
+        return torch.optim.AdamW(weights, fused=weights[0].is_cuda or None, **arguments)
     try:
         bitsandbytes = importlib.import_module("bitsandbytes")
     except ImportError:

@@ -1,0 +1,81 @@
+"""A run that a device cannot hold is refused before it starts, and the refusal names settings with which it fits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from components.lib.errors import Refusal
+from components.lib.store.store import Store
+from pipeline.kubeflow.profile import Profile
+from pipeline.plan import plan
+from pipeline.plan.plan import Device, device_of, require_memory, rough, shape_of
+from pipeline.plan.stages import Shape, needs
+from tests.pipeline.plan.shapes import TINY
+from tests.pipeline.plan.test_stages import recipe
+
+
+def profile(**stage: object) -> Profile:
+    fields = {"environment": {"ESPALIER_BUCKET": "b"}, "stages": {"regularize": stage}}
+    return Profile.model_validate(fields)
+
+
+def test_a_gpu_s_size_is_read_from_its_name() -> None:
+    named = profile(gpu={}, node_selector={"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-80GB"})
+    assert device_of(named, "regularize") == Device("cuda", 79 * 2**30, "the profile's NVIDIA-A100-SXM4-80GB")
+    assert device_of(profile(gpu={}), "regularize").size is None
+
+
+def test_a_processor_has_the_stage_s_memory() -> None:
+    assert device_of(profile(memory="4Gi"), "regularize").size == 3 * 2**30
+    assert device_of(profile(memory="4G"), "regularize").size == 4 * 10**9 - 2**30
+
+
+def test_a_config_on_s3_is_enough(store: Store) -> None:
+    store.write_text("somewhere/config.json", json.dumps(TINY | {"dtype": "bfloat16"}))
+    assert shape_of(store.uri("somewhere")) == Shape(TINY | {"dtype": "bfloat16"}, "bfloat16")
+    with pytest.raises(Refusal, match="nowhere has no config"):
+        shape_of(store.uri("nowhere"))
+
+
+def test_the_rough_bound_is_above_every_stage() -> None:
+    asked = recipe("evaluate.controls=[dense-trained]", "calibration.length=64")
+    assert rough(asked, TINY) > max(need.peak.total for need in needs(asked, Shape(TINY, "bfloat16"), "cpu"))
+
+
+def test_a_device_that_is_too_small_is_refused_with_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = Shape(TINY, "bfloat16")
+    (need,) = needs(recipe(), shape, "cuda", only=["regularize"])
+    small = need.peak.total - 1
+    monkeypatch.setattr(plan, "shape_of", lambda release: shape)
+    monkeypatch.setattr(plan, "here", lambda: Device("cuda", small, "this machine"))
+    with pytest.raises(Refusal, match=r"^regularize takes .* and this machine has ") as refused:
+        list(require_memory(recipe(), str(tmp_path)))
+    settings = [word for word in str(refused.value).split() if word.startswith("regularize.")]
+    assert settings == ["regularize.micro_batch_size=1"]
+    (cured,) = needs(recipe(*settings), shape, "cuda", only=["regularize"])
+    assert cured.peak.total <= small
+
+
+def test_a_device_of_unknown_size_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "shape_of", lambda release: Shape(TINY, "bfloat16"))
+    said = list(require_memory(recipe(), str(tmp_path), profile(gpu={})))
+    assert any(
+        one.startswith("regularize takes 0.0 GB, and the profile's nvidia.com/gpu states no size") for one in said
+    )
+
+
+def test_a_release_that_is_small_beside_the_device_is_not_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "shape_of", lambda release: Shape(TINY, "bfloat16"))
+    monkeypatch.setattr("pipeline.plan.stages.needs", lambda *_, **__: pytest.fail("planned"))
+    assert list(require_memory(recipe(), str(tmp_path))) == []
+
+
+def test_a_plan_that_fails_stops_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "shape_of", lambda release: Shape(TINY | {"num_attention_heads": 5}, "bfloat16"))
+    (said,) = require_memory(recipe(), str(tmp_path), profile(gpu={}))
+    assert said.startswith("the memory of the stages is not known")
