@@ -206,7 +206,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    wraps = _read_config(folder).get("model_type") in WRAPPERS
+    wraps = str(_read_config(folder).get("model_type")) in WRAPPERS
     auto: Any = AutoModelForImageTextToText if wraps else AutoModelForCausalLM
     try:
         loaded: Any = auto.from_pretrained(
@@ -240,7 +240,7 @@ def checked(config: dict[str, Any], remote_code: bool = False) -> tuple[dict[str
     Raises:
         Refusal: as `family_of`.
     """
-    if config.get("model_type") in WRAPPERS:
+    if str(config.get("model_type")) in WRAPPERS:
         config = _with_widths(config, family_for(config))
     return config, family_of(config, remote_code)
 

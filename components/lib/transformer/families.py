@@ -608,7 +608,7 @@ def _refuse_kinds(config: Config, remote_code: bool) -> None:
     """Refuse the kinds of model that no row can describe, before the model type is looked at."""
     kind = config.get("model_type")
     parts = [name for name in config if name in ("text_config", "vision_config", "audio_config")]
-    if parts and kind not in WRAPPERS:
+    if parts and str(kind) not in WRAPPERS:
         raise Refusal(
             f"the model type {kind!r} wraps a text model with others (config.json has {', '.join(parts)}): save its text model alone and name that folder"
         )
