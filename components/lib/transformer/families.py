@@ -532,7 +532,11 @@ def family_of(config: Config, remote_code: bool = False) -> Family:
 
 def family_for(config: Config) -> Family:
     """Return the row of a config, of a wrapper that of its text model in it. Raises Refusal if there is none."""
-    return row_of(config.get("model_type"), text_part(config).get("model_type"))
+    kinds = config.get("model_type"), text_part(config).get("model_type")
+    for kind in kinds:
+        if kind is not None:
+            _require_word(kind)
+    return row_of(*kinds)
 
 
 @cache
@@ -546,12 +550,17 @@ def row_of(model_type: str | None, text_type: str | None) -> Family:
     return wrapper.around(TOWERS.get(str(text_type)) or family_named(text_type))
 
 
+def _require_word(model_type: object) -> str:
+    if isinstance(model_type, str):
+        return model_type
+    raise Refusal(
+        f"the model type {_short(model_type)} is not supported: a config.json names one in words, so get the release again"
+    )
+
+
 def family_named(model_type: object) -> Family:
     """Return the row of a `model_type`. Raises Refusal if there is none."""
-    if not isinstance(model_type, str):
-        raise Refusal(
-            f"the model type {_short(model_type)} is not supported: a config.json names one in words, so get the release again"
-        )
+    model_type = _require_word(model_type)
     if model_type in FAMILIES:
         return FAMILIES[model_type]
     if model_type in UNSUPPORTED:
