@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from components.lib.errors import Refusal, Unavailable
+from components.lib.errors import Refusal
 from components.lib.recipe.schema import Recipe
 from components.lib.sources.resolve import release_config
 from components.lib.transformer.checkpoint import Checkpoint
@@ -108,14 +108,14 @@ def require_memory(recipe: Recipe, release: str, profile: Profile | None = None)
     """Yield a warning for each stage of which it is not known whether it fits.
 
     A release that is small beside the device is not planned. One whose config cannot be read from here is not either: the stages may
-    reach what this machine does not.
+    reach what this machine does not, and say what is wrong with it.
 
     Raises:
         Refusal: a stage takes more than its device has.
     """
     try:
         shape = shape_of(release)
-    except Unavailable:
+    except Refusal:
         return
     device = None if profile else here()
     if device and device.size and rough(recipe, shape.config) < device.size:

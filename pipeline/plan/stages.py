@@ -22,6 +22,7 @@ from components.lib.training import regularize as training
 from components.lib.training.journal import Silent
 from components.lib.training.reconstruct import sites
 from components.lib.training.recover import recover
+from components.lib.training.refit import runs_of
 from components.lib.transformer.channels import channels_to_remove, cut_widths
 from components.lib.transformer.export import answers
 from components.lib.transformer.families import WRAPPERS, cut_config, family_of
@@ -47,7 +48,7 @@ class Need:
     peak: Peak = NOTHING_HELD
     """Of the device; 0 if the stage holds no model."""
     held: int = 0
-    """Bytes of calibration states that wait in the machine's memory; on a processor they come on top of the peak."""
+    """Bytes by which calibration states that wait in the machine's memory exceed the peak, if that is the device's memory too: a processor."""
     scratch: int = 0
     """Bytes of the stage's temporary disk: inputs, output, and the checkpoint that is being written."""
     moved: int = 0
@@ -188,31 +189,29 @@ def _regularize(case: _Case) -> Need | None:
     transfer = settings.transfer.chosen
     if settings.schedule == "none" and transfer is None:
         return None
-    peaks, held, state = [], 0, 0
+    peaks, waiting, state = [], 0, 0
     if transfer:
         quick = transfer.model_copy(update={"steps": 2} if "steps" in type(transfer).model_fields else {})
         with counted(case.kind) as memory:
             model = case.release.model(memory)
             quick.apply(model, case.windows(WINDOWS), case.selection, journal=Silent())
         peaks.append(memory.peak)
-        held = _states(case)
+        waiting = memory.peak.total + _states(case)
     if settings.schedule != "none":
         memory = _trained(case, case.release, settings, case.selection)
         peaks.append(memory.peak)
         state = _state(memory, settings)
+    # The states wait while the transfer works, and are gone when the training begins.
+    held = max(0, waiting - _largest(peaks).total)
     return _training("regularize", peaks, settings, case.release.bytes, case.release.bytes, state, case, held=held)
 
 
 def _states(case: _Case) -> int:
-    """Return the bytes of the dense model's streams that the transfer keeps, at most: if no two removed layers are neighbours."""
+    """Return the bytes of the dense model's streams that the transfer keeps."""
     transfer: Any = case.recipe.regularize.transfer.chosen
-    layers, count = case.release.layers(), len(case.selection.removed)
-    spread = sorted(
-        {1 + number * max(1, (layers - 1) // max(1, count)) for number in range(count)} & set(range(layers))
-    )
-    targets = set(spread)
+    targets = {last for first, last in runs_of(case.selection.removed) if first}
     if hasattr(transfer, "follow"):
-        found = sites(spread, layers, transfer.before, transfer.after, transfer.follow)
+        found = sites(case.selection.removed, case.release.layers(), transfer.before, transfer.after, transfer.follow)
         targets |= {source for site in found for source in site.targets.values()}
     windows = min(case.recipe.calibration.samples, getattr(transfer, "windows", 0))
     tokens = windows * case.recipe.calibration.length

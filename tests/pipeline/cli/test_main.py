@@ -148,7 +148,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("name", ["a/b", "it's", "", "-x", "a b", "v1.5"])
     def test_a_name_that_cannot_be_registered(self, name: str, refusal: Callable[..., str]) -> None:
-        said = f"the registered model's name is {name!r}: use letters, digits, '_' and '-'"
+        said = f"the registered model's name is {name!r}: use letters, digits, '_' and '-', 128 at most"
         assert refusal(f"--name={name}") == said
 
     def test_an_mlflow_that_does_not_answer(self, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
