@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 from components.lib.recipe.training import Recover, Regularize
+from components.lib.training import ranks
 from components.lib.training import regularize as training
 from components.lib.training.journal import Journal, SeveralCheckpoints
 from components.lib.training.recover import recover as fine_tune
@@ -43,10 +43,12 @@ def control(
     """
     data, start, chosen = load_windows(windows), release / "model", NOTHING
     pruned_first = kind == "pruned-first"
-    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+    with ranks.shared_folder(out.parent) as scratch:
         if pruned_first:
-            start, chosen = Path(scratch) / "model", Selection.load(selection)
-            cut_checkpoint(release / "model", start, chosen.removed, chosen.channels)
+            start, chosen = scratch / "model", Selection.load(selection)
+            if ranks.first():
+                cut_checkpoint(release / "model", start, chosen.removed, chosen.channels)
+            ranks.wait()
         model = load_model(start)
         teacher = load_model(release / "model") if training.needs_teacher(regularize, pruned_first) else None
         model = training.regularize(
@@ -61,4 +63,5 @@ def control(
         )
         if recover.enabled:
             model = fine_tune(model, data, recover, checkpoints=checkpoints.scoped("recover"), journal=journal)
-        save_model(model, start, out / "model")
+        if ranks.first():
+            save_model(model, start, out / "model")

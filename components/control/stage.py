@@ -47,5 +47,6 @@ STAGE = Stage(
     without=tuple(f"regularize.{field}" for field in ("transfer", "schedule", "anneal", "norm", "strength", "ramp")),
     asked=_asked,
     resumes=True,
+    shared=True,
     leaves_checkpoint=True,
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import SecretStr
+from pydantic import PositiveInt, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -24,6 +24,15 @@ class StoreSettings(BaseSettings):
     """The commit of the code in an image."""
     scratch: str | None = None
     """The folder for a stage's temporary files; the system's own if not set."""
+
+
+class ProcessSettings(BaseSettings):
+    """The processes that share a training (ESPALIER_*). They change no result but its rounding, so they are no part of a recipe or a key."""
+
+    model_config = SettingsConfigDict(env_prefix="ESPALIER_", env_ignore_empty=True, extra="ignore")
+
+    processes: PositiveInt | None = None
+    """How many; one for each GPU if not set, and one on a machine without a GPU."""
 
 
 class SigningSettings(BaseSettings):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from components.lib.recipe.training import Recover
+from components.lib.training import ranks
 from components.lib.training.journal import Checkpoints, Journal
 from components.lib.training.recover import recover as fine_tune
 from components.lib.transformer.checkpoint import load_model
@@ -32,6 +33,8 @@ def lora_rft(
     tuned = fine_tune(
         load_model(model / "model"), load_windows(windows), recover, checkpoints=checkpoints, journal=journal
     )
+    if not ranks.first():
+        return
     save_model(tuned, model / "model", out / "model")
     _carry_card(model / "model", out / "model", recover)
     device = best_device()

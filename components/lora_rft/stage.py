@@ -43,5 +43,6 @@ STAGE = Stage(
     asked=_asked,
     passes="model",
     resumes=True,
+    shared=True,
     leaves_checkpoint=True,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from components.lib.recipe.training import Regularize
+from components.lib.training import ranks
 from components.lib.training import regularize as training
 from components.lib.training.journal import Checkpoints, Journal
 from components.lib.transformer.checkpoint import load_model
@@ -51,4 +52,5 @@ def regularize(
         checkpoints=checkpoints,
         journal=journal,
     )
-    save_model(trained, release / "model", out / "model")
+    if ranks.first():
+        save_model(trained, release / "model", out / "model")

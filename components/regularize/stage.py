@@ -51,6 +51,7 @@ STAGE = Stage(
     asked=_asked,
     passes="release",
     resumes=True,
+    shared=True,
     leaves_checkpoint=True,
     modules=_transfer,
 )

@@ -113,6 +113,8 @@ class Stage(Generic[I]):
     """The input that becomes the output if the recipe does not ask for the stage; none if empty."""
     resumes: bool = False
     """Whether the work resumes from checkpoints after it was killed."""
+    shared: bool = False
+    """Whether several processes may share the work, one for each device: the first one alone fills `out`."""
     leaves_checkpoint: bool = False
     """Whether the output holds a model, which takes about as much room as the release."""
     complete: Callable[[References, Recipe], References] = _as_given

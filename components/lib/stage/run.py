@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic
@@ -22,11 +23,12 @@ from pydantic import BaseModel
 
 from components.lib.recipe.loading import parse_recipe
 from components.lib.recipe.schema import Recipe
-from components.lib.settings import StoreSettings
+from components.lib.settings import ProcessSettings, StoreSettings
 from components.lib.stage.declaration import I, Job, References, Stage, read_files
 from components.lib.stage.events import StageEvents, reported
 from components.lib.store.artifacts import Manifest, Reference
 from components.lib.store.store import PrefixCheckpoints, Store
+from components.lib.training.journal import NoCheckpoints, Silent
 
 _REFERENCE = re.compile(r"^s3://\S+@(sha256:[0-9a-f]{64})$")
 
@@ -166,7 +168,7 @@ class Opened(Generic[I]):
                     self._several(),
                 )
                 began = time.perf_counter()
-                self.stage.work(inputs, self.stage.scope(self.recipe), job)
+                self._work(inputs, job, journal.run_id, checkpoints)
                 seconds = time.perf_counter() - began
                 journal.flush()
                 reference = str(self.store.put(out, self.prefix, self._described(seconds, journal.run_id)))
@@ -174,6 +176,26 @@ class Opened(Generic[I]):
         if self.stage.resumes:
             self.store.delete(checkpoints)
         return reference
+
+    def _work(self, inputs: I, job: Job, run_id: str, prefix: str) -> None:
+        """Call the work: in this process, or in several that share it.
+
+        Args:
+            inputs: the work's.
+            job: the work's.
+            run_id: of the job's journal, which another process opens anew.
+            prefix: of the job's checkpoints.
+        """
+        recipe = self.stage.scope(self.recipe)
+        processes = _processes() if self.stage.shared else 1
+        if processes == 1:
+            self.stage.work(inputs, recipe, job)
+            return
+        from components.lib.training.ranks import launch
+
+        label = f"{self.stage.name} {self.variant}".strip()
+        alone = replace(job, journal=Silent(), checkpoints=NoCheckpoints())
+        launch(processes, _work_in_one_of_several, self.stage.work, inputs, recipe, alone, label, run_id, prefix)
 
     def _fetch(self, folder: Path) -> I:
         """Fetch the files that are read of each input, and return the inputs as the work takes them."""
@@ -215,6 +237,32 @@ class Opened(Generic[I]):
             "seconds": round(seconds, 3),
             "mlflow_run_id": run_id,
         }
+
+
+def _processes() -> int:
+    """Return how many processes share a training: as many as there are GPUs, unless the environment says otherwise."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return 1  # this process is one of several already
+    import torch
+
+    return ProcessSettings().processes or max(1, torch.cuda.device_count())
+
+
+def _work_in_one_of_several(
+    work: Callable[..., None], inputs: Any, recipe: Recipe, job: Job, label: str, run_id: str, prefix: str
+) -> None:
+    """Call the work in a process of its own; the first of the processes has the stage's journal and checkpoints, the others have none."""
+    from components.lib.training import ranks
+
+    if not ranks.first():
+        work(inputs, recipe, job)
+        return
+    from components.lib.tracking.journal import StageJournal
+
+    journal = StageJournal(run_id, job.out, StageEvents(label).emit)
+    checkpoints = StageCheckpoints(Store.from_environment(), prefix, job.out)
+    work(inputs, recipe, replace(job, journal=journal, checkpoints=checkpoints))
+    journal.flush()
 
 
 class StageCheckpoints:

@@ -1,11 +1,11 @@
-"""The training loop of regularisation, its controls and recovery, on accelerate.
+"""The training loop of regularisation, its controls and recovery.
 
 A step depends only on the settings and its number: its windows, its learning rate and its dropout are functions of the seed and
 the step. A checkpoint is therefore the trained weights, the optimizer's state and a step; a resumed training ends with exactly
 the weights of an uninterrupted one.
 
-Under `accelerate launch` every process takes its share of each batch (DDP or FSDP); otherwise one process uses the best
-device.
+Several processes share each batch (`components.lib.training.ranks`): the losses and the gradients are means over the whole batch, however
+it is divided.
 
 Precision. A bf16 weight keeps 8 bits: a step of 1e-4 on a weight of 0.1 is lost in rounding. So `auto` trains fp32 weights
 and computes in bf16 by autocast if the hardware does; frozen weights keep their dtype. `bf16` keeps the trained
@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,8 +24,6 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
@@ -36,6 +32,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from components.lib.errors import Refusal
 from components.lib.recipe.training import Optimisation
+from components.lib.training import ranks
 from components.lib.training.journal import Checkpoints, Journal
 from components.lib.transformer.device import reused_memory
 
@@ -87,24 +84,19 @@ def train(
         callback: is called after every step.
 
     Raises:
-        Refusal: the loss or its gradient is not finite, the optimizer is not installed, or the batch cannot be
-            divided evenly.
+        Refusal: the loss or its gradient is not finite, or the optimizer is not installed.
     """
     types = [(weight, weight.dtype) for weight in model.parameters()]
-    # Skipped layers get no gradient, which DDP reports as an error without this option.
-    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
-    loop = _Loop(accelerator, model, settings, section, callback)
+    loop = _Loop(model, settings, section, callback)
     first = loop.resume(checkpoints)
     order = Order(len(windows), settings.batch_size, settings.seed)
     model.train()
-    with torch.random.fork_rng(), reused_memory(accelerator.device):
+    with torch.random.fork_rng(), reused_memory(loop.device):
         for step in range(first, settings.steps):
             # Every process draws its own dropout, the same one after a resumption.
-            torch.manual_seed(
-                (settings.seed * settings.steps + step) * accelerator.num_processes + accelerator.process_index
-            )
+            torch.manual_seed((settings.seed * settings.steps + step) * ranks.count() + ranks.index())
             parts = loop.step(windows[order.batch(step)], loss, step)
-            if accelerator.is_main_process:
+            if ranks.first():
                 journal.metrics(parts, step + 1)
                 journal.progress(step + 1, settings.steps, loss=parts["loss"])
             if callback and callback.after(step + 1):
@@ -173,37 +165,19 @@ def computes_in_bf16(device: torch.device) -> bool:
 class _Loop:
     """The parts of a loop that one step, a checkpoint and a resumption share."""
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        model: nn.Module,
-        settings: Optimisation,
-        section: str,
-        callback: Callback | None,
-    ) -> None:
-        self.accelerator, self.settings, self.section, self.callback = accelerator, settings, section, callback
-        self.share = self._share()
+    def __init__(self, model: nn.Module, settings: Optimisation, section: str, callback: Callback | None) -> None:
+        self.device = ranks.join()
+        self.settings, self.section, self.callback = settings, section, callback
         self.autocast = self._set_precision(model)
         if settings.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        self.model = accelerator.prepare_model(model)
+        self.model = ranks.replicated(model, self.device)
         self.trained = [weight for weight in self.model.parameters() if weight.requires_grad]
-        self.optimizer = accelerator.prepare_optimizer(_optimizer(self.trained, settings, section))
-
-    def _share(self) -> int:
-        """Return how many windows a process sees in one forward pass."""
-        processes = self.accelerator.num_processes
-        whole = self.settings.micro_batch_size or self.settings.batch_size // processes
-        if self.settings.batch_size % (processes * max(whole, 1)):
-            raise Refusal(
-                f"{self.section}.batch_size is {self.settings.batch_size}, which {processes} processes with {whole} windows "
-                f"a forward pass cannot share evenly: make it a multiple of {processes * max(whole, 1)}"
-            )
-        return whole
+        self.optimizer = _optimizer(self.trained, settings, section)
 
     def _set_precision(self, model: nn.Module) -> Callable[[], AbstractContextManager[Any]]:
         """Cast the weights to the dtypes of the precision, and return the context to compute in."""
-        device, precision = self.accelerator.device, self.settings.precision
+        device, precision = self.device, self.settings.precision
         bf16 = precision == "bf16" or (precision == "auto" and computes_in_bf16(device))
         trained = torch.bfloat16 if precision == "bf16" else torch.float32
         for weight in model.parameters():
@@ -220,24 +194,32 @@ class _Loop:
             group["lr"] = rate
         micros = self._micros(batch)
         total: dict[str, Tensor] = {}
-        for number, micro in enumerate(micros, 1):
-            last = number == len(micros)
-            sync = nullcontext() if last else self.accelerator.no_sync(self.model)
-            with sync, self.autocast(), loss(self.model, micro, step) as parts:
-                self.accelerator.backward(parts["loss"] / len(micros))
+        for number, (micro, weight) in enumerate(micros, 1):
+            average = nullcontext() if number == len(micros) else ranks.unaveraged(self.model)
+            with average, self.autocast(), loss(self.model, micro, step) as parts:
+                # The gradients are averaged over the processes, and the whole batch's is a sum.
+                (parts["loss"] * (weight * ranks.count())).backward()
             for name, part in parts.items():
-                total[name] = total.get(name, torch.zeros_like(part)) + part.detach() / len(micros)
-        norm = self.accelerator.clip_grad_norm_(self.trained, self.settings.clip)
-        values = {name: self.accelerator.reduce(part, "mean").item() for name, part in total.items()}
-        self._refuse_unless_finite(values["loss"], float(norm), step)
+                total[name] = total.get(name, torch.zeros_like(part)) + part.detach() * weight
+        norm = float(nn.utils.clip_grad_norm_(self.trained, self.settings.clip))
+        whole = ranks.summed(torch.stack([part.float() for part in total.values()]))
+        values = dict(zip(total, whole.tolist(), strict=True))
+        self._refuse_unless_finite(values["loss"], norm, step)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return values | {"learning_rate": rate, "gradient_norm": float(norm)}
+        return values | {"learning_rate": rate, "gradient_norm": norm}
 
-    def _micros(self, batch: Tensor) -> tuple[Tensor, ...]:
-        """Return this process's part of the batch, split into micro-batches of one forward pass."""
-        mine = batch[self.accelerator.process_index :: self.accelerator.num_processes]
-        return mine.long().to(self.accelerator.device).split(self.share)
+    def _micros(self, batch: Tensor) -> list[tuple[Tensor, float]]:
+        """Return this process's part of a batch (batch_size, length), in parts of one forward pass with their weight in the mean.
+
+        All processes make as many passes, since they wait for each other: one whose windows are used up reads one again with a weight of 0.
+        """
+        largest = -(-len(batch) // ranks.count())  # of the processes' parts
+        size = min(self.settings.micro_batch_size or largest, largest)
+        mine = ranks.share(batch).long().to(self.device)
+        parts = [mine[start : start + size] for start in range(0, largest, size)]
+        spare = batch[:1].long().to(self.device)
+        return [(part, len(part) / len(batch)) if len(part) else (spare, 0.0) for part in parts]
 
     def _refuse_unless_finite(self, loss: float, norm: float, step: int) -> None:
         """Raise before the optimizer spreads a value that is not finite into the weights."""
@@ -255,39 +237,35 @@ class _Loop:
         as a pickle, which is never loaded here. The processes of one machine share the folder.
         """
         tensors, groups = self._state()
-        with self._shared_folder() as folder:
+        with ranks.shared_folder() as folder:
             with _quiet():
                 dcp.save(
                     tensors,
                     storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
-                    no_dist=self.accelerator.num_processes == 1,
+                    no_dist=ranks.count() == 1,
                 )
-            if self.accelerator.is_main_process:
+            if ranks.first():
                 if self.callback:
                     save_file(self.callback.state(), folder / "callback.safetensors")
                 (folder / "state.json").write_text(json.dumps({"groups": groups}))
                 checkpoints.save(folder, step)
-            self.accelerator.wait_for_everyone()
 
     def resume(self, checkpoints: Checkpoints) -> int:
-        """Load the newest checkpoint, and return the number of its steps: 0 if there is none."""
-        with tempfile.TemporaryDirectory() as folder:
-            step = checkpoints.latest(Path(folder))
+        """Load the newest checkpoint, and return the number of its steps: 0 if there is none.
+
+        Another number of processes may have written it.
+        """
+        with ranks.shared_folder() as folder:
+            step, held = ranks.told(self._fetch(checkpoints, folder) if ranks.first() else (None, {}))
             if step is None:
                 return 0
-            held = load_file(Path(folder) / "callback.safetensors") if self.callback else {}
-            (Path(folder) / "callback.safetensors").unlink(missing_ok=True)
             tensors, _ = self._state()
             with _quiet():
-                dcp.load(
-                    tensors,
-                    storage_reader=HuggingFaceStorageReader(folder),
-                    no_dist=self.accelerator.num_processes == 1,
-                )
-            groups = json.loads((Path(folder) / "state.json").read_text())["groups"]
+                dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=ranks.count() == 1)
+            groups = json.loads((folder / "state.json").read_text())["groups"]
         set_state_dict(
             self.model,
-            self.optimizer.optimizer,
+            self.optimizer,
             model_state_dict=_of("model", tensors),
             optim_state_dict={"state": _nested(_of("optimizer", tensors)), "param_groups": groups},
             options=_options(),
@@ -296,22 +274,19 @@ class _Loop:
             self.callback.restore(held)
         return step
 
+    def _fetch(self, checkpoints: Checkpoints, folder: Path) -> tuple[int | None, dict[str, Tensor]]:
+        """Put the newest checkpoint into the folder, and return its step and the callback's state."""
+        step, held = checkpoints.latest(folder), {}
+        if step is not None and self.callback:
+            held = load_file(folder / "callback.safetensors")
+            (folder / "callback.safetensors").unlink()  # it is no shard
+        return step, held
+
     def _state(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         """Return this process's part of the trained weights and the optimizer's state, and the optimizer's groups."""
-        weights, state = get_state_dict(self.model, self.optimizer.optimizer, options=_options())
+        weights, state = get_state_dict(self.model, self.optimizer, options=_options())
         tensors = dict(_under("model", weights)) | dict(_under("optimizer", _flat(state["state"])))
         return dict(_unshared(tensors)), state["param_groups"]
-
-    @contextmanager
-    def _shared_folder(self) -> Iterator[Path]:
-        """Yield the same empty folder in every process, and remove it at the end."""
-        made = [tempfile.mkdtemp(prefix="espalier-") if self.accelerator.is_main_process else ""]
-        folder = Path(broadcast_object_list(made)[0])
-        try:
-            yield folder
-        finally:
-            if self.accelerator.is_main_process:
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from components.lib.errors import Refusal
 from components.lib.recipe.training import Recover
-from components.lib.training import loop, lora
+from components.lib.training import loop, lora, ranks
 from components.lib.training.journal import Checkpoints, Journal, NoCheckpoints, Silent
 from components.lib.training.objective import lm_loss
 from components.lib.transformer.perplexity import perplexity
@@ -98,7 +98,10 @@ class EarlyStopping:
 
     def _measure(self, step: int) -> None:
         self.trained.eval()
-        value = perplexity(self.model, self.held_out, self.settings.micro_batch_size or self.settings.batch_size)
+        # The first process decides, so that all stop at once.
+        value = ranks.told(
+            perplexity(self.model, self.held_out, self.settings.micro_batch_size or self.settings.batch_size)
+        )
         self.journal.metrics({"validation": value}, step)
         self.measured_since += 1
         if value < self.best:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from components.lib.errors import Refusal
+from components.lib.training import ranks
 from components.lib.transformer.channels import kept_indices, layout_of
 from components.lib.transformer.gates import blocks, bypassed, family_in, watched
 from components.lib.transformer.layout import Axis
@@ -55,24 +56,25 @@ class Sums:
         self.output += r.sum(0)
 
     def solve(self, strength: float, kept: Tensor | None = None, bias: bool = False) -> tuple[Tensor, Tensor]:
-        """Return the change of the weights (inputs, outputs) and of the bias (outputs,).
+        """Return the change of the weights (inputs, outputs) and of the bias (outputs,), from the tokens of all processes.
 
         Args:
             strength: λ relative to the mean diagonal of XᵀX.
             kept: the inputs that stay; the weights of the others do not change. All inputs when None.
             bias: whether the projection has one; its change is 0 otherwise.
         """
-        gram, cross = self.gram, self.cross
+        gram, cross, x, r = (ranks.summed(sums) for sums in (self.gram, self.cross, self.input, self.output))
+        tokens = ranks.summed(torch.tensor(self.tokens))
         if bias:
-            gram = gram - torch.outer(self.input, self.input) / self.tokens
-            cross = cross - torch.outer(self.input, self.output) / self.tokens
+            gram = gram - torch.outer(x, x) / tokens
+            cross = cross - torch.outer(x, r) / tokens
         kept = torch.arange(len(gram)) if kept is None else kept
         kept = kept.to(gram.device)
         gram = gram[kept][:, kept]
         gram.diagonal().add_(strength * gram.diagonal().mean().clamp(min=1e-30))
         change = torch.zeros_like(self.cross)
         change[kept] = torch.linalg.solve(gram, cross[kept])
-        shift = (self.output - self.input @ change) / self.tokens
+        shift = (r - x @ change) / tokens
         return change, shift if bias else torch.zeros_like(shift)
 
 
@@ -220,6 +222,8 @@ def sums_at_seam(
 ) -> Sums:
     """Return the sums for a re-fit of a layer's ffn projection, so that the stream behind the layer becomes `target`.
 
+    Several processes take a part of the windows each.
+
     Args:
         model: the full-size model with the re-fits so far.
         windows: token ids (windows, length).
@@ -233,14 +237,14 @@ def sums_at_seam(
     writer = writer_of(model, layer, "ffn")
     inputs, outputs = writer.weight.shape
     sums = Sums(inputs if side == "input" else outputs, outputs, model.device)
-    done = 0
+    done, target = 0, ranks.share(target)
     with ExitStack() as stack:
         stack.enter_context(bypassed(model, [other for other in without if other < layer]))
         scale = branch_scale(model, windows, layer, writer)
         stack.enter_context(narrowed(model, channels))
         seen = stack.enter_context(seen_by(writer.module, side))
         at = stack.enter_context(watched(model, [layer]))
-        for batch in run_blocks(model, windows, layer, batch_size):
+        for batch in run_blocks(model, ranks.share(windows), layer, batch_size):
             goal = target[done : done + len(batch)].to(model.device)
             done += len(batch)
             missing = (goal.float() - at[layer][1].float()) / scale
@@ -341,7 +345,7 @@ def _removed_sums(
     found = [Sums(writer.weight.shape[0], writer.weight.shape[1], model.device) for _, _, writer in work]
     with ExitStack() as stack:
         seen = [stack.enter_context(seen_by(writer.module, "input")) for _, _, writer in work]
-        for batch in run_blocks(model, windows, work[-1][0]):
+        for batch in run_blocks(model, ranks.share(windows), work[-1][0]):
             for sums, x, (layer, axis, writer) in zip(found, seen, work, strict=True):
                 kept = kept_inputs(model, selection.channels, layer, axis)
                 inputs = _tokens(x[0], batch)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from components.lib.errors import Refusal
 from components.lib.recipe.loading import parse_recipe
@@ -24,6 +25,7 @@ from components.lib.store.runs import failure
 from components.lib.store.store import Store
 from components.lib.tracking import client as tracking
 from components.lib.tracking import runs
+from components.lib.training import ranks
 
 RECIPE = """
 methods: {trsp: {ratio: RATIO}}
@@ -249,6 +251,43 @@ class TestRunning:
         found, digests = json.loads((left / "found.json").read_text())
         assert found == {"one": "1", "other": "2"}
         assert digests["others"] == {"one": one[-64:], "other": other[-64:]}
+
+
+def share_notes(inputs: Inputs, recipe: Recipe, job: Job) -> None:
+    """A work that several processes share: the first one leaves how many there are."""
+    counted = ranks.summed(torch.ones(()))
+    job.journal.metrics({"loss": counted.item()}, 1)
+    if ranks.first():
+        (job.out / "processes").write_text(str(int(counted)))
+        assert job.checkpoints.latest(job.out.parent / "state") is None
+
+
+def refuse(inputs: Inputs, recipe: Recipe, job: Job) -> None:
+    """A work that cannot be done with this recipe."""
+    raise Refusal("lower it")
+
+
+class TestSeveralProcesses:
+    """One stage, whatever the number of processes: one journal, one output, one error."""
+
+    @pytest.fixture(autouse=True)
+    def two(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("ESPALIER_PROCESSES", "2")
+
+    def test_share_the_work_of_a_stage_that_allows_it(self, model: str, tmp_path: Path) -> None:
+        shared = replace(STAGE, work=share_notes, shared=True)
+        left = Store.from_environment().get(Reference.parse(run(model, shared)), tmp_path / "left")
+        assert (left / "processes").read_text() == "2"
+        assert json.loads((left / "metrics.jsonl").read_text()) == {"step": 1, "loss": 2.0}
+
+    def test_refuse_in_the_words_of_one(self, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(Refusal, match=r"^lower it$"):
+            run(model, replace(STAGE, work=refuse, shared=True))
+        assert events(capsys.readouterr().out)[-1] == {"stage": "prune", "event": "refused", "message": "lower it"}
+
+    def test_are_not_started_for_another_stage(self, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ranks, "launch", lambda *_: pytest.fail("launched"))
+        assert run(model)
 
 
 class TestATrainingThatIsKilled:

@@ -1,0 +1,182 @@
+"""The processes that share a training on one machine, one for each device.
+
+Every process computes a part of each batch, and the gradients are averaged, so that the weights after a step are those of one process, to
+rounding. The first process alone writes. torch's elastic launcher starts the processes, and ends all of them when one fails. A process that
+was started alone is the first of one: every function here holds for it too.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.nn.parallel import DistributedDataParallel
+
+from components.lib.errors import Refusal, Unavailable
+from components.lib.transformer.device import best_device
+
+Value = TypeVar("Value")
+
+PATIENCE = timedelta(hours=12)
+"""How long a process waits for the others: the first one uploads checkpoints meanwhile. The launcher notices one that ended at once."""
+
+HELD_BACK = 1.5
+"""Seconds that an error waits: the end of one process breaks the connections of the others, and the launcher must see the first one first."""
+
+
+class ProcessFailed(Exception):
+    """One of the processes failed with an error that is not a refusal."""
+
+
+def launch(processes: int, work: Callable[..., None], *arguments: Any) -> None:
+    """Run `work(*arguments)` in several processes of this machine, joined to one group, and return when all have ended.
+
+    Args:
+        processes: how many.
+        work: a function of a module; both it and the arguments are pickled for the new processes.
+        arguments: its arguments.
+
+    Raises:
+        Refusal: a process raised it.
+        ProcessFailed: a process ended otherwise; the message names the process and its error.
+    """
+    with tempfile.TemporaryDirectory() as logs:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+        )
+        try:
+            elastic_launch(config, _joined)(work, *arguments)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            raise _said(rank, failure, processes) from None
+
+
+def _joined(work: Callable[..., None], *arguments: Any) -> None:
+    """Run the work in one of the new processes."""
+    try:
+        join()
+        work(*arguments)
+        wait()
+    except BaseException:
+        time.sleep(HELD_BACK)
+        raise
+    distributed.destroy_process_group()
+
+
+def _said(rank: int, failure: ProcessFailure, processes: int) -> Exception:
+    """Return the error of the process that failed first as one of this process."""
+    # The launcher reads the error from a file that the process wrote; one that was killed wrote none.
+    message = failure.message["message"] if isinstance(failure.message, dict) else failure.message
+    for kind in (Unavailable, Refusal):
+        if message.startswith(f"{kind.__name__}: "):
+            return kind(message.removeprefix(f"{kind.__name__}: "))
+    if failure.exitcode < 0:
+        ended = f"was killed by {failure.signal_name()}, as a process that takes too much memory is"
+    else:
+        ended = f"failed with {message.splitlines()[0]}"
+    return ProcessFailed(f"process {rank + 1} of {processes} {ended}: a new run goes on from the last checkpoint")
+
+
+def join() -> torch.device:
+    """Join the group of processes that the environment names, as torchrun does, and return this process's device."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not distributed.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        else:
+            # The processes share the processor.
+            torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        distributed.init_process_group(backend, timeout=PATIENCE)
+    device = best_device()
+    return torch.device(device.type, torch.cuda.current_device()) if device.type == "cuda" else device
+
+
+def count() -> int:
+    """Return how many processes share the work."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def index() -> int:
+    """Return the number of this process, counted from 0."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def first() -> bool:
+    """Return True in the process that writes."""
+    return index() == 0
+
+
+def wait() -> None:
+    """Wait for every process to come here."""
+    if count() > 1:
+        distributed.barrier()
+
+
+def share(rows: Tensor) -> Tensor:
+    """Return this process's part of the rows (rows, …): every n-th of them."""
+    return rows[index() :: count()]
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """Return the sum over all processes, the same bits in each of them."""
+    if count() > 1:
+        tensor = tensor.clone()
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def told(value: Value) -> Value:
+    """Return the value that the first process has."""
+    if count() == 1:
+        return value
+    values = [value]
+    distributed.broadcast_object_list(values)
+    return values[0]
+
+
+@contextmanager
+def shared_folder(within: Path | None = None) -> Iterator[Path]:
+    """Yield the same empty folder in every process, and remove it when all have left the block."""
+    folder = Path(told(tempfile.mkdtemp(prefix="espalier-", dir=within) if first() else ""))
+    try:
+        yield folder
+        wait()
+    finally:
+        if first():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def replicated(model: nn.Module, device: torch.device) -> nn.Module:
+    """Return the model such that the backward pass averages its gradients over the processes; it begins with the first one's weights."""
+    model = model.to(device)
+    if count() == 1:
+        return model
+    # Skipped layers get no gradient, which is an error without this option.
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=True)
+
+
+def unaveraged(model: nn.Module) -> AbstractContextManager[Any]:
+    """Return the context in which a backward pass adds to this process's own gradients and averages nothing."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()

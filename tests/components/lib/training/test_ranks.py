@@ -1,0 +1,150 @@
+"""Several processes share each batch, and end where one process ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from components.lib.recipe.training import Optimisation, Recover, Regularize
+from components.lib.training import ranks
+from components.lib.training.loop import train
+from components.lib.training.objective import lm_loss
+from components.lib.training.recover import recover
+from components.lib.training.regularize import regularize
+from components.lib.transfers.ridge import Ridge
+from tests.components.lib.training.tiny import Kept, Written, chosen, counting, llama, weights
+
+SETTINGS = {"steps": 4, "batch_size": 6, "learning_rate": 3e-3, "precision": "fp32"}
+
+CASES: dict[str, dict[str, Any]] = {
+    "anneal": {"anneal": 0.5, "micro_batch_size": 2},
+    "penalty": {"schedule": "penalty"},
+    "adapters": {"trainable": "lora", "gradient_checkpointing": True},
+}
+
+
+def regularized(folder: Path) -> None:
+    """Train every case in this process or its group, and leave the weights and the curves in `folder`."""
+    for name, settings in CASES.items():
+        model, journal = llama(), Written()
+        teacher = None if name == "adapters" else llama()
+        regularize(model, teacher, counting(), chosen(1), Regularize(**SETTINGS | settings), journal=journal)
+        leave(folder, name, model, journal)
+    model, journal = llama(), Written()
+    Ridge(windows=9).apply(model, counting(), chosen(1, 2), journal=journal)
+    leave(folder, "ridge", model, journal)
+    journal = Written()
+    tuned = recover(
+        llama(), counting(), Recover(**SETTINGS | {"evaluate_every": 2, "validation": 0.25}), journal=journal
+    )
+    leave(folder, "recovery", tuned, journal)
+
+
+def leave(folder: Path, name: str, model: nn.Module, journal: Written) -> None:
+    """Leave the weights, and the curves in the first process."""
+    held = {key: weight for key, weight in weights(model).items() if key != "lm_head.weight"}
+    curves = {f"curve.{key}" for _, values in journal.lines for key in values}
+    held |= {key: torch.tensor(journal.curve(key.removeprefix("curve."))) for key in curves if ranks.first()}
+    save_file(held, folder / f"{name}-{ranks.index()}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The cases in one process, and in two."""
+    alone, shared = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("shared")
+    regularized(alone)
+    ranks.launch(2, regularized, shared)
+    return alone, shared
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("case", [*CASES, "ridge", "recovery"])
+def test_two_processes_have_the_losses_and_the_weights_of_one(case: str, folders: tuple[Path, Path]) -> None:
+    alone, shared = folders
+    one = load_file(alone / f"{case}-0.safetensors")
+    first, second = (load_file(shared / f"{case}-{rank}.safetensors") for rank in range(2))
+    assert first.keys() == one.keys()
+    for name in one:
+        torch.testing.assert_close(first[name], one[name], rtol=1e-4, atol=1e-5)
+    for name in second:
+        assert torch.equal(second[name], first[name])
+    assert not torch.equal(one["model.layers.0.mlp.down_proj.weight"], llama().model.layers[0].mlp.down_proj.weight)
+
+
+class KilledAt:
+    """Ends the second process at a step, as the kernel does if there is no memory."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def after(self, step: int) -> bool:
+        if step == self.step and ranks.index() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return False
+
+    def state(self) -> dict[str, Tensor]:
+        return {"seen": torch.tensor(1)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        assert state["seen"] == 1
+
+
+@contextmanager
+def lm(model: nn.Module, batch: Tensor, step: int) -> Iterator[Mapping[str, Tensor]]:
+    yield {"loss": lm_loss(model(input_ids=batch).logits, batch)}
+
+
+def trained(folder: Path, killed_at: int = 0) -> None:
+    """Train for six steps, with a checkpoint every other step."""
+    model, journal = llama(), Written()
+    kept = Kept(folder / "kept")
+    kept.steps = [2] if kept.folder.exists() else []
+    settings = Optimisation(**SETTINGS | {"steps": 6, "checkpoint_every": 2})
+    callback = KilledAt(killed_at)
+    train(model, counting(), lm, settings, section="regularize", checkpoints=kept, journal=journal, callback=callback)
+    leave(folder, "trained", model, journal)
+
+
+@pytest.mark.timeout(900)
+def test_a_killed_process_is_named_and_another_number_of_processes_goes_on(tmp_path: Path) -> None:
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    alone.mkdir()
+    shared.mkdir()
+    with pytest.raises(ranks.ProcessFailed, match=r"^process 2 of 2 was killed by SIGKILL.* from the last checkpoint$"):
+        ranks.launch(2, trained, shared, 3)
+    ranks.launch(4, trained, shared)  # six windows a step: two processes have two, two have one
+    trained(alone)
+    one, four = (load_file(folder / "trained-0.safetensors") for folder in (alone, shared))
+    assert len(one["curve.loss"]) == 6
+    torch.testing.assert_close(four.pop("curve.loss"), one.pop("curve.loss")[2:], rtol=1e-4, atol=1e-5)
+    for name in (name for name in one if not name.startswith("curve")):
+        torch.testing.assert_close(four[name], one[name], rtol=1e-4, atol=1e-5)
+
+
+def fail() -> None:
+    if ranks.index() == 1:
+        raise KeyError("absent")
+    ranks.wait()
+
+
+@pytest.mark.timeout(900)
+def test_an_error_names_its_process() -> None:
+    with pytest.raises(ranks.ProcessFailed, match=r"^process 2 of 2 failed with KeyError: 'absent': a new run goes on"):
+        ranks.launch(2, fail)
+
+
+def test_a_process_alone_is_the_first_of_one() -> None:
+    rows = torch.arange(3)
+    assert (ranks.count(), ranks.index(), ranks.first()) == (1, 0, True)
+    assert torch.equal(ranks.share(rows), rows)
+    assert ranks.summed(rows) is rows
+    assert ranks.told("word") == "word"
