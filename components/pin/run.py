@@ -5,6 +5,7 @@ from __future__ import annotations
 from components.lib.checks import check_speed
 from components.lib.recipe.loading import parse_recipe
 from components.lib.stage.events import reported
+from components.lib.store.runs import leave_uses
 from components.lib.store.store import Reference, Store
 from components.lib.tracking import registry, runs
 from components.pin.pin import pin_files, pin_release
@@ -21,6 +22,7 @@ def pin_run(release: str, recipe: str, name: str, run: str) -> tuple[str, str, s
         texts = {dotted: str(text.path) for dotted, text in pinned.texts()}
         check_loadable(pinned.evaluate, store)
         reference = pin_release(release, parsed, store)
+        leave_uses(run, "pin", [reference, *texts.values(), *pinned.evaluate.task_files], store)
         made = store.manifest(reference).metadata
         tags = {
             "espalier.release": str(made.get("source")),

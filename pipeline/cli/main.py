@@ -14,6 +14,7 @@ from components.lib.errors import Refusal, StageFailed
 from components.lib.recipe.loading import load_recipe
 from components.lib.recipe.schema import Recipe
 from pipeline.cli.compare import compare
+from pipeline.cli.gc import gc
 from pipeline.cli.models import diff, models, promote, rollback
 from pipeline.cli.options import (
     ERROR,
@@ -70,6 +71,7 @@ app.command()(manifest)
 app.command()(package)
 app.command()(deploy)
 app.command()(serve)
+app.command()(gc)
 
 
 @app.command()

@@ -27,6 +27,7 @@ from components.lib.settings import ProcessSettings, StoreSettings
 from components.lib.stage.declaration import I, Job, References, Stage, read_files
 from components.lib.stage.events import StageEvents, reported
 from components.lib.store.artifacts import Manifest, Reference
+from components.lib.store.runs import leave_uses
 from components.lib.store.store import PrefixCheckpoints, Store
 from components.lib.training.journal import NoCheckpoints, Silent
 
@@ -53,6 +54,7 @@ def run_stage(stage: Stage[I], run: str, recipe: str, variant: str, references: 
             opened = Opened(stage, run, parsed, variant, references, Store.from_environment())
             reference = opened.found or ""
             if reference:
+                leave_uses(run, report.label, [reference], opened.store)
                 report.finish("reused")
             else:
                 reference = opened.perform(report)

@@ -1,4 +1,5 @@
-"""The state of a run in the store, at `runs/<run>/`: its watched item, its newest stage, its last failure and its end.
+"""The state of a run in the store, at `runs/<run>/`: its watched item, its newest stage, the artifacts it found, its last failure and
+its end.
 
 A watcher does not wait for the runs that it starts on a cluster, so a later process reads here for which item a run was made,
 whether it ended, and why. A comparison on a cluster reads here how far each of its cells is.
@@ -8,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterable
 
 from pydantic import BaseModel, ConfigDict
 
 from components.lib.errors import Refusal, Unavailable
-from components.lib.store.store import Store
+from components.lib.store.store import Reference, Store
 
 
 class Ending(BaseModel):
@@ -36,6 +38,11 @@ def leave_item(run: str, key: str, store: Store) -> None:
 def item_of(run: str, store: Store) -> str | None:
     """Return the key of the item for which the run is made; None if no watcher started the run."""
     return store.read_text(f"runs/{run}/item")
+
+
+def leave_uses(run: str, stage: str, references: Iterable[Reference | str], store: Store) -> None:
+    """Record older artifacts that a stage of the run found and later stages read, so that garbage collection keeps them."""
+    store.write_text(f"runs/{run}/uses/{stage}", "\n".join(map(str, references)))
 
 
 def leave_stage(run: str, stage: str) -> None:

@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -125,9 +126,16 @@ class Store:
                 continue
             self._write(f"{uri}/{MANIFEST}", manifest.sealed())
             written = self._manifest_at(uri)
-            if written and (written.digest == manifest.digest or not self._absent(uri, written.files)):
+            if written and self._keeps(uri, written, manifest):
                 return Reference(uri, written.digest)
         raise Unavailable(f"S3 takes the files of {uri} and does not keep them: check the server, and start again")
+
+    def _keeps(self, uri: str, written: Manifest, ours: Manifest) -> bool:
+        """Return whether the files of the manifest that was read back are there: garbage collection may delete old ones meanwhile."""
+        if written.digest != ours.digest:
+            return not self._absent(uri, written.files)
+        sizes = self._sizes(uri)
+        return all(sizes.get(file.name) == file.size for file in ours.files)
 
     def _send(self, folder: Path, uri: str, files: Iterable[File]) -> None:
         with transfers(self._client) as transfer:
@@ -137,12 +145,16 @@ class Store:
 
     def _absent(self, uri: str, files: Sequence[File]) -> list[File]:
         """Return the files that are not below `uri`, or have another size or hash there."""
-        start = split(f"{uri}/")[1]
-        sizes = {one["Key"].removeprefix(start): one["Size"] for one in self._list(f"{uri}/")}
+        sizes = self._sizes(uri)
         listed = [file for file in files if sizes.get(file.name) == file.size]
         with ThreadPoolExecutor(_LOOKING) as threads:
             there = dict(zip(listed, threads.map(lambda file: self._has(uri, file), listed), strict=True))
         return [file for file in files if not there.get(file)]
+
+    def _sizes(self, uri: str) -> dict[str, int]:
+        """Return the bytes of each object below `uri`."""
+        start = split(f"{uri}/")[1]
+        return {one["Key"].removeprefix(start): one["Size"] for one in self._list(f"{uri}/")}
 
     def _has(self, uri: str, file: File) -> bool:
         bucket, key = split(f"{uri}/{file.name}")
@@ -157,9 +169,12 @@ class Store:
 
     def find(self, prefix: str) -> Reference | None:
         """Return the reference of the artifact at `prefix`, or None if none is complete."""
-        uri = self.uri(prefix)
-        manifest = self._manifest_at(uri)
-        return None if manifest is None else Reference(uri, manifest.digest)
+        manifest = self.manifest_of(prefix)
+        return None if manifest is None else Reference(self.uri(prefix), manifest.digest)
+
+    def manifest_of(self, prefix: str) -> Manifest | None:
+        """Return the manifest of the artifact at `prefix`, or None if none is complete."""
+        return self._manifest_at(self.uri(prefix))
 
     def manifest(self, reference: Reference) -> Manifest:
         """Return the manifest. Raises Refusal if it is missing or has another digest than the reference."""
@@ -282,14 +297,27 @@ class Store:
         return self._read(f"{reference.uri}/{name}")
 
     def delete(self, prefix: str) -> None:
-        """Delete everything below `prefix`, the manifest first, so that a partly deleted artifact does not count as complete."""
+        """Delete everything below `prefix`, the manifest first, so that a partly deleted artifact does not count as complete.
+
+        Repeat until nothing is listed: `put` may write a manifest meanwhile for files that it saw before they were deleted. As `put`
+        looks for the files after its manifest, whichever of the two is last leaves a whole artifact, or none.
+        """
         if not prefix.strip("/"):
             raise ValueError("an empty prefix would delete the whole store")
         uri = self.uri(prefix)
-        with explained(uri):
-            self._client.delete_object(Bucket=self.bucket, Key=split(f"{uri}/{MANIFEST}")[1])
-            for found in self._list(f"{uri}/"):
-                self._client.delete_object(Bucket=self.bucket, Key=found["Key"])
+        start = split(f"{uri}/")[1]
+        for _ in range(_SENDINGS):
+            self._delete(f"{start}{MANIFEST}")
+            keys = [found["Key"] for found in self._list(f"{uri}/")]
+            if not keys:
+                return
+            with ThreadPoolExecutor(_LOOKING) as threads:
+                list(threads.map(self._delete, keys))
+        raise Unavailable(f"S3 does not delete {uri}, or it is written at the same time: try again later")
+
+    def _delete(self, key: str) -> None:
+        with explained(f"s3://{self.bucket}/{key}"):
+            self._client.delete_object(Bucket=self.bucket, Key=key)
 
     def folders(self, prefix: str) -> list[str]:
         """Return the names of the folders right below `prefix` that hold anything, complete or not."""
@@ -306,6 +334,18 @@ class Store:
         whole = [one for one in found if one["Key"].endswith(f"/{MANIFEST}")]
         whole.sort(key=lambda one: one["LastModified"], reverse=True)
         return [f"{prefix}/{one['Key'][len(start) :].partition('/')[0]}" for one in whole]
+
+    def objects(self, prefix: str) -> list[tuple[str, int, datetime]]:
+        """Return name in the store, bytes and time of the last change, by S3's clock, of every object below `prefix`."""
+        start = len(split(f"{self.uri()}/")[1])
+        found = self._list(f"{self.uri(prefix)}/")
+        return [(one["Key"][start:], one["Size"], one["LastModified"]) for one in found]
+
+    def clock(self) -> datetime:
+        """Return the time by S3's clock."""
+        with explained(self.uri()):
+            answer = self._client.list_objects_v2(Bucket=self.bucket, MaxKeys=1)
+        return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
 
     # Small texts that change, such as runs/<run>/report.json
 
@@ -325,9 +365,7 @@ class Store:
 
     def delete_text(self, name: str) -> None:
         """Delete one small object; a missing one is no error."""
-        bucket, key = split(self.uri(name))
-        with explained(self.uri(name)):
-            self._client.delete_object(Bucket=bucket, Key=key)
+        self._delete(split(self.uri(name))[1])
 
     # Objects that other programs put on S3
 

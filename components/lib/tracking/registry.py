@@ -121,12 +121,7 @@ def register_version(name: str, reference: Reference, run_id: str, tags: Mapping
 
 def versions(name: str) -> list[Version]:
     """Every version of `name` with its aliases, oldest first; none if no model has this name."""
-    found: list[ModelVersion] = []
-    token = None
-    while token != "":
-        page = client().search_model_versions(f"name = '{name}'", page_token=token)
-        found += page
-        token = page.token or ""
+    found = _search(f"name = '{name}'")
     aliases: dict[str, list[str]] = {}
     if found:
         for alias, version in client().get_registered_model(name).aliases.items():
@@ -134,6 +129,33 @@ def versions(name: str) -> list[Version]:
     # A search gives no aliases.
     made = [replace(_version(one), aliases=tuple(sorted(aliases.get(str(one.version), ())))) for one in found]
     return sorted(made, key=lambda one: int(one.version))
+
+
+def every_version() -> list[Version]:
+    """Every version of every registered model, without aliases, in no order."""
+    return list(map(_version, _search("")))
+
+
+def is_model(name: str) -> bool:
+    """Return whether a model is registered under the name."""
+    try:
+        client().get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code not in _ABSENT:
+            raise
+        return False
+    return True
+
+
+def _search(filter_string: str) -> list[ModelVersion]:
+    """Return every version that the filter names, page by page."""
+    found: list[ModelVersion] = []
+    token = None
+    while token != "":
+        page = client().search_model_versions(filter_string or None, page_token=token)
+        found += page
+        token = page.token or ""
+    return found
 
 
 def _holding(name: str, digest: str) -> list[Version]:
