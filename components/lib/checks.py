@@ -5,7 +5,15 @@ from __future__ import annotations
 from components.lib import vllm
 from components.lib.errors import Refusal
 from components.lib.recipe.schema import Recipe, Speed
-from components.lib.transformer.checkpoint import PrunableCheckpoint
+from components.lib.transformer.checkpoint import Checkpoint, PrunableCheckpoint
+
+_EXPONENTS = {
+    "F64": ("<u8", 0x7FF0000000000000),
+    "F32": ("<u4", 0x7F800000),
+    "F16": ("<u2", 0x7C00),
+    "BF16": ("<u2", 0x7F80),
+}
+"""For each dtype of weights, its bits as a number, and those of the exponent."""
 
 
 def check_release(checkpoint: PrunableCheckpoint, recipe: Recipe) -> None:
@@ -23,6 +31,22 @@ def check_release(checkpoint: PrunableCheckpoint, recipe: Recipe) -> None:
     for field, length in recipe.lengths().items():
         if most is not None and length > most:
             raise Refusal(f"{field} is {length}, and the model reads {most} tokens at most: set it to {most} or less")
+
+
+def check_finite(checkpoint: Checkpoint) -> None:
+    """Raise Refusal, which names the tensor, if a weight is NaN or infinite: read once, in pieces."""
+    import numpy as np
+
+    for name, tensor in checkpoint.tensors.items():
+        if tensor.dtype not in _EXPONENTS:
+            continue
+        bits, exponent = _EXPONENTS[tensor.dtype]
+        # All bits of the exponent are set in NaN and in infinity, and in no other number.
+        if any(((np.frombuffer(piece, bits) & exponent) == exponent).any() for piece in tensor.pieces()):
+            raise Refusal(
+                f"{tensor.file} holds NaN or infinity in {name}, so that no figure of the model would count: get the release again, or "
+                "name an earlier one"
+            )
 
 
 def check_speed(speed: Speed) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from components.lib.checks import check_release
+from components.lib.checks import check_finite, check_release
 from components.lib.errors import Refusal
 from components.lib.recipe.schema import Recipe, Text
 from components.lib.sources.resolve import Resolved, checkpoint_files, resolve_release, resolve_text
@@ -36,9 +36,7 @@ def pin_release(release: str, recipe: Recipe, store: Store) -> Reference:
     if found:
         return _checked(found, recipe, store)
     with tempfile.TemporaryDirectory(prefix="espalier-pin-") as scratch:
-        return _fetch(
-            resolved, prefix, store, lambda folder: checkpoint_files(_asked_for(folder, recipe, Path(scratch) / "text"))
-        )
+        return _fetch(resolved, prefix, store, lambda folder: _release_files(folder, recipe, Path(scratch) / "text"))
 
 
 def _prefix(resolved: Resolved, recipe: Recipe) -> str:
@@ -53,6 +51,13 @@ def _asked_for(folder: Path, recipe: Recipe, scratch: Path) -> PrunableCheckpoin
         return checkpoint
     extract_text(folder, scratch)
     return check_checkpoint(scratch, recipe)
+
+
+def _release_files(folder: Path, recipe: Recipe, scratch: Path) -> dict[str, Path]:
+    """Return the files to store of the checkpoint in the folder, by their names there. Raises Refusal if a weight is not finite."""
+    checkpoint = _asked_for(folder, recipe, scratch)
+    check_finite(checkpoint)
+    return checkpoint_files(checkpoint)
 
 
 def _checked(release: Reference, recipe: Recipe, store: Store) -> Reference:
@@ -76,7 +81,7 @@ def pin_folder(folder: Path, recipe: Recipe, store: Store) -> Reference:
     """
     with (
         tempfile.TemporaryDirectory(prefix="espalier-pin-") as scratch,
-        _linked(checkpoint_files(_asked_for(folder, recipe, Path(scratch) / "text"))) as artifact,
+        _linked(_release_files(folder, recipe, Path(scratch) / "text")) as artifact,
     ):
         return store.put_content(artifact, "releases", {"source": str(folder), "revision": None})
 

@@ -88,8 +88,8 @@ def generate(folder: Path, what: str) -> str:
                 output_logits=True,
                 return_dict_in_generate=True,
             )
-    except Refusal:
-        raise
+    except Refusal as refusal:
+        raise Refusal(f"{what} cannot generate: {refusal}") from None
     except Exception as error:  # of whatever library: a checkpoint that raises cannot serve
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise Refusal(f"{what} cannot generate ({reason}): run the recompression again") from error

@@ -231,10 +231,20 @@ def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Return a prompt's token ids (1, tokens), as a user's message if the tokenizer has a chat template."""
+    """Return a prompt's token ids (1, tokens), as a user's message if the tokenizer has a chat template.
+
+    Raises:
+        Refusal: the template does not render, or asks for what transformers' sandbox does not allow, such as a file.
+    """
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
-        prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        try:
+            prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # the template is a program of its own, and may raise anything
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise Refusal(
+                f"the chat template of {tokenizer.name_or_path} does not render ({reason}): correct it in the release, or delete it there"
+            ) from None
     # A chat template writes the special tokens itself.
     ids = tokenizer(prompt, add_special_tokens=not tokenizer.chat_template)["input_ids"]
     return torch.tensor([ids], dtype=torch.long)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
-from components.lib.checks import check_release, check_speed
+from components.lib.checks import check_finite, check_release, check_speed
 from components.lib.errors import Refusal
 from components.lib.recipe.schema import Speed
 from components.lib.transformer.checkpoint import PrunableCheckpoint
@@ -71,3 +73,20 @@ def test_a_missing_vllm_is_refused_if_speed_is_measured_with_it(monkeypatch: pyt
         check_speed(served)
     check_speed(Speed())
     check_speed(served.model_copy(update={"enabled": False}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_not_finite_is_refused_by_its_name(dtype: torch.dtype, value: float, tmp_path: Path) -> None:
+    model = zoo.SPECIMENS[0].model(layers=2).to(dtype)
+    weight = model.model.layers[1].mlp.down_proj.weight
+    with torch.no_grad():
+        weight[0, :3] = torch.tensor(
+            [torch.finfo(dtype).max, torch.finfo(dtype).min, torch.finfo(dtype).tiny], dtype=dtype
+        )
+    check_finite(PrunableCheckpoint.open(zoo.release(model, tmp_path / "whole")))
+    with torch.no_grad():
+        weight[-1, -1] = value
+    folder = zoo.release(model, tmp_path / "broken")
+    with pytest.raises(Refusal, match=r"holds NaN or infinity in model\.layers\.1\.mlp\.down_proj\.weight"):
+        check_finite(PrunableCheckpoint.open(folder))
