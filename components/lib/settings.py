@@ -60,6 +60,15 @@ class SigningSettings(BaseSettings):
     """Whether this process signs by Sigstore with the identity of its workload (keyless)."""
 
 
+class WebhookSettings(BaseSettings):
+    """The events of MLflow's registry (ESPALIER_WEBHOOK_*)."""
+
+    model_config = SettingsConfigDict(env_prefix="ESPALIER_WEBHOOK_", env_ignore_empty=True, extra="ignore")
+
+    secret: SecretStr | None = None
+    """The secret that MLflow signs its events with: the one that its webhook was created with."""
+
+
 class VllmSettings(BaseSettings):
     """vLLM (ESPALIER_VLLM_*)."""
 

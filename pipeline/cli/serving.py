@@ -91,16 +91,26 @@ def deploy(
     ] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the alias until this is stopped.")] = False,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks at the alias, with --watch.")] = 10.0,
+    webhook: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[HOST:]PORT",
+            help="Look at once when MLflow's webhook sends an event there, signed with ESPALIER_WEBHOOK_SECRET. Loopback without a host.",
+        ),
+    ] = None,
     home: Home = HOME,
 ) -> None:
     """Deploy the version that an alias names, after verifying its files. Prints a condition as one line of JSON for each change."""
     from pipeline.kubeflow.profile import Profile
     from pipeline.serving.reconcile import Condition, Reconciler, Target
+    from pipeline.serving.webhook import listening
 
     if out is None and not apply:
         raise Refusal("deploy has nowhere to put the manifest: name a file (--out), or apply it with kubectl (--apply)")
     if apply and format_ is not Format.kserve:
         raise Refusal(f"--apply is for KServe's kinds, not for {format_.value}: leave it out, and name a file (--out)")
+    if webhook is not None and not watch:
+        raise Refusal("--webhook wakes a reconciler that follows the alias: add --watch, or leave it out")
     form = _form(kind, format_)
 
     def say(condition: Condition) -> None:
@@ -110,7 +120,8 @@ def deploy(
         target = Target(out, apply)
         reconciler = Reconciler(address, Profile.load(profile), form, target, require_signature=require_signature)
         if watch:
-            reconciler.follow(every, say)
+            with listening(webhook, reconciler.name, reconciler.alias) as wait:
+                reconciler.follow(every, say, wait)
         found = reconciler.look()
     say(found)
     raise typer.Exit(PASS if found.status == "True" else ERROR)

@@ -117,15 +117,23 @@ class Reconciler:
         except Refusal as error:
             return self._condition("False", "Failed", str(error))
 
-    def follow(self, every: float, say: Callable[[Condition], None]) -> None:
-        """Look every so many seconds, for ever; say a condition when it differs from the last one."""
+    def follow(
+        self, every: float, say: Callable[[Condition], None], wait: Callable[[float], object] = time.sleep
+    ) -> None:
+        """Look again and again, for ever; say a condition when it differs from the last one.
+
+        Args:
+            every: seconds between two looks.
+            say: takes the condition.
+            wait: waits so many seconds, or less if there is news.
+        """
         last = None
         while True:
             now = self.look()
             if last is None or now.differs_from(last):
                 say(now)
             last = now
-            time.sleep(every)
+            wait(every)
 
     def _reconcile(self) -> Condition:
         began = time.monotonic()

@@ -20,7 +20,7 @@ from pipeline.kubeflow.schedule import check_cron
 kubernetes_validate = pytest.importorskip("kubernetes_validate")
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-NOT_IN_THE_REPOSITORY = {"espalier-s3", "espalier-postgres", "espalier-hub", "espalier-mlflow"}
+NOT_IN_THE_REPOSITORY = {"espalier-s3", "espalier-postgres", "espalier-hub", "espalier-mlflow", "espalier-webhook"}
 """The Secrets that a person makes."""
 
 
@@ -79,7 +79,7 @@ def test_kubernetes_knows_every_field_of_the_files_too() -> None:
         one
         for path in sorted(DEPLOY.glob("*/*.yaml"))
         for one in yaml.safe_load_all(path.read_text())
-        if "apiVersion" in one and one["kind"] != "Kustomization"
+        if "apiVersion" in one and one["kind"] not in {"Kustomization", "Component"}
     ]
     assert len(documents) > 8
     for one in documents:
@@ -206,3 +206,29 @@ def test_the_reconciler_may_write_the_kinds_that_it_deploys_and_no_more(resource
     assert rule["apiGroups"] == ["serving.kserve.io"]
     assert rule["resources"] == [f"{kind.value.lower()}s" for kind in Kind]
     assert set(rule["verbs"]) == {"get", "create", "patch"}
+
+
+def test_the_component_lets_mlflow_wake_the_reconciler(tmp_path: Path) -> None:
+    copy = shutil.copytree(DEPLOY, tmp_path / "deploy")
+    for folder in (copy / "platform", copy / "reconciler"):
+        file = folder / "kustomization.yaml"
+        file.write_text(file.read_text().replace("# components: [../webhook]", "components: [../webhook]"))
+    resources = [*built(copy), *built(copy / "reconciler")]
+    for one in resources:
+        kubernetes_validate.validate(one, "1.32", strict=True)
+    mlflow, reconciler = (
+        named(resources, "Deployment", name)["spec"]["template"]["spec"]["containers"][0]
+        for name in ("mlflow", "espalier-reconciler")
+    )
+    assert {"MLFLOW_WEBHOOK_ALLOWED_SCHEMES", "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS"} <= {
+        one["name"] for one in mlflow["env"]
+    }
+    keys = [one["valueFrom"]["secretKeyRef"] for one in (mlflow["env"][-1], reconciler["env"][-1])]
+    assert {key["name"] for key in keys} == {"espalier-webhook"} <= NOT_IN_THE_REPOSITORY
+    assert len({key["key"] for key in keys}) == 2
+    (service,) = [
+        one for one in resources if one["kind"] == "Service" and one["metadata"]["name"] == "espalier-reconciler"
+    ]
+    (port,) = (one["port"] for one in service["spec"]["ports"])
+    assert reconciler["args"][-1] == f"--webhook=0.0.0.0:{port}"
+    assert reconciler["ports"] == [{"name": "webhook", "containerPort": port}]

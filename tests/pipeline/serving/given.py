@@ -1,4 +1,4 @@
-"""A server of a checkpoint as a process that answers, and a chat request to it."""
+"""A server of a checkpoint as a process that answers, a chat request to it, and the version that a manifest deploys."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import yaml
 
 VLLM = os.environ.get("ESPALIER_TEST_VLLM")
 """The interpreter of an environment that has vLLM."""
@@ -89,3 +90,17 @@ def chat(address: str, model: str, text: str) -> dict[str, Any]:
     )
     with urllib.request.urlopen(request, timeout=120) as answer:
         return dict(json.load(answer))
+
+
+def deployed(file: Path) -> str:
+    """Return the version in the manifest; empty if there is none yet."""
+    return str(yaml.safe_load(file.read_text())["metadata"]["annotations"]["espalier.version"]) if file.exists() else ""
+
+
+def wait_until(holds: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    """Wait until it holds; fail if the process ends before, or after a minute."""
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from components.lib.errors import Refusal, Unavailable
 from components.lib.provenance.signature import SIGNATURE
@@ -23,6 +22,7 @@ from pipeline.serving import reconcile
 from pipeline.serving.manifest import manifest
 from pipeline.serving.reconcile import Reconciler, Target
 from tests.pipeline.serving.conftest import Register
+from tests.pipeline.serving.given import deployed, wait_until
 
 PROFILE = Profile(environment={"ESPALIER_BUCKET": "espalier"})
 
@@ -35,11 +35,6 @@ def file(tmp_path: Path) -> Path:
 @pytest.fixture
 def reconciler(name: str, file: Path) -> Reconciler:
     return Reconciler(f"{name}@champion", PROFILE, "InferenceService", Target(file, apply=False))
-
-
-def deployed(file: Path) -> str:
-    """The version in the manifest."""
-    return str(yaml.safe_load(file.read_text())["metadata"]["annotations"]["espalier.version"])
 
 
 def overwrite(uri: str, text: str) -> None:
@@ -213,20 +208,12 @@ def test_the_verb_follows_the_alias_and_says_each_change_once(
     with (tmp_path / "said").open("w") as said:
         process = subprocess.Popen([*command, "--watch", "--every", "0.1"], stdout=said, env=os.environ)
     try:
-        _wait_for(file, "1", process)
+        wait_until(lambda: deployed(file) == "1", process)
         registry.set_alias(name, "champion", "2")
-        _wait_for(file, "2", process)
+        wait_until(lambda: deployed(file) == "2", process)
         time.sleep(0.5)
     finally:
         process.terminate()
         process.wait(30)
     conditions = [json.loads(line) for line in (tmp_path / "said").read_text().splitlines()]
     assert [(one["reason"], one["version"]) for one in conditions] == [("Deployed", "1"), ("Deployed", "2")]
-
-
-def _wait_for(file: Path, version: str, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 60
-    while not file.exists() or deployed(file) != version:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
