@@ -68,7 +68,8 @@ def model_card(
 
 def _shown(selection: Selection) -> str:
     """Say how the full-size model is run for the comparison, so that it computes what the cut model computes."""
-    layers, channels = "those layers skipped", "those channels gated to 0"
+    layers = "those layers skipped"
+    channels = f"those {'experts' if selection.channels.experts else 'channels'} gated to 0"
     if selection.removed and selection.channels:
         return f"{layers} and {channels}"
     return channels if selection.channels else layers

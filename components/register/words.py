@@ -15,6 +15,7 @@ AXES = {
     "hidden": "channels of the residual stream, in every tensor that reads or writes it",
     "ffn": "intermediate channels of each layer's feed-forward network",
     "heads": "key-value groups of each layer, with the query heads that read them",
+    "experts": "routed experts of each layer that has some, with their rows of the router",
 }
 
 ABOUT = MODELS | AXES

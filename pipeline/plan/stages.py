@@ -116,7 +116,7 @@ def _of_kept(channels: Channels, removed: tuple[int, ...]) -> Channels:
         return NO_CHANNELS
     rows = {
         axis: tuple(row for layer, row in enumerate(getattr(channels, axis)) if layer not in removed)
-        for axis in ("ffn", "heads")
+        for axis in ("ffn", "heads", "experts")
     }
     return channels.model_copy(update=rows)
 

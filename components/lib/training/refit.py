@@ -324,7 +324,7 @@ def refit_channels(
         strength: λ relative to the mean diagonal.
         done: called after each projection.
     """
-    axes: list[Axis] = [axis for axis in selection.channels.axes if axis != "hidden"]
+    axes: list[Axis] = [axis for axis in selection.channels.axes if axis in ("ffn", "heads")]
     stay = [layer for layer in range(len(blocks(model))) if layer not in selection.removed]
     work = [(layer, axis, writer_of(model, layer, axis)) for layer in stay for axis in axes]
     size = max((8 * len(writer.weight) * (sum(writer.weight.shape)) for _, _, writer in work), default=1)

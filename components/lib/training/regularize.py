@@ -104,7 +104,7 @@ class _Loss:
         self.hidden = selection.channels.hidden
         self.layers = () if already_cut else selection.removed
         self.channels = NO_CHANNELS if already_cut else selection.channels
-        self.slices = penalty.Slices(trained, self.channels, settings.norm) if self.channels else None
+        self.slices = penalty.Slices(trained, self.channels, settings.norm) if self.channels.narrow else None
 
     @contextmanager
     def __call__(self, wrapped: nn.Module, batch: Tensor, step: int) -> Iterator[Mapping[str, Tensor]]:

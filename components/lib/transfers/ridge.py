@@ -86,7 +86,7 @@ class Ridge(Transfer):
         from components.lib.training.refit import fit_seams, refit_channels
         from components.lib.transformer.gates import blocks
 
-        axes = [axis for axis in selection.channels.axes if axis != "hidden"]
+        axes = [axis for axis in selection.channels.axes if axis in ("ffn", "heads")]
         total = len(self.targets(selection)) + len(axes) * (len(blocks(model)) - len(selection.removed))
         fitted = iter(range(1, total + 1))
 

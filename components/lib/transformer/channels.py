@@ -1,14 +1,16 @@
-"""Remove channels: how many an axis loses, which rows of each tensor those are, and the config of the cut model."""
+"""Remove channels and experts: how many an axis loses, which rows of each tensor those are, and the config of the cut model."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from math import lcm
 from typing import TYPE_CHECKING, Any
 
 from components.lib.errors import Refusal
+from components.lib.transformer.experts import experts_of, fewer_experts, kept_experts
 from components.lib.transformer.families import Config, Family
-from components.lib.transformer.layout import Axis, Layout, Widths, axis_of, text_part, with_text
+from components.lib.transformer.layout import LLAMA, Axis, Layout, Widths, axis_of, text_part, with_text
 from components.lib.transformer.selection import AXES, Channels
 
 if TYPE_CHECKING:
@@ -32,12 +34,19 @@ def layout_of(family: Family) -> Layout:
     )
 
 
+def widths_of(family: Family, config: Config) -> Widths:
+    """Return the widths that a config states, with the number of experts if the family can lose some. Raises Refusal as `layout_of`."""
+    if not family.experts:
+        return layout_of(family).widths(config)
+    return replace((family.layout or LLAMA).widths(config), experts=experts_of(family, config).count)
+
+
 def channels_to_remove(
     family: Family, config: Config, ratios: Mapping[Axis, float], multiple: int | None
 ) -> dict[Axis, int]:
     """Return how many channels each axis loses: the nearest number to its ratio that leaves a width the model can have.
 
-    - hidden and ffn keep a multiple of `multiple`; heads are removed in whole key-value groups.
+    - hidden and ffn keep a multiple of `multiple`; heads are removed in whole key-value groups; experts as many from each group of them.
     - If the transformers class computes a head's width as hidden / heads, the two axes shrink together: whichever is asked for,
       whole heads are removed, and as many times their width of the hidden channels.
     - If the config class requires a hidden width that is a multiple of the heads, it stays one.
@@ -51,6 +60,13 @@ def channels_to_remove(
     Raises:
         Refusal: the family has no layout, no such width is near the ratio, or two ratios contradict each other.
     """
+    if "experts" in ratios:
+        experts = experts_of(family, config)
+        if len(ratios) > 1:
+            raise Refusal(
+                f"methods.dress.axes names experts beside others, and of {family.title} no other channels can be removed: name experts alone"
+            )
+        return {"experts": experts.count - _nearest("experts", ratios["experts"], experts.count, experts.possible())}
     layout = layout_of(family)
     if family.wraps and ("hidden" in ratios or (layout.head is None and "heads" in ratios)):
         raise Refusal(
@@ -91,6 +107,12 @@ def check_channels(checkpoint: PrunableCheckpoint, ratios: Mapping[Axis, float],
         Refusal: `channels_to_remove` refuses the ratios, or `kept_rows` refuses a tensor.
     """
     removed = channels_to_remove(checkpoint.family, checkpoint.config, ratios, multiple)
+    if "experts" in removed:
+        count = experts_of(checkpoint.family, checkpoint.config).count
+        for name, tensor in checkpoint.tensors.items():
+            if checkpoint.family.block_of(name) and name not in checkpoint.ignored:
+                kept_experts(count, name, tensor.shape, (0,))
+        return
     layout = layout_of(checkpoint.family)
     widths = layout.widths(checkpoint.config)
     in_blocks = {axis: tuple(range(count)) for axis, count in removed.items()}
@@ -105,13 +127,18 @@ FAR = 0.1
 """The largest distance of a width from the requested ratio: a larger one would be another experiment."""
 
 
+_OTHER_CURES: Mapping[Axis, str] = dict.fromkeys(
+    ("hidden", "ffn", "heads"), ", methods.dress.multiple lower, or cut hidden and heads together"
+)
+
+
 def _nearest(axis: Axis, ratio: float, width: int, allowed: Sequence[int]) -> int:
     near = sorted(allowed, key=lambda count: abs(1 - count / width - ratio))
     if not near or abs(1 - near[0] / width - ratio) > FAR:
         can = ", ".join(f"{1 - count / width:.2g}" for count in sorted(near[:4], reverse=True)) or "none"
         raise Refusal(
             f"of the {width} channels of the axis {axis} no number near {ratio:.0%} can go (possible parts are {can}): set methods.dress.ratio to "
-            "one of them, methods.dress.multiple lower, or cut hidden and heads together"
+            f"one of them{_OTHER_CURES.get(axis, '')}"
         )
     return near[0]
 
@@ -181,9 +208,11 @@ def kept_indices(widths: Widths, segments: Sequence[str], removed: Mapping[Axis,
 
 
 def cut_widths(config: Config, family: Family, channels: Channels) -> dict[str, Any]:
-    """Return the config of the model without `channels`."""
-    if not channels:
-        return dict(config)
+    """Return the config of the model without `channels`, experts among them."""
+    fewer = fewer_experts(family, config, channels.count("experts")) if channels.experts else {}
+    config = with_text(config, {**text_part(config), **fewer})
+    if not channels.narrow:
+        return config
     layout = layout_of(family)
     widths = layout.widths(config)
     hidden, groups = widths.hidden - channels.count("hidden"), widths.groups - channels.count("heads")

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, cast
 from safetensors import SafetensorError, safe_open
 
 from components.lib.errors import Refusal
+from components.lib.transformer.channels import widths_of
 from components.lib.transformer.families import Config, Family, family_for, family_of
-from components.lib.transformer.layout import Widths, text_part, with_text
+from components.lib.transformer.layout import LLAMA, Widths, text_part, with_text
 from components.lib.transformer.packing import count_parameters
 from components.lib.transformer.wrappers import WRAPPERS
 
@@ -95,11 +96,14 @@ class Checkpoint:
 
     @property
     def widths(self) -> Widths | None:
-        """The widths; None if the family's layout is not known, or if the config leaves them to its class."""
-        layout = self.family.layout if self.family else None
-        text = text_part(self.config)
-        known = layout is not None and layout.hidden[0] in text and layout.heads in text
-        return layout.widths(self.config) if layout and known else None
+        """The widths; None if nothing of the family but layers can be removed, or if the config leaves them to its class."""
+        layout, text = (self.family.layout or LLAMA) if self.family else LLAMA, text_part(self.config)
+        if self.family is None or layout.hidden[0] not in text or layout.heads not in text:
+            return None
+        try:
+            return widths_of(self.family, self.config)
+        except Refusal:
+            return None
 
     @cached_property
     def parameters(self) -> int:

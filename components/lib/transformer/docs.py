@@ -46,13 +46,26 @@ def supported() -> Iterator[str]:
     found = sum(model_type in FAMILIES or model_type in WRAPPERS for model_type in types)
     yield (
         f"Of the {len(types)} model types that transformers {transformers.__version__} loads as causal or image-text models, {found} are "
-        f"supported, {len(WRAPPERS)} of them as wrappers of another; {len(types) - found} are refused, each with a reason (below)."
+        f"supported, {len(WRAPPERS)} of them as wrappers of another; {len(types) - found} are refused, each with a reason (below). "
+        f"Of {_with_channels(types)} supported types channels can be removed, of {_with_experts(types)} experts."
     )
     yield ""
-    yield "| `model_type` | families | what a cut of layers changes beside their number | axes of channels |"
+    yield "| `model_type` | families | what a cut of layers changes beside their number | axes beside layers |"
     yield "|---|---|---|---|"
     for family in sorted(FAMILIES.values(), key=lambda family: family.model_type):
         yield f"| `{family.model_type}` | {family.title} | {_changes(family)} | {axes(family)} |"
+
+
+def _with_channels(types: list[str]) -> int:
+    return sum(family.layout is not None for family in _rows(types))
+
+
+def _with_experts(types: list[str]) -> int:
+    return sum(family.experts for family in _rows(types))
+
+
+def _rows(types: list[str]) -> list[Family]:
+    return [row_of(kind, None) for kind in types if kind in FAMILIES or kind in WRAPPERS]
 
 
 def _changes(family: Family) -> str:
@@ -65,7 +78,9 @@ def _changes(family: Family) -> str:
 
 
 def axes(family: Family) -> str:
-    """Say along which axes channels can be removed."""
+    """Say along which axes channels or experts can be removed."""
+    if family.experts:
+        return "`experts`"
     if family.layout is None:
         return "none"
     if family.layout.head is None:
@@ -75,14 +90,17 @@ def axes(family: Family) -> str:
 
 def wrappers() -> Iterator[str]:
     """Yield a table with a row for each wrapper."""
-    yield "| `model_type` | wrappers | text model | axes of channels |"
+    yield "| `model_type` | wrappers | text model | axes beside layers |"
     yield "|---|---|---|---|"
     for wrapper in sorted(WRAPPERS.values(), key=lambda wrapper: wrapper.model_type):
         yield f"| `{wrapper.model_type}` | {wrapper.title} | `{wrapper.text}` | {_axes_in(wrapper)} |"
 
 
 def _axes_in(wrapper: Wrapper) -> str:
-    layout = row_of(wrapper.model_type, wrapper.text).layout
+    family = row_of(wrapper.model_type, wrapper.text)
+    layout = family.layout
+    if family.experts:
+        return "`experts`"
     if layout is None:
         return "none"
     return "`ffn`" if layout.head is None else "`ffn`, `heads`"

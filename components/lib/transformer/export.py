@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from components.lib.errors import Refusal
-from components.lib.transformer.channels import layout_of
+from components.lib.transformer.channels import widths_of
 from components.lib.transformer.checkpoint import PrunableCheckpoint, Stored, load_model
 from components.lib.transformer.families import cut_config
 from components.lib.transformer.gates import blocks, skipped, text_config
@@ -89,7 +89,7 @@ def _save_weights(model: PreTrainedModel, out: Path) -> None:
 
 @dataclass(frozen=True)
 class Narrowing:
-    """How many channels of one axis a checkpoint had before and after a cut: of hidden in all, of ffn and heads in each layer."""
+    """How many channels of one axis a checkpoint had before and after a cut: of hidden in all, of ffn, heads and experts in each layer."""
 
     before: int
     after: int
@@ -175,8 +175,7 @@ def _narrowings(original: PrunableCheckpoint, cut: PrunableCheckpoint, channels:
     """Count the channels of each axis that was cut, in both configs."""
     if not channels:
         return {}
-    layout = layout_of(original.family)
-    before, after = layout.widths(original.config), layout.widths(cut.config)
+    before, after = widths_of(original.family, original.config), widths_of(cut.family, cut.config)
     return {axis: Narrowing(before.of(axis), after.of(axis), channels.count(axis)) for axis in channels.axes}
 
 

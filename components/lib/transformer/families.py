@@ -95,6 +95,7 @@ _gemma4 = partial(
     layout=None,
 )
 _of_experts = partial(Family, layout=None, layers_only="is a mixture of experts")
+_of_like_experts = partial(_of_experts, experts=True)
 _of_tuples = partial(Family, tuples=True)
 _hybrid = partial(Family, layout=None, layers_only="has state-space layers, linear attention or convolutions")
 
@@ -241,8 +242,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 layout=Layout({**ATTENTION, "c_fc": "ffn hidden", "c_proj": "hidden ffn", **NORMS, **ENDS}),
             ),
             Family("stablelm", "StableLM", layout=replace(LLAMA, head=None)),
-            _of_experts("qwen3_moe", "Qwen3-MoE", per_layer=_QWEN_MOE),
-            _of_experts("mixtral", "Mixtral"),
+            _of_like_experts("qwen3_moe", "Qwen3-MoE", per_layer=_QWEN_MOE),
+            _of_like_experts("mixtral", "Mixtral"),
             Family(
                 "apertus",
                 "Apertus",
@@ -347,13 +348,13 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             Family("biogpt", "BioGPT", blocks="biogpt.layers", layout=None),
             Family("xglm", "XGLM", count="num_layers", layout=None),
             # Mixtures of experts
-            _of_experts(
+            _of_like_experts(
                 "afmoe",
                 "Arcee Trinity (AFMoE)",
                 per_layer={**_TYPED, "num_dense_layers": leading, "global_attn_every_n_layers": spelled_out},
             ),
-            _of_experts("aria_text", "Aria (text)"),
-            _of_experts(
+            _of_like_experts("aria_text", "Aria (text)"),
+            _of_like_experts(
                 "cohere2_moe",
                 "Cohere 2 (experts)",
                 per_layer={
@@ -365,11 +366,13 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                     "prefix_dense_sliding_window_pattern": unchanged,
                 },
             ),
-            _of_experts("axk1", "A.X K1", per_layer={**_SPARSE, "first_k_dense_replace": spelled_out, HEADS: no_heads}),
-            _of_experts("deepseek_v2", "DeepSeek V2", per_layer=_DENSE_FIRST, required=_EVERY_LAYER),
-            _of_experts("deepseek_v3", "DeepSeek V3 and R1", per_layer=_DENSE_FIRST, required=_EVERY_LAYER),
-            _of_experts("dots1", "dots.llm1", per_layer={**_DENSE_FIRST, **_WINDOWED}, required=_EVERY_LAYER),
-            _of_experts(
+            _of_like_experts(
+                "axk1", "A.X K1", per_layer={**_SPARSE, "first_k_dense_replace": spelled_out, HEADS: no_heads}
+            ),
+            _of_like_experts("deepseek_v2", "DeepSeek V2", per_layer=_DENSE_FIRST, required=_EVERY_LAYER),
+            _of_like_experts("deepseek_v3", "DeepSeek V3 and R1", per_layer=_DENSE_FIRST, required=_EVERY_LAYER),
+            _of_like_experts("dots1", "dots.llm1", per_layer={**_DENSE_FIRST, **_WINDOWED}, required=_EVERY_LAYER),
+            _of_like_experts(
                 "ernie4_5_moe",
                 "ERNIE 4.5 (experts)",
                 per_layer={
@@ -381,27 +384,28 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 required={"moe_layer_interval": (1, "makes every n-th layer sparse, and a cut leaves no such period")},
                 ignored=("mtp", "model.mtp"),
             ),
-            _of_experts(
+            _of_like_experts(
                 "exaone_moe",
                 "K-EXAONE",
                 per_layer={**_SPARSE, **_TYPED, **_PATTERN, "first_k_dense_replace": spelled_out, HEADS: no_heads},
                 ignored=("mtp",),
             ),
-            _of_experts("flex_olmo", "FlexOlmo"),
-            _of_experts("flint", "Flint", per_layer=_QWEN_MOE),
-            _of_experts("glm4_moe", "GLM-4.5 to 4.7", per_layer=_DENSE_FIRST, required=_EVERY_LAYER),
-            _of_experts(
+            _of_like_experts("flex_olmo", "FlexOlmo"),
+            _of_like_experts("flint", "Flint", per_layer=_QWEN_MOE),
+            _of_like_experts("glm4_moe", "GLM-4.5 to 4.7", per_layer=_DENSE_FIRST, required=_EVERY_LAYER),
+            _of_like_experts(
                 "glm4_moe_lite",
                 "GLM-4.7 Flash",
                 per_layer={**_SPARSE, "first_k_dense_replace": spelled_out, HEADS: no_heads},
             ),
-            _of_experts("gpt_oss", "gpt-oss", per_layer=_TYPED),
-            _of_experts("granitemoe", "Granite (experts)"),
-            _of_experts("granitemoeshared", "Granite (experts, one shared)"),
-            _of_experts("granitemoe_swa", "Granite with sliding windows (experts)", per_layer=_SWA),
+            _of_like_experts("gpt_oss", "gpt-oss", per_layer=_TYPED),
+            _of_like_experts("granitemoe", "Granite (experts)"),
+            _of_like_experts("granitemoeshared", "Granite (experts, one shared)"),
+            _of_like_experts("granitemoe_swa", "Granite with sliding windows (experts)", per_layer=_SWA),
             _of_experts(
                 "hunyuan_v1_moe",
                 "Hunyuan (experts)",
+                experts_stay="may have another number of experts in every layer",
                 per_layer={
                     "num_experts": one_each_if_listed,
                     "moe_topk": one_each_if_listed,
@@ -410,15 +414,18 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 },
                 unsupported={"use_cla": "lets layers read the keys and values of other layers"},
             ),
-            _of_experts(
+            _of_like_experts(
                 "hy_v3", "Hunyuan 3", per_layer={**_SPARSE, "first_k_dense_replace": spelled_out, HEADS: no_heads}
             ),
-            _of_experts("jetmoe", "JetMoE"),
-            _of_experts("kolibri1", "Kolibri", per_layer=_TYPED),
-            _of_experts("laguna", "Laguna", per_layer={**_SPARSE, **_TYPED, "num_attention_heads_per_layer": one_each}),
+            _of_experts("jetmoe", "JetMoE", experts_stay="routes its attention too"),
+            _of_like_experts("kolibri1", "Kolibri", per_layer=_TYPED),
+            _of_like_experts(
+                "laguna", "Laguna", per_layer={**_SPARSE, **_TYPED, "num_attention_heads_per_layer": one_each}
+            ),
             _of_experts(
                 "llama4_text",
                 "Llama 4 (text)",
+                experts_stay="gives every expert every token, scaled by the router",
                 per_layer={
                     **_TYPED,
                     "no_rope_layers": one_each,
@@ -427,21 +434,24 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                     "interleave_moe_layer_step": spelled_out,
                 },
             ),
-            _of_experts(
+            _of_like_experts(
                 "mellum", "Mellum", per_layer={**_SPARSE, **_TYPED, "num_mtp_layers": no_heads}, ignored=("mtp.",)
             ),
-            _of_experts("mimo_v2_flash", "MiMo V2 Flash", per_layer={**_SPARSE, **_TYPED}, ignored=("model.mtp.",)),
-            _of_experts(
+            _of_like_experts(
+                "mimo_v2_flash", "MiMo V2 Flash", per_layer={**_SPARSE, **_TYPED}, ignored=("model.mtp.",)
+            ),
+            _of_like_experts(
                 "minimax_m2", "MiniMax M2", per_layer={"attn_type_list": one_each, "mtp_transformer_layers": unchanged}
             ),
-            _of_experts("olmoe", "OLMoE"),
-            _of_experts("phimoe", "Phi-3.5-MoE"),
-            _of_experts("qwen2_moe", "Qwen1.5-MoE and Qwen2-MoE", per_layer=_QWEN_MOE),
-            _of_experts("solar_open", "Solar Open", per_layer=_DENSE_FIRST, required=_EVERY_LAYER),
+            _of_like_experts("olmoe", "OLMoE"),
+            _of_like_experts("phimoe", "Phi-3.5-MoE"),
+            _of_like_experts("qwen2_moe", "Qwen1.5-MoE and Qwen2-MoE", per_layer=_QWEN_MOE),
+            _of_like_experts("solar_open", "Solar Open", per_layer=_DENSE_FIRST, required=_EVERY_LAYER),
             # Hybrids of attention with state-space layers, linear attention or convolutions
             _hybrid(
                 "bailing_hybrid",
                 "Ling 2.5 (Bailing hybrid)",
+                experts=True,
                 per_layer={
                     **_SPARSE,
                     **_TYPED,
@@ -452,13 +462,14 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             ),
             _hybrid("bamba", "Bamba", tuples=True, per_layer={"attn_layer_indices": indices}),
             _hybrid("falcon_h1", "Falcon-H1", tuples=True),
-            _hybrid("granitemoehybrid", "Granite 4", per_layer={**_TYPED, "layers_block_type": one_each}),
+            _hybrid("granitemoehybrid", "Granite 4", experts=True, per_layer={**_TYPED, "layers_block_type": one_each}),
             _hybrid("lfm2", "LFM2", per_layer=_LFM2),
-            _hybrid("lfm2_moe", "LFM2 (experts)", per_layer={**_LFM2, "num_dense_layers": leading}),
+            _hybrid("lfm2_moe", "LFM2 (experts)", experts=True, per_layer={**_LFM2, "num_dense_layers": leading}),
             _hybrid("lfm3", "LFM3", per_layer=_LFM2),
             _hybrid(
                 "nemotron_h",
                 "Nemotron-H and Nemotron 3",
+                experts=True,
                 stored=("backbone.layers",),
                 counted_by="layers_block_type",
                 per_layer={
@@ -472,8 +483,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             ),
             _hybrid("olmo_hybrid", "OLMo Hybrid", per_layer=_TYPED, ignored=("mtp",)),
             _hybrid("qwen3_5_text", "Qwen3.5 (text)", per_layer=_LINEAR, ignored=("mtp",)),
-            _hybrid("qwen3_5_moe_text", "Qwen3.5-MoE (text)", per_layer=_LINEAR, ignored=("mtp",)),
-            _hybrid("qwen3_next", "Qwen3-Next", per_layer={**_LINEAR, **_QWEN_MOE}, ignored=("mtp",)),
+            _hybrid("qwen3_5_moe_text", "Qwen3.5-MoE (text)", experts=True, per_layer=_LINEAR, ignored=("mtp",)),
+            _hybrid("qwen3_next", "Qwen3-Next", experts=True, per_layer={**_LINEAR, **_QWEN_MOE}, ignored=("mtp",)),
             _hybrid("recurrent_gemma", "RecurrentGemma", per_layer={"block_types": repeated}),
             _hybrid("mamba", "Mamba", blocks="backbone.layers", per_layer={"n_layer": leading}),
             _hybrid("mamba2", "Mamba 2", blocks="backbone.layers", per_layer={"n_layer": leading}),
@@ -490,7 +501,7 @@ TOWERS: Mapping[str, Family] = MappingProxyType(
             Family("qwen2_vl_text", "Qwen2-VL (text)", per_layer=_WINDOWED, layout=replace(LLAMA, head=None)),
             Family("qwen2_5_vl_text", "Qwen2.5-VL (text)", per_layer=_WINDOWED, layout=replace(LLAMA, head=None)),
             Family("qwen3_vl_text", "Qwen3-VL (text)", layout=Layout({**LLAMA.modules, **HEAD_NORMS})),
-            _of_experts(
+            _of_like_experts(
                 "qwen3_vl_moe_text",
                 "Qwen3-VL (text, experts)",
                 per_layer={"mlp_only_layers": dense_layers, "decoder_sparse_step": every_layer},

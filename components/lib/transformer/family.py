@@ -137,6 +137,10 @@ class Family:
     """Dotted path of the text model in a wrapper."""
     layers_only: str = ""
     """Why channels cannot be removed, such as `is a mixture of experts`; empty if the layout is only not written down yet."""
+    experts: bool = False
+    """Whether experts can be removed: a router returns the weights and indices of a token's experts, and every layer has as many."""
+    experts_stay: str = ""
+    """Why a mixture cannot lose experts, such as `routes its attention too`."""
 
     def layers(self, config: Config) -> int:
         """The number of layers the config states. Raises Refusal if it states none."""

@@ -1,7 +1,8 @@
 """The channels of a family: which dimension of which tensor belongs to which axis.
 
 Channels are removed along three axes: *hidden*, the width of the residual stream; *ffn*, the intermediate width; *heads*, whole
-key-value groups, each a key and a value head with the query heads that read them. A layout names, for every module that has
+key-value groups, each a key and a value head with the query heads that read them. Whole *experts* are a fourth axis, which no layout
+describes (`experts.py`). A layout names, for every module that has
 parameters, the segments of each dimension:
 
     hidden    one channel of the residual stream each
@@ -23,7 +24,7 @@ from typing import Any, Literal
 
 from components.lib.errors import Refusal
 
-Axis = Literal["hidden", "ffn", "heads"]
+Axis = Literal["hidden", "ffn", "heads", "experts"]
 Part = Literal["attention", "ffn", "rest"]
 Config = Mapping[str, Any]
 
@@ -54,10 +55,12 @@ class Widths:
     """Key-value heads, each with heads / groups query heads."""
     head: int
     """Width of one head."""
+    experts: int = 0
+    """Routed experts of a layer, if its family can lose some."""
 
     def of(self, axis: Axis) -> int:
         """How many channels an axis has; of heads, the groups."""
-        return {"hidden": self.hidden, "ffn": self.ffn, "heads": self.groups}[axis]
+        return {"hidden": self.hidden, "ffn": self.ffn, "heads": self.groups, "experts": self.experts}[axis]
 
     def unit(self, segment: str) -> int:
         """How many rows of a segment belong to one channel of its axis."""

@@ -7,41 +7,99 @@ count the channels that they average over, and Gemma scales its embedding by the
     the model computes the same as the cut model: every norm averages over the channels that stay, and outputs 0 in all others,
 
 and between 1 and 0 a norm's output is g · norm(x) + (1 − g) · norm(the channels of x that stay).
+
+An expert is gated where it is chosen. The router is asked twice, among all experts and, with the rows of its weight that stay, among those
+that stay; both answers go to the experts, whose output is a sum weighted by the router:
+
+    g · Σ_{e ∈ top(all)} w_e(x) · E_e(x)  +  (1 − g) · Σ_{e ∈ top(stay)} w'_e(x) · E_e(x)
+
+With a gate of 0 the second sum alone is computed, which is what the cut model computes, whatever the router does to its scores:
+softmax or sigmoid, normalised or not, corrections of the choice, groups.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
 from components.lib.transformer.channels import kept_indices, layout_of
+from components.lib.transformer.experts import along_experts, experts_of
 from components.lib.transformer.gates import family_in, unwrapped
 from components.lib.transformer.selection import Channels
 
 
 @contextmanager
 def narrowed(model: nn.Module, channels: Channels, gate: float = 0.0) -> Iterator[None]:
-    """Gate channels wherever they are read; 1 leaves the model as it is, 0 gives the output of the cut model.
+    """Gate channels wherever they are read, and experts wherever they are chosen.
+
+    A gate of 1 leaves the model as it is, 0 gives the output of the cut model.
 
     Nothing is faster: the channels are still computed. Nests with the contexts of `gates.py`, leaves the model as it found it,
     and may be opened on a model that has peft adapters.
 
     Args:
-        model: a causal language model of a family with a layout.
-        channels: the channels to gate.
+        model: a causal language model of a family with a layout, or of one that can lose experts.
+        channels: the channels and experts to gate.
         gate: between 0 and 1.
     """
     with ExitStack() as stack:
-        if channels and gate != 1.0:
+        if channels.narrow and gate != 1.0:
             for module, kept, scale in readers(model, channels):
                 stack.callback(_gated(module, kept, gate, scale).remove)
+        if channels.experts and gate != 1.0:
+            for layer, mixture in mixtures(model).items():
+                if channels.experts_at(layer):
+                    stack.callback(_routed(model, mixture, channels.experts_at(layer), gate).remove)
         yield
+
+
+def mixtures(model: nn.Module) -> dict[int, nn.Module]:
+    """Return the mixture of each layer that has one: the module that holds a router and its experts."""
+    family = family_in(model)
+    found = ((family.block_of(f"{name}."), module) for name, module in unwrapped(model).named_modules())
+    return {block[0]: module for block, module in found if block and hasattr(module, "experts")}
+
+
+def router_of(mixture: nn.Module) -> nn.Module:
+    """Return the module that chooses the experts of each token: it returns (logits, weights, indices of the experts)."""
+    router = getattr(mixture, "gate", None)
+    return router if isinstance(router, nn.Module) else mixture.get_submodule("router")
+
+
+def _routed(model: nn.Module, mixture: nn.Module, removed: tuple[int, ...], gate: float) -> RemovableHandle:
+    causal, router = unwrapped(model), router_of(mixture)
+    experts = experts_of(family_in(causal), causal.config.to_dict())
+    stay = torch.tensor([expert for expert in range(experts.count) if expert not in removed])
+
+    # A copy, whose hooks are its own and whose parameters are given to it anew at every call.
+    narrow: Any = copy.copy(router)
+    narrow._forward_hooks, narrow._forward_pre_hooks = OrderedDict(), OrderedDict()
+    narrow.num_experts, narrow.top_k = len(stay), experts.chosen_of(len(stay))
+
+    def of_those(value: Any, name: str = "") -> Any:
+        along = along_experts(experts.count, value.shape) if isinstance(value, Tensor) else None
+        # The inner side of an adapter has as many rows as its rank.
+        return value if along is None or "lora_A" in name else value.index_select(along, stay.to(value.device))
+
+    def choose(router: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+        held = (*router.named_parameters(), *router.named_buffers())
+        weights = {name: of_those(value, name) for name, value in held}
+        x, *corrections = inputs  # some routers are given the correction of their choice
+        logits, few, chosen = functional_call(narrow, weights, (x, *map(of_those, corrections)))
+        chosen = stay.to(chosen.device)[chosen]
+        if gate == 0:
+            return logits, few, chosen
+        return output[0], torch.cat((gate * output[1], (1 - gate) * few), -1), torch.cat((output[2], chosen), -1)
+
+    return router.register_forward_hook(choose)
 
 
 def readers(model: nn.Module, channels: Channels) -> Iterator[tuple[nn.Module, Tensor, float]]:

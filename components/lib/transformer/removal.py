@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 from components.lib.transformer.layout import Axis, Widths
-from components.lib.transformer.selection import AXES, Selection
+from components.lib.transformer.selection import ALL_AXES, Selection
 
 Along = Axis | Literal["layers"]
 """An axis along which a model can be cut."""
 
-ALONG: tuple[Along, ...] = ("layers", *AXES)
+ALONG: tuple[Along, ...] = ("layers", *ALL_AXES)
 
 NOUNS: Mapping[Along, str] = {
     "layers": "layers",
     "hidden": "hidden channels",
     "ffn": "ffn channels a layer",
     "heads": "key-value groups a layer",
+    "experts": "experts a layer",
 }
 """The unit of each axis."""
 
@@ -29,7 +30,7 @@ class Removal:
 
     axis: Along
     before: int
-    """The release's number of layers, of channels of the residual stream, or (ffn, heads) of channels or groups of one layer."""
+    """The release's number of layers, of channels of the residual stream, or of channels, groups or experts of one layer."""
     removed: int
 
     @property
@@ -57,7 +58,7 @@ def removals(selection: Selection, layers: int, widths: Widths | None) -> list[R
     """
     found = [Removal("layers", layers, len(selection.removed))]
     if widths is not None:
-        found += [Removal(axis, widths.of(axis), selection.channels.count(axis)) for axis in AXES]
+        found += [Removal(axis, widths.of(axis), selection.channels.count(axis)) for axis in ALL_AXES]
     return [removal for removal in found if removal.removed]
 
 

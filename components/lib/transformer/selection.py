@@ -1,4 +1,4 @@
-"""The layers and channels that the methods chose to remove."""
+"""The layers, channels and experts that the methods chose to remove."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ from pydantic import BaseModel, ConfigDict
 from components.lib.transformer.layout import Axis
 
 AXES: tuple[Axis, ...] = ("hidden", "ffn", "heads")
+"""The axes of a layout, along which tensors become narrower."""
+
+ALL_AXES: tuple[Axis, ...] = (*AXES, "experts")
 
 
 class Channels(BaseModel):
-    """The channels to remove, by their indices in the release, ascending. Every layer that stays loses as many; a removed layer has none listed."""
+    """The channels and experts to remove, by their indices in the release, ascending.
+
+    Every layer that stays, and has some, loses as many; a removed layer has none listed.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -24,8 +30,15 @@ class Channels(BaseModel):
     """Intermediate channels, a tuple for each layer of the release; () if the axis is not cut."""
     heads: tuple[tuple[int, ...], ...] = ()
     """Key-value groups, a tuple for each layer of the release; () if the axis is not cut."""
+    experts: tuple[tuple[int, ...], ...] = ()
+    """Routed experts, a tuple for each layer of the release, empty for one without experts; () if the axis is not cut."""
 
     def __bool__(self) -> bool:
+        return bool(self.narrow or self.experts)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether tensors become narrower, and not fewer alone."""
         return bool(self.hidden or self.ffn or self.heads)
 
     def at(self, layer: int | None) -> dict[Axis, tuple[int, ...]]:
@@ -35,15 +48,19 @@ class Channels(BaseModel):
             removed |= {"ffn": self.ffn[layer] if self.ffn else (), "heads": self.heads[layer] if self.heads else ()}
         return removed
 
+    def experts_at(self, layer: int) -> tuple[int, ...]:
+        """Return the experts to remove from a layer."""
+        return self.experts[layer] if self.experts else ()
+
     def count(self, axis: Axis) -> int:
-        """Return how many channels of an axis are removed: of ffn and heads, from each layer."""
+        """Return how many channels of an axis are removed: of ffn, heads and experts, from each layer."""
         of_axis = getattr(self, axis)
         return len(of_axis) if axis == "hidden" else max(map(len, of_axis), default=0)
 
     @property
     def axes(self) -> tuple[Axis, ...]:
-        """The axes that lose channels, in the order of `AXES`."""
-        return tuple(axis for axis in AXES if self.count(axis))
+        """The axes that lose channels, in the order of `ALL_AXES`."""
+        return tuple(axis for axis in ALL_AXES if self.count(axis))
 
 
 NO_CHANNELS = Channels()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from components.lib.errors import Refusal
 from components.lib.transformer.channels import cut_widths, kept_rows, layout_of
 from components.lib.transformer.checkpoint import INDEX, WEIGHTS, PrunableCheckpoint, Stored, resolved_text
+from components.lib.transformer.experts import experts_of, kept_experts, without_expert
 from components.lib.transformer.families import FAMILIES, Config, Family, cut_config, family_of, kept_layers
 from components.lib.transformer.layout import text_part, with_text
 from components.lib.transformer.selection import NO_CHANNELS, Channels
@@ -193,15 +194,21 @@ def remaining(checkpoint: PrunableCheckpoint, layers: Sequence[int], channels: C
             tensors[name] = _sliced(checkpoint, name, tensor, channels, None)
         elif block[0] in number:
             layer, start, end = block
-            tensors[f"{name[:start]}{number[layer]}{name[end:]}"] = _sliced(checkpoint, name, tensor, channels, layer)
+            new = without_expert(name, channels.experts_at(layer))
+            if new is not None:
+                tensors[f"{new[:start]}{number[layer]}{new[end:]}"] = _sliced(checkpoint, name, tensor, channels, layer)
     return tensors
 
 
 def _sliced(checkpoint: PrunableCheckpoint, name: str, tensor: Stored, channels: Channels, layer: int | None) -> Stored:
-    if not channels:
+    if channels.narrow:
+        layout = layout_of(checkpoint.family)
+        kept = kept_rows(layout, layout.widths(checkpoint.config), name, tensor.shape, channels.at(layer))
+    elif channels.experts and layer is not None:
+        experts = experts_of(checkpoint.family, checkpoint.config).count
+        kept = kept_experts(experts, name, tensor.shape, channels.experts_at(layer))
+    else:
         return tensor
-    layout = layout_of(checkpoint.family)
-    kept = kept_rows(layout, layout.widths(checkpoint.config), name, tensor.shape, channels.at(layer))
     if all(rows is None for rows in kept):
         return tensor
     shape = tuple(size if rows is None else len(rows) for rows, size in zip(kept, tensor.shape, strict=True))

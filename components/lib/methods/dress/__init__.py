@@ -34,6 +34,14 @@ _CHOSEN = {
 }
 
 
+_CHOSEN_EXPERTS = {
+    "random": "drawn at random",
+    "magnitude": "those of the smallest weights",
+    "activation": "those of the smallest mean of router weight × norm of the output, over the tokens of the calibration windows that are "
+    "routed to them, as REAP has it",
+}
+
+
 class Dress(Method):
     """DReSS's choice of channels, made before the training."""
 
@@ -43,14 +51,14 @@ class Dress(Method):
 
     axes: Annotated[tuple[Axis, ...], Field(min_length=1)] = Field(
         ("ffn",),
-        description="The axes that are narrowed: hidden (the residual stream, the paper's), ffn (intermediate channels), heads (key-value groups with their query heads).",
+        description="The axes that are narrowed: hidden (the residual stream, the paper's), ffn (intermediate channels), heads (key-value groups with their query heads); or experts alone, of a mixture of experts.",
     )
     ratio: Fraction | dict[Axis, Fraction] = Field(
         description="The part of every axis to remove, or one for each ({ffn: 0.5, heads: 0.25}).",
     )
     channels: Literal["random", "magnitude", "activation", "wanda", "fluctuation"] = Field(
         "activation",
-        description="The removed channels: drawn from the seed, those of the smallest weights; or, on the calibration windows, those of the smallest weights² × activations² (activation), |weights| × norms of activations (wanda, summed over a channel) or weights² × variances of activations (fluctuation, of FLAP).",
+        description="The removed channels: drawn from the seed, those of the smallest weights; or, on the calibration windows, those of the smallest weights² × activations² (activation), |weights| × norms of activations (wanda, summed over a channel) or weights² × variances of activations (fluctuation, of FLAP). Of experts, activation is REAP's choice: the smallest mean of router weight × norm of the expert's output.",
     )
     multiple: Count | None = Field(
         None,
@@ -67,6 +75,8 @@ class Dress(Method):
             raise ValueError(
                 f"ratio names {sorted(self.ratio)} and axes {sorted(self.axes)}: name the same axes in both"
             )
+        if "experts" in self.axes and self.channels not in _CHOSEN_EXPERTS:
+            raise ValueError(f"channels {self.channels} scores no experts: set it to {', '.join(_CHOSEN_EXPERTS)}")
         return self
 
     @property
@@ -83,12 +93,18 @@ class Dress(Method):
         multiple = self.multiple or ALIGNED
         if removal.axis in ("hidden", "ffn") and removal.after % multiple == 0:
             return f"rounded: a multiple of {multiple} stays"
-        whole = {"heads": "key-value groups"}.get(removal.axis, "heads, with which it shrinks")
+        whole = {"heads": "key-value groups", "experts": "experts, as many from each group of the router"}.get(
+            removal.axis, "heads, with which it shrinks"
+        )
         return f"rounded to whole {whole}"
 
     def parts(self, selection: Selection, folder: Path) -> Sequence[Part]:
         """Return a sentence that says which channels are removed."""
-        said = f"The removed channels are {_CHOSEN[self.channels]}. Their indices are in report.json, under selection.channels."
+        if "experts" in self.axes:
+            said = f"The removed experts are {_CHOSEN_EXPERTS[self.channels]}."
+        else:
+            said = f"The removed channels are {_CHOSEN[self.channels]}."
+        said += " Their indices are in report.json, under selection.channels."
         return [Sentence(said)]
 
     def check(self, checkpoint: PrunableCheckpoint) -> None:
@@ -96,7 +112,14 @@ class Dress(Method):
         check_channels(checkpoint, self.ratios, self.multiple)
 
     def check_training(self, regularize: Regularize) -> None:
-        """Refuse the penalty with adapters: it trains slices of the weights to 0, and adapters do not change those."""
+        """Refuse the penalty with adapters or for experts.
+
+        It trains slices of the weights to 0: adapters do not change those, and a router chooses an expert whatever its weights are.
+        """
+        if regularize.schedule == "penalty" and "experts" in self.axes:
+            raise ValueError(
+                "regularize.schedule penalty takes weights to 0, and a router chooses an expert whatever its weights are: set it to anneal"
+            )
         if regularize.schedule == "penalty" and regularize.trainable == "lora":
             raise ValueError(
                 "regularize.schedule penalty takes dress's slices of the weights to 0, which adapters do not train: "
@@ -107,6 +130,10 @@ class Dress(Method):
         self, model: PreTrainedModel, windows: Tensor, before: Selection, *, journal: Journal, out: Path | None
     ) -> Selection:
         """Choose as many channels of every layer as the ratios ask for; layers that are removed lose none."""
+        if "experts" in self.axes:
+            from components.lib.methods.dress.experts import choose_experts
+
+            return choose_experts(self, model, windows, before, journal=journal)
         from components.lib.methods.dress.work import choose
 
         return choose(self, model, windows, before, journal=journal)

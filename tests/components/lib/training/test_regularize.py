@@ -19,7 +19,7 @@ from components.lib.transformer.perplexity import perplexity
 from components.lib.transformer.selection import AXES, NOTHING, Channels
 from components.lib.transformer.surgery import cut_checkpoint, drop_layers
 from tests.components.lib.training.tiny import Kept, Killed, Written, chosen, counting, llama, same, weights
-from tests.components.lib.transformer.zoo import draw_channels
+from tests.components.lib.transformer.zoo import SPECIMENS, draw_channels
 
 LM = Objective(lm=1, kl=0, state=0)
 
@@ -307,3 +307,31 @@ def cut(model: PreTrainedModel, channels: Channels, folder: Path, layers: tuple[
     model.save_pretrained(folder / "whole")
     cut_checkpoint(folder / "whole", folder / "cut", layers, channels)
     return load_model(folder / "cut")
+
+
+@pytest.fixture(scope="module")
+def mixture() -> PreTrainedModel:
+    """A mixture that has learnt to count."""
+    (specimen,) = (specimen for specimen in SPECIMENS if specimen.name == "mixtral")
+    return regularize(specimen.model(2), None, counting(), NOTHING, settings(steps=30, objective=LM))
+
+
+class TestExperts:
+    experts = Channels(experts=((0, 2), (1, 3)))
+
+    def test_annealed_can_go_without_loss(self, mixture: PreTrainedModel, tmp_path: Path) -> None:
+        asked, selection = settings(steps=20, anneal=0.5), chosen(channels=self.experts)
+        model = regularize(copy.deepcopy(mixture), mixture, counting(), selection, asked)
+        with narrowed(model, self.experts):
+            annealed = perplexity(model, counting())
+        assert perplexity(cut(model, self.experts, tmp_path / "after"), counting()) == pytest.approx(annealed, rel=1e-6)
+        assert annealed < 0.9 * perplexity(cut(mixture, self.experts, tmp_path / "before"), counting())
+
+    def test_cutting_first_is_annealing_over_no_step(self, mixture: PreTrainedModel, tmp_path: Path) -> None:
+        """The candidate and its control differ in when the experts go, and in nothing else: the router learns alike."""
+        asked, selection = settings(steps=4, anneal=0), chosen(channels=self.experts)
+        candidate, control = Written(), Written()
+        regularize(copy.deepcopy(mixture), mixture, counting(), selection, asked, journal=candidate)
+        few = cut(mixture, self.experts, tmp_path)
+        regularize(few, mixture, counting(), selection, asked, already_cut=True, journal=control)
+        assert candidate.curve("loss") == pytest.approx(control.curve("loss"), rel=1e-4)

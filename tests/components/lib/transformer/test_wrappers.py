@@ -23,7 +23,7 @@ from components.lib.transformer.checkpoint import WEIGHTS, PrunableCheckpoint, l
 from components.lib.transformer.export import save_model, verify_cut
 from components.lib.transformer.families import FAMILIES, TOWERS, row_of
 from components.lib.transformer.gates import bypassed, family_in, removable, skipped
-from components.lib.transformer.narrow import narrowed
+from components.lib.transformer.narrow import mixtures, narrowed
 from components.lib.transformer.selection import Channels, Selection
 from components.lib.transformer.surgery import cut_checkpoint, drop_layers, extract_text
 from components.lib.transformer.wrappers import WRAPPERS
@@ -126,6 +126,24 @@ def test_the_text_model_loses_channels_that_the_projector_does_not_write(wrapped
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
     with pytest.raises(Refusal, match=r"the projector of the other towers writes them: name ffn"):
         channels_to_remove(checkpoint.family, checkpoint.config, {"hidden": 0.5}, None)
+
+
+@pytest.mark.parametrize(
+    "wrapped", [one for one in WRAPPED if row_of(one.model_type, None).experts], ids=str, indirect=True
+)
+def test_the_text_model_loses_experts(wrapped: Wrapped, tmp_path: Path) -> None:
+    """Bit for bit, for an image too."""
+    source = released(wrapped, tmp_path / "release")
+    model, checkpoint = load_model(source), PrunableCheckpoint.open(source)
+    check_channels(checkpoint, {"experts": 0.5}, None)
+    channels = Channels(experts=[(0, 2) if layer in mixtures(model) else () for layer in range(LAYERS)])
+    plain = seen(model, wrapped)
+    with narrowed(model, channels):
+        expected = seen(model, wrapped)
+    assert (plain - expected).abs().max() > 0.01
+    cut_checkpoint(source, tmp_path / "cut", channels=channels)
+    verify_cut(source, tmp_path / "cut", channels=channels)
+    assert torch.equal(seen(load_model(tmp_path / "cut"), wrapped), expected)
 
 
 def test_layers_behind_which_the_image_is_added_stay(tmp_path: Path) -> None:

@@ -302,7 +302,18 @@ MODERN = (
         {**EXPERTS, "num_experts": 4, "num_shared_experts": 1, "head_dim": 8, "mlp_layer_types": DENSE_AND_SPARSE},
     ),
     Specimen("jetmoe", "jetmoe", {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8}),
-    Specimen("kolibri1", "kolibri1", {**ROUTED, **WINDOW, "head_dim": 8, "layer_types": MIXED}),
+    Specimen(
+        "kolibri1",
+        "kolibri1",
+        {
+            **EXPERTS,
+            **WINDOW,
+            "num_local_experts": 4,
+            "shared_expert_intermediate_size": 16,
+            "head_dim": 8,
+            "layer_types": MIXED,
+        },
+    ),
     Specimen(
         "laguna",
         "laguna",
