@@ -14,7 +14,8 @@ from components.lib.sources.resolve import Resolved, checkpoint_files, resolve_r
 from components.lib.store.artifacts import Manifest, describe
 from components.lib.store.store import Reference, Store
 from components.lib.transformer.checkpoint import PrunableCheckpoint
-from components.lib.transformer.surgery import extract_text, text_alone
+from components.lib.transformer.dequantise import opened, packing
+from components.lib.transformer.surgery import text_alone, write
 from components.lib.transformer.text import SUFFIXES
 from components.pin.tasks import pin_task
 
@@ -36,7 +37,9 @@ def pin_release(release: str, recipe: Recipe, store: Store) -> Reference:
     if found:
         return _checked(found, recipe, store)
     with tempfile.TemporaryDirectory(prefix="espalier-pin-") as scratch:
-        return _fetch(resolved, prefix, store, lambda folder: _release_files(folder, recipe, Path(scratch) / "text"))
+        return _fetch(
+            resolved, prefix, store, lambda folder: _release_files(folder, recipe, Path(scratch) / "made"), _origin
+        )
 
 
 def _prefix(resolved: Resolved, recipe: Recipe) -> str:
@@ -45,11 +48,11 @@ def _prefix(resolved: Resolved, recipe: Recipe) -> str:
 
 
 def _asked_for(folder: Path, recipe: Recipe, scratch: Path) -> PrunableCheckpoint:
-    """Return the checkpoint in the folder, or, if the recipe asks for the text model alone, that, written to `scratch`."""
+    """Return the checkpoint in the folder; written to `scratch` if its text model alone is asked for, or if its weights are dequantised."""
     checkpoint = check_checkpoint(folder, recipe)
-    if not (recipe.text_only and PrunableCheckpoint.open(folder).family.wraps):
+    if not (packing(folder) or (recipe.text_only and opened(folder).family.wraps)):
         return checkpoint
-    extract_text(folder, scratch)
+    write(checkpoint, scratch)
     return check_checkpoint(scratch, recipe)
 
 
@@ -81,9 +84,15 @@ def pin_folder(folder: Path, recipe: Recipe, store: Store) -> Reference:
     """
     with (
         tempfile.TemporaryDirectory(prefix="espalier-pin-") as scratch,
-        _linked(_release_files(folder, recipe, Path(scratch) / "text")) as artifact,
+        _linked(_release_files(folder, recipe, Path(scratch) / "made")) as artifact,
     ):
-        return store.put_content(artifact, "releases", {"source": str(folder), "revision": None})
+        return store.put_content(artifact, "releases", {"source": str(folder), "revision": None, **_origin(folder)})
+
+
+def _origin(folder: Path) -> dict[str, str]:
+    """Return what the release's lineage says of a folder whose weights were dequantised."""
+    found = packing(folder)
+    return {"dequantised": found} if found else {}
 
 
 def pin_text(text: Text, store: Store) -> Reference:
@@ -137,7 +146,7 @@ def find_release(release: str, recipe: Recipe, store: Store) -> Reference | None
     folder = Path(release).expanduser()
     if folder.is_dir():
         with tempfile.TemporaryDirectory(prefix="espalier-pin-") as scratch:
-            files = checkpoint_files(_asked_for(folder, recipe, Path(scratch) / "text"))
+            files = checkpoint_files(_asked_for(folder, recipe, Path(scratch) / "made"))
             return store.find(f"releases/{digest_of(files)}")
     return store.find(_prefix(resolve_release(release, store), recipe))
 
@@ -159,7 +168,7 @@ def digest_of(files: Mapping[str, Path]) -> str:
 
 def check_checkpoint(folder: Path, recipe: Recipe) -> PrunableCheckpoint:
     """Open a checkpoint. Raises Refusal if the recipe cannot be applied to it, before any work."""
-    checkpoint = PrunableCheckpoint.open(folder)
+    checkpoint = opened(folder)
     if recipe.text_only and checkpoint.family.wraps:
         checkpoint = text_alone(checkpoint)
     check_release(checkpoint, recipe)
@@ -190,12 +199,20 @@ def _text_files(folder: Path, source: str) -> dict[str, Path]:
     return {f"text{files[0].suffix}": _of_known_kind(files[0], source)}
 
 
-def _fetch(resolved: Resolved, prefix: str, store: Store, files: Callable[[Path], dict[str, Path]]) -> Reference:
-    """Fetch a snapshot and store the files of its folder that `files` chooses."""
+def _fetch(
+    resolved: Resolved,
+    prefix: str,
+    store: Store,
+    files: Callable[[Path], dict[str, Path]],
+    said: Callable[[Path], dict[str, str]] = lambda folder: {},
+) -> Reference:
+    """Fetch a snapshot and store the files of its folder that `files` chooses, with what `said` adds to its lineage."""
     with tempfile.TemporaryDirectory(prefix="espalier-pin-") as scratch:
         folder = resolved.fetch(Path(scratch) / "fetched")
         with _linked(files(folder)) as artifact:
-            return store.put(artifact, prefix, {"source": resolved.source, "revision": resolved.revision})
+            return store.put(
+                artifact, prefix, {"source": resolved.source, "revision": resolved.revision, **said(folder)}
+            )
 
 
 @contextmanager

@@ -33,7 +33,8 @@ def model_card(
     """Return the README.md of a pruned checkpoint. The same inputs give the same card.
 
     Args:
-        release: `source`, `revision` (None if the source has none) and `digest` of the release.
+        release: `source`, `revision` (None if the source has none) and `digest` of the release; `dequantised` if its weights were stored
+            in fp8 or mxfp4.
         recipe: the recipe's sections that made this checkpoint, as plain data.
         selection: the removed layers and channels.
         widths: of the model before the cut; None if they are not known, and only layers were removed.

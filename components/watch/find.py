@@ -26,7 +26,7 @@ from components.lib.store.artifacts import Manifest, Reference, describe
 from components.lib.store.claims import Claims
 from components.lib.store.store import Store
 from components.lib.tracking import client, registry
-from components.lib.transformer.checkpoint import PrunableCheckpoint
+from components.lib.transformer.dequantise import opened
 
 Reason = Literal["release", "recipe", "code"]
 
@@ -194,7 +194,7 @@ def _release(release: str, store: Store) -> tuple[str, list[str]]:
         return release, [Reference.parse(release).digest]
     folder = Path(release).expanduser()
     if folder.is_dir():
-        files = checkpoint_files(PrunableCheckpoint.open(folder))
+        files = checkpoint_files(opened(folder))
         # The digest that the folder has in the store.
         return release, [Manifest(files=tuple(describe(path, name) for name, path in files.items())).digest]
     resolved = resolve_release(release, store)

@@ -15,7 +15,7 @@ from components.lib.errors import Refusal
 from components.lib.recipe.schema import Recipe
 from components.lib.sources.resolve import release_config
 from components.lib.transformer.checkpoint import Checkpoint
-from components.lib.transformer.families import family_of
+from components.lib.transformer.families import family_of, full_precision, packing_of
 from components.lib.transformer.layout import text_part
 
 if TYPE_CHECKING:
@@ -61,10 +61,11 @@ def shape_of(release: str) -> Shape:
 
     folder = Path(release).expanduser()
     local = Checkpoint.open(folder) if folder.is_dir() else None
-    config = local.config if local else json.loads(release_config(release))
+    stored = local.config if local else json.loads(release_config(release))
+    config = full_precision(stored)
     family_of(config)
     stated = config.get("dtype") or config.get("torch_dtype") or "float32"
-    return Shape(config, local.dtype if local else str(stated))
+    return Shape(config, local.dtype if local and not packing_of(stored) else str(stated))
 
 
 def here() -> Device:

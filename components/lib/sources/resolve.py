@@ -14,6 +14,7 @@ from components.lib.errors import Refusal, Unavailable
 from components.lib.recipe.schema import Text
 from components.lib.store.store import Store
 from components.lib.transformer.checkpoint import Checkpoint, checked
+from components.lib.transformer.families import full_precision
 
 if TYPE_CHECKING:
     from components.lib.tracking.registry import Version
@@ -156,7 +157,7 @@ def _hub_model(source: str) -> Resolved:
         config = _ask_hub(
             lambda: hf_hub_download(repository, "config.json", revision=commit, local_dir=folder), source, "release"
         )
-        checked(json.loads(Path(config).read_text()))
+        checked(full_precision(json.loads(Path(config).read_text())))
         _ask_hub(
             lambda: snapshot_download(
                 repository,

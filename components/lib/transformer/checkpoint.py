@@ -154,7 +154,17 @@ class PrunableCheckpoint(Checkpoint):
                 config's layers.
         """
         config, family = checked(_read_config(folder), remote_code)
-        tensors = _parameters(folder)
+        return cls.of(folder, config, family, _parameters(folder))
+
+    @classmethod
+    def of(
+        cls, folder: Path, config: dict[str, Any], family: Family, tensors: Mapping[str, Stored]
+    ) -> PrunableCheckpoint:
+        """Return the checkpoint of these tensors.
+
+        Raises:
+            Refusal: one is quantised, or their blocks are not the config's layers.
+        """
         _check_dtypes(folder, tensors)
         _check_blocks(folder, config, family, tensors)
         return cls(folder, config, family, tensors)

@@ -648,6 +648,31 @@ def _refuse_kinds(config: Config, remote_code: bool) -> None:
         )
 
 
+PACKINGS = ("fp8", "mxfp4")
+"""The quantisations that are undone when a release is pinned (`dequantise.py`)."""
+
+
+def packing_of(config: Config) -> str | None:
+    """Return the quantisation of a release's weights if it is undone when the release is pinned; None for all others."""
+    method = quantisation_of(config).get("quant_method")
+    return method if method in PACKINGS else None
+
+
+def quantisation_of(config: Config) -> Config:
+    """Return what a config says of the quantisation of its weights; empty if it says nothing."""
+    stated = config.get("quantization_config") or text_part(config).get("quantization_config")
+    return stated if isinstance(stated, Mapping) else {}
+
+
+def full_precision(config: Config) -> dict[str, Any]:
+    """Return the config of a release after it is pinned: without a quantisation that is undone then."""
+    if packing_of(config) is None:
+        return dict(config)
+    text = {name: value for name, value in text_part(config).items() if name != "quantization_config"}
+    full = {name: value for name, value in with_text(config, text).items() if name != "quantization_config"}
+    return full if {"dtype", "torch_dtype"} & full.keys() else full | {"dtype": "bfloat16"}
+
+
 def _method(quantisation: object) -> str:
     """Say how the weights are quantised, if the config says it."""
     method = quantisation.get("quant_method") if isinstance(quantisation, Mapping) else None

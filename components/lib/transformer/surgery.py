@@ -133,19 +133,17 @@ def text_alone(checkpoint: PrunableCheckpoint) -> PrunableCheckpoint:
     return PrunableCheckpoint(checkpoint.folder, config, family_of(config), tensors)
 
 
-def extract_text(source: Path, out: Path) -> None:
-    """Write the text model of a wrapper, with its tokenizer, to the folder `out`.
-
-    Raises:
-        Refusal: `source` cannot be pruned, or `text_alone` refuses it.
-    """
-    checkpoint = text_alone(PrunableCheckpoint.open(source))
+def write(checkpoint: PrunableCheckpoint, out: Path) -> None:
+    """Write a checkpoint whose tensors lie in other files, or are computed from them, to the folder `out`, with the files beside its weights."""
     out.mkdir(parents=True, exist_ok=True)
     _write_weights(out, checkpoint.tensors)
     (out / "config.json").write_text(json.dumps(checkpoint.config, indent=2) + "\n")
-    carry(source, out)
-    for path in out.glob("*processor_config.json"):
-        path.unlink()
+    carry(checkpoint.folder, out)
+    if (checkpoint.folder / "README.md").is_file():  # its licence is repeated in the card of the candidate
+        shutil.copyfile(checkpoint.folder / "README.md", out / "README.md")
+    if not checkpoint.family.wraps:  # of a wrapper whose text model was taken out
+        for path in out.glob("*processor_config.json"):
+            path.unlink()
 
 
 def warn_of_dropped(checkpoint: PrunableCheckpoint) -> None:

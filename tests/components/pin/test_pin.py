@@ -15,10 +15,11 @@ from components.lib.errors import Refusal
 from components.lib.recipe.schema import Recipe, Text
 from components.lib.sources.resolve import Resolved
 from components.lib.store.store import Reference, Store
-from components.lib.transformer.checkpoint import Checkpoint
+from components.lib.transformer.checkpoint import Checkpoint, PrunableCheckpoint
 from components.pin import pin
 from components.pin.pin import check_checkpoint, check_text, find_release, pin_folder, pin_release, pin_text
 from tests.components.lib.transformer import zoo
+from tests.components.lib.transformer.test_dequantise import in_fp8
 from tests.components.lib.transformer.wrapped import WRAPPED
 
 
@@ -82,6 +83,18 @@ def no_fetch(folder: Path) -> Path:
 
 
 STRAY = ("pytorch_model.bin", "training_args.bin", "modeling.py", "optimizer.pt", "consolidated.safetensors", ".env")
+
+
+def test_a_release_in_fp8_is_pinned_in_bf16(tmp_path: Path, store: Store) -> None:
+    """With its card, whose licence the candidate repeats; the lineage says that it was dequantised."""
+    source = in_fp8(zoo.SPECIMENS[0], tmp_path / "fp8")
+    (source / "README.md").write_text("---\nlicense: mit\n---\n")
+    reference = pin_folder(source, recipe(), store)
+    assert store.manifest(reference).metadata == {"source": str(source), "revision": None, "dequantised": "fp8"}
+    copy = store.get(reference, tmp_path / "copy") / "model"
+    assert PrunableCheckpoint.open(copy).dtype == "bfloat16"
+    assert (copy / "README.md").read_text() == (source / "README.md").read_text()
+    assert find_release(str(source), recipe(), store) == reference
 
 
 class TestAFolder:

@@ -122,3 +122,15 @@ def test_a_hostile_source_stays_in_its_code_span() -> None:
     told = card(release={**RELEASE, "source": "a`b|c\n---\nlicense: mit"})
     assert "`a'b/c --- license: mit`" in told
     assert "license" not in front_matter(told)
+
+
+def test_a_release_that_was_dequantised_is_told() -> None:
+    assert "stored in FP8. They were dequantised to bf16" in card(release={**RELEASE, "dequantised": "fp8"})
+    assert "dequantised" not in card()
+
+
+def test_experts_are_told_by_the_layer() -> None:
+    experts = Selection(method="dress", channels=Channels(experts=((), (0, 2))))
+    told = card(selection=experts, widths=Widths(32, 48, 4, 2, 8, experts=8))
+    assert "2 of 8 experts a layer" in told
+    assert "those experts gated to 0" in told

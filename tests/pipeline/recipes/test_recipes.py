@@ -193,7 +193,7 @@ class TestChannelsOnTheCommandLine:
             ),
             (
                 "methods.dress.axes=[fnn]",
-                "the recipe's field 'methods.dress.axes.0' is 'fnn': input should be 'hidden', 'ffn' or 'heads'",
+                "the recipe's field 'methods.dress.axes.0' is 'fnn': input should be 'hidden', 'ffn', 'heads' or 'experts'",
             ),
             (
                 "methods.dress.ratio={ffn: 2}",
@@ -201,7 +201,7 @@ class TestChannelsOnTheCommandLine:
             ),
             (
                 "methods.dress.ratio={fnn: 0.5}",
-                "the recipe's field 'methods.dress.ratio.fnn' is 'fnn': input should be 'hidden', 'ffn' or 'heads'",
+                "the recipe's field 'methods.dress.ratio.fnn' is 'fnn': input should be 'hidden', 'ffn', 'heads' or 'experts'",
             ),
             (
                 "methods.dress.ratio={ffn: 0.5, heads: 0.25}",

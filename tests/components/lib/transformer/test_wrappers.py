@@ -25,7 +25,7 @@ from components.lib.transformer.families import FAMILIES, TOWERS, row_of
 from components.lib.transformer.gates import bypassed, family_in, removable, skipped
 from components.lib.transformer.narrow import mixtures, narrowed
 from components.lib.transformer.selection import Channels, Selection
-from components.lib.transformer.surgery import cut_checkpoint, drop_layers, extract_text
+from components.lib.transformer.surgery import cut_checkpoint, drop_layers, text_alone, write
 from components.lib.transformer.wrappers import WRAPPERS
 from tests.components.lib.transformer.test_contract_core import assert_same_files
 from tests.components.lib.transformer.wrapped import WRAPPED, Wrapped
@@ -195,7 +195,7 @@ ALONE = [one for one in WRAPPED if WRAPPERS[one.model_type].text in FAMILIES and
 @pytest.mark.parametrize("wrapped", ALONE, ids=str, indirect=True)
 def test_the_text_model_taken_out_computes_what_it_computes_in_the_wrapper(wrapped: Wrapped, tmp_path: Path) -> None:
     source = released(wrapped, tmp_path / "release")
-    extract_text(source, tmp_path / "text")
+    write(text_alone(PrunableCheckpoint.open(source)), tmp_path / "text")
     model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "text", output_loading_info=True)
     assert not any(loading.values()), loading
     assert PrunableCheckpoint.open(tmp_path / "text").family is FAMILIES[WRAPPERS[wrapped.model_type].text]
@@ -211,7 +211,7 @@ def test_a_text_model_without_a_class_of_its_own_is_not_taken_out(tmp_path: Path
     with pytest.raises(
         Refusal, match=r"text_only is true, but transformers has no class for the text model of Qwen2\.5-VL"
     ):
-        extract_text(source, tmp_path / "text")
+        write(text_alone(PrunableCheckpoint.open(source)), tmp_path / "text")
 
 
 def test_training_changes_the_text_model_alone() -> None:
