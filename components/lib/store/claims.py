@@ -9,7 +9,7 @@ its own, below `claims/<name>/<key>/`, and all of them reach the same decision b
 3. list: if no claim is `working`, the earliest asker by S3's own clock (for equal times, the first by name) writes `working`,
    and the others delete their claims.
 
-A later asker sees the claims of all earlier ones. A claim expires by itself: that of a dead asker after a minute, that of a
+All times are S3's, because the clocks of the watchers may differ. A later asker sees the claims of all earlier ones. A claim expires by itself: that of a dead asker after a minute, that of a
 worker after its lease, which the worker may renew. A lease cannot stop a worker that only seemed dead, so a claim merely saves
 work. The registry prevents duplicate versions: equal checkpoints are one version there.
 """
@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -45,14 +45,13 @@ class Claim(BaseModel):
 
     state: Literal["asking", "working", "failed"]
     until: datetime
-    """Expires at this time, unless it records a failure."""
+    """Expires at this time of S3's clock, unless it records a failure."""
     reason: str = ""
     lasting: bool = False
 
-    @property
-    def live(self) -> bool:
-        """Return True if the claim is neither a failure nor expired."""
-        return self.state != "failed" and self.until > _now()
+    def live(self, now: datetime) -> bool:
+        """Return True if the claim is neither a failure nor expired at this time of S3's clock."""
+        return self.state != "failed" and self.until > now
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,8 @@ class Claims:
 
     def standing(self, name: str, key: str) -> Standing:
         """Return the state of an item, after updating the claims of runs that ended or whose leases expired."""
-        found = {run: self._updated(name, key, run, claim) for run, claim in self._read(name, key).items()}
+        now = self._store.clock()
+        found = {run: self._updated(name, key, run, claim, now) for run, claim in self._read(name, key).items()}
         claims = {run: claim for run, claim in found.items() if claim}
         failed = [claim for claim in claims.values() if claim.state == "failed"]
         lasting = [claim for claim in failed if claim.lasting]
@@ -82,7 +82,7 @@ class Claims:
         if len(failed) >= ATTEMPTS:
             return Standing("failed", f"given up after {len(failed)} attempts, the last of which: {failed[-1].reason}")
         for run, claim in claims.items():
-            if claim.live:
+            if claim.live(now):
                 return Standing("claimed", f"by the run {run}, until {claim.until:%Y-%m-%d %H:%M} UTC at most")
         return Standing("free")
 
@@ -90,7 +90,7 @@ class Claims:
         """Claim a free item. Return the label of the run to make for it, or None if another watcher was first."""
         run = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
         asked = time.monotonic()
-        self._write(name, key, run, Claim(state="asking", until=_now() + ASKING))
+        self._write(name, key, run, Claim(state="asking", until=self._store.clock() + ASKING))
         time.sleep(self._settle)
         # Other watchers may count an asker that was delayed for so long as dead.
         late = time.monotonic() - asked > ASKING.total_seconds() / 2
@@ -103,7 +103,7 @@ class Claims:
 
     def renew(self, name: str, key: str, run: str) -> None:
         """Record that the run is at work, for one more lease."""
-        self._write(name, key, run, Claim(state="working", until=_now() + self.lease))
+        self._write(name, key, run, Claim(state="working", until=self._store.clock() + self.lease))
 
     @contextlib.contextmanager
     def held(self, name: str, key: str, run: str) -> Iterator[None]:
@@ -127,7 +127,7 @@ class Claims:
     def fail(self, name: str, key: str, run: str, end: Ending) -> Claim:
         """Record that the run failed, and whether it would fail again."""
         reason = f"{end.stage}: {end.reason}" if end.stage else end.reason
-        claim = Claim(state="failed", until=_now(), reason=reason, lasting=end.lasting)
+        claim = Claim(state="failed", until=self._store.clock(), reason=reason, lasting=end.lasting)
         self._write(name, key, run, claim)
         return claim
 
@@ -140,12 +140,12 @@ class Claims:
         for run in self._read(name, key):
             self.drop(name, key, run)
 
-    def _updated(self, name: str, key: str, run: str, claim: Claim) -> Claim | None:
+    def _updated(self, name: str, key: str, run: str, claim: Claim, now: datetime) -> Claim | None:
         """Return the claim after recording the end of its run, or None if the claim is over and was deleted."""
         if claim.state == "failed":
             return claim
         end = ending(run, self._store) if claim.state == "working" else None
-        if end is None and claim.live:
+        if end is None and claim.live(now):
             return claim
         if claim.state == "asking" or (end and end.succeeded):
             # After a success the registry decides, because a user may have deleted the version since.
@@ -159,8 +159,8 @@ class Claims:
         taken = {file.removesuffix(".json"): at for file, at in self._store.texts(_prefix(name, key)).items()}
         if run not in taken:
             return False
-        claims = self._read(name, key)
-        if any(claim.state == "working" and claim.live for claim in claims.values()):
+        claims, now = self._read(name, key), self._store.clock()
+        if any(claim.state == "working" and claim.live(now) for claim in claims.values()):
             return False
         # Compare by S3's clock only, because the watchers' clocks may differ.
         askers = [
@@ -186,7 +186,3 @@ class Claims:
 
 def _prefix(name: str, key: str) -> str:
     return f"claims/{name}/{key}"
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)

@@ -3,13 +3,15 @@
 import multiprocessing
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 from multiprocessing.synchronize import Barrier
 from typing import Any
 
 import pytest
 
 from components.lib.errors import Refusal, Unavailable
+from components.lib.store import claims as claims_module
+from components.lib.store import store as store_module
 from components.lib.store.claims import ATTEMPTS, Claim, Claims
 from components.lib.store.runs import Ending, item_of, leave_end, leave_failure
 from components.lib.store.store import Store
@@ -135,6 +137,25 @@ def test_a_stage_that_failed_and_was_tried_again_with_success_is_no_failure(clai
     leave_failure(run, "evaluate", RuntimeError("the node went away"))
     leave_end(run, succeeded=True)
     assert claims.standing("small", "k").state == "free"
+
+
+@pytest.mark.parametrize("minutes", [-20, 20])
+def test_a_watcher_whose_clock_is_wrong_neither_takes_nor_loses_a_claim(
+    minutes: int, claims: Claims, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wrong(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:
+            return datetime.now(tz) + timedelta(minutes=minutes)
+
+    short = Claims(store, timedelta(minutes=10), settle=0.0)
+    assert short.take("small", "of a right clock")
+    with monkeypatch.context() as patch:
+        for module in (claims_module, store_module):
+            patch.setattr(module, "datetime", Wrong)
+        assert short.take("small", "of a wrong clock")
+        assert short.standing("small", "of a right clock").state == "claimed"
+    assert short.standing("small", "of a wrong clock").state == "claimed"
 
 
 def test_an_asker_that_died_is_forgotten(claims: Claims, store: Store) -> None:
