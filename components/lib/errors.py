@@ -1,5 +1,9 @@
 """The exceptions that the command line reports as sentences."""
 
+from __future__ import annotations
+
+import errno
+
 
 class Refusal(Exception):
     """An error that the user can correct.
@@ -18,3 +22,39 @@ class Unavailable(Refusal):
 
 class StageFailed(Exception):
     """A stage of the pipeline failed with an error that the user cannot correct."""
+
+
+_DISK = {
+    errno.ENOSPC: ("the disk is full", "make room"),
+    errno.EDQUOT: ("the disk's quota is used up", "make room"),
+    errno.EROFS: ("the disk is read-only", "name another folder"),
+    errno.EACCES: ("the permission is missing", "give it"),
+    errno.EPERM: ("the permission is missing", "give it"),
+    errno.EFBIG: ("the file is larger than the system allows", "raise that limit"),
+}
+_FULL = ("no space left on device", "disk is full")
+"""What libraries say that raise no OSError for a full disk: safetensors, SQLite, Arrow."""
+_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "unable to allocate")
+"""What torch and numpy say if an allocation fails, on a GPU or on the processor."""
+
+
+def of_machine(error: BaseException) -> Unavailable | None:
+    """Return the sentence for an error of the machine: its disk, a permission, its memory. None for every other error.
+
+    The same command goes on when it is mended.
+    """
+    said = " ".join(str(error).split())[:200]
+    if isinstance(error, OSError) and error.errno in _DISK:
+        wrong, cure = _DISK[error.errno]
+        where = f" for {error.filename}" if error.filename else ""
+        return Unavailable(
+            f"{wrong}{where} ({said}): {cure} and start again, with --home or ESPALIER_SCRATCH elsewhere if need be"
+        )
+    if any(words in said.lower() for words in _FULL):
+        return Unavailable(f"the disk is full ({said}): make room and start again")
+    if isinstance(error, MemoryError) or any(words in said.lower() for words in _MEMORY):
+        return Unavailable(
+            f"the memory is used up ({said or 'MemoryError'}): lower micro_batch_size, batch_size or length of the stage's section, or set "
+            "regularize.gradient_checkpointing to true; espalier plan says what each stage needs"
+        )
+    return None

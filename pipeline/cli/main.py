@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from components.lib.errors import Refusal, StageFailed
+from components.lib.errors import Refusal, StageFailed, of_machine
 from components.lib.recipe.loading import load_recipe
 from components.lib.recipe.schema import Recipe
 from pipeline.cli.compare import compare
@@ -200,6 +200,12 @@ def main() -> None:
         app(standalone_mode=True)
     except Refusal as refusal:
         print(f"espalier: {refusal}", file=sys.stderr)
+        raise SystemExit(ERROR) from None
+    except (OSError, MemoryError) as error:
+        mendable = of_machine(error)
+        if mendable is None:
+            raise
+        print(f"espalier: {mendable}", file=sys.stderr)
         raise SystemExit(ERROR) from None
     except StageFailed as failure:
         print(

@@ -71,4 +71,10 @@ def run_here(pipeline: GraphComponent, runner: Any, arguments: Mapping[str, str]
 def _ended(display: ProgressDisplay, error: Exception | None, log: Path) -> Refusal | StageFailed:
     if display.refused:
         return Refusal(display.refused)
+    if display.failed is None and display.silent:
+        reason = (
+            f"the stage {display.silent} was ended from outside: it was killed, or took more memory than it was given (espalier plan says what each "
+            "stage needs; a lower micro_batch_size or batch_size needs less)"
+        )
+        return StageFailed(f"{reason} (the whole log: {log})")
     return StageFailed(f"{display.failed or error} (the whole log: {log})")

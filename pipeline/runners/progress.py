@@ -40,6 +40,12 @@ class ProgressDisplay(io.TextIOBase):
         self._ended: set[str] = set()
         self.bars = _bars(console)
 
+    @property
+    def silent(self) -> str | None:
+        """The last stage that began, if it has told no end."""
+        last = self._seen[-1] if self._seen else None
+        return None if last in self._ended else last
+
     def write(self, text: str) -> int:
         """Handle printed text, line by line."""
         *lines, self._rest = (self._rest + text).split("\n")

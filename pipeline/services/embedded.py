@@ -197,7 +197,12 @@ class Services:
         process = self._launch(name, *command(port))
         started = psutil.Process(process.pid).create_time()
         state.services[name] = _Record(port=port, pid=process.pid, started=started, kept=kept, upstream=upstream)
-        self._save(state)
+        try:
+            self._save(state)
+        except OSError:
+            # No later command would know of it.
+            state.services[name].stop()
+            raise
         return [(name, process)]
 
     def _rclone(self, state: _State, port: int) -> tuple[list[str], Mapping[str, str]]:
@@ -288,9 +293,12 @@ class Services:
     def _save(self, state: _State) -> None:
         """Write atomically, readable by the owner only: the file holds the keys."""
         fresh = self.home / f"services.json.{os.getpid()}"
-        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as stream:
-            stream.write(state.model_dump_json(indent=2))
-        fresh.replace(self.home / "services.json")
+        try:
+            with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as stream:
+                stream.write(state.model_dump_json(indent=2))
+            fresh.replace(self.home / "services.json")
+        finally:
+            fresh.unlink(missing_ok=True)
 
     def _open(self, name: str) -> IO[str]:
         try:

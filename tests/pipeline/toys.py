@@ -16,6 +16,16 @@ def refuses() -> None:
     print('@espalier {"stage": "pin", "event": "refused", "message": "the release is not to be had: name another"}')
 
 
+@toy
+def dies() -> None:
+    """Stand for a stage that the system kills for its memory."""
+    import os
+    import signal
+
+    print('@espalier {"stage": "evaluate", "event": "opened"}', flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 @dsl.pipeline(name="last")
 def last(release: str, recipe: str, name: str, run: str):  # type: ignore[no-untyped-def]
     """Take what the real pipeline takes."""
@@ -26,3 +36,9 @@ def last(release: str, recipe: str, name: str, run: str):  # type: ignore[no-unt
 def refusing():  # type: ignore[no-untyped-def]
     """Refuse."""
     refuses()
+
+
+@dsl.pipeline(name="silent")
+def silent():  # type: ignore[no-untyped-def]
+    """Die."""
+    dies()

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from components.lib.errors import Refusal
+from components.lib.errors import Refusal, of_machine
 from components.lib.store.runs import leave_failure, leave_stage
 
 EVENT = "@espalier "
@@ -59,7 +59,7 @@ class StageEvents:
 def reported(label: str, run: str = "") -> Iterator[StageEvents]:
     """Report a block of work: `opened`, then `done` with its seconds unless the block itself calls `finish`.
 
-    An error is reported as `refused` or `failed` and raised again. The beginning and an error are also kept in the store, because
+    An error is reported as `refused` or `failed` and raised again; one of the machine, such as a full disk, is `refused`. The beginning and an error are also kept in the store, because
     nobody reads a pod's standard output on a cluster.
 
     Args:
@@ -71,10 +71,13 @@ def reported(label: str, run: str = "") -> Iterator[StageEvents]:
     leave_stage(run, label)
     try:
         yield events
-    except BaseException as error:
-        refused = isinstance(error, Refusal)
-        message = str(error) if refused else f"{type(error).__name__}: {error}"
-        events.emit("refused" if refused else "failed", message=message)
+    except Refusal as error:
+        events.emit("refused", message=str(error))
         leave_failure(run, label, error)
+        raise
+    except BaseException as error:
+        mendable = of_machine(error)
+        events.emit("refused" if mendable else "failed", message=str(mendable or f"{type(error).__name__}: {error}"))
+        leave_failure(run, label, mendable or error)
         raise
     events.finish()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 
 from components.lib.stage.events import reported
@@ -34,3 +36,16 @@ def test_a_run_shows_its_newest_stage_and_an_attempt_forgets_the_one_before(stor
     assert ending("one", store) == Ending(succeeded=False, stage="control dense-trained", reason="KeyError: 'layer'")
     forget("one", store)
     assert (newest_stage("one", store), ending("one", store)) == ("", None)
+
+
+def test_a_disk_that_is_full_is_told_in_a_sentence_and_is_no_lasting_failure(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(OSError, match="No space left"), reported("prune", "one"):
+        raise OSError(errno.ENOSPC, "No space left on device", "/scratch/model.safetensors")
+    leave_end("one", succeeded=False)
+    ended = ending("one", store)
+    assert ended
+    assert (ended.stage, ended.lasting) == ("prune", False)
+    assert ended.reason.startswith("the disk is full for /scratch/model.safetensors")
+    assert '"event": "refused"' in capsys.readouterr().out
