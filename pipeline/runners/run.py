@@ -15,6 +15,7 @@ from rich.console import Console
 
 from components.lib.errors import Refusal, StageFailed
 from components.lib.given_yaml import short
+from components.lib.provenance.signature import check_signing
 from components.lib.recipe.schema import Recipe
 from components.lib.settings import MlflowSettings, StoreSettings
 from components.lib.store.runs import item_of, leave_item
@@ -116,9 +117,10 @@ def _safer(recipe: Recipe, report: Report) -> Recipe | None:
 
 
 def check(recipe: Recipe, release: str, name: str | None) -> None:
-    """Check the name if there is one, and a release, texts and task files on this machine. Raises Refusal before anything is started."""
+    """Check the name and the signing key if there is a name, and a release, texts and task files on this machine. Raises Refusal before anything is started."""
     if name is not None:
         check_name(name)
+        check_signing()
     if is_local(release):
         check_checkpoint(Path(release).expanduser(), recipe)
     for _, text in recipe.texts():

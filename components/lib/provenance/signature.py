@@ -58,6 +58,14 @@ class Digests:
         """Ignore no path: a signature that leaves a file out does not cover the whole folder."""
 
 
+def check_signing() -> None:
+    """Raise Refusal if the key that ESPALIER_SIGNING_* name cannot be opened: it is needed at the end of a run, and known at its start."""
+    settings = signing_settings()
+    if settings.method != "keyless" and settings.key:
+        with _explained("the signing key cannot be opened"):
+            _signer(settings)
+
+
 def sign(reference: Reference, store: Store) -> str:
     """Sign the checkpoint if ESPALIER_SIGNING_* name a key or an identity, and return what `check_signature` returns.
 
@@ -150,7 +158,8 @@ def _signer(settings: SigningSettings) -> Any:
         return config.use_certificate_signer(
             private_key=settings.key, signing_certificate=settings.certificate, certificate_chain=chain
         )
-    password = settings.password.get_secret_value() if settings.password else None
+    # The library takes a string and hands it on to one that takes bytes alone.
+    password: Any = settings.password.get_secret_value().encode() if settings.password else None
     return config.use_elliptic_key_signer(private_key=settings.key, password=password)
 
 

@@ -11,9 +11,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 PEM = serialization.Encoding.PEM
 
 
-def write_key(folder: Path, name: str) -> ec.EllipticCurvePrivateKey:
+def write_key(folder: Path, name: str, password: str = "") -> ec.EllipticCurvePrivateKey:
+    """Write a private key, encrypted if there is a password, and its public key."""
+    encryption = serialization.BestAvailableEncryption(password.encode()) if password else serialization.NoEncryption()
     key = ec.generate_private_key(ec.SECP256R1())
-    private = key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    private = key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, encryption)
     (folder / f"{name}.pem").write_bytes(private)
     public = key.public_key().public_bytes(PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     (folder / f"{name}.pub").write_bytes(public)

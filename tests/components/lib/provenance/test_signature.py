@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from components.lib.errors import Refusal
-from components.lib.provenance.signature import SIGNATURE, UNSIGNED, check_signature, sign
+from components.lib.provenance.signature import SIGNATURE, UNSIGNED, check_signature, check_signing, sign
 from components.lib.store.store import Reference, Store
 from tests.components.lib.provenance.keys import PEM, use_key, write_key
 
@@ -47,6 +47,29 @@ def test_a_signature_holds_and_says_whose_it_is(
     assert signed.startswith("signed by key sha256:")
     assert check_signature(reference, store, required=True) == signed
     store.verify(reference)
+
+
+def test_a_key_that_a_password_encrypts_signs(
+    reference: Reference, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_key(tmp_path, "ours", password="right")
+    use_key(monkeypatch, tmp_path, "ours")
+    monkeypatch.setenv("ESPALIER_SIGNING_PASSWORD", "right")
+    check_signing()
+    assert sign(reference, store).startswith("signed by key sha256:")
+
+
+@pytest.mark.parametrize("password", ["", "hunter2canary"])
+def test_a_wrong_password_is_refused_before_the_run_and_not_shown(
+    password: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_signing()  # no key is named
+    write_key(tmp_path, "ours", password="right")
+    use_key(monkeypatch, tmp_path, "ours")
+    monkeypatch.setenv("ESPALIER_SIGNING_PASSWORD", password)
+    with pytest.raises(Refusal, match="the signing key cannot be opened") as refused:
+        check_signing()
+    assert "hunter2canary" not in str(refused.value)
 
 
 def test_a_checkpoint_is_signed_once(
