@@ -13,9 +13,10 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 # What the stages import; the fork server loads this module before it forks.
 import mlflow  # noqa: F401
@@ -37,6 +38,21 @@ def start(arguments: Sequence[str], environment: Mapping[str, str], log: Path) -
     process = _CONTEXT.Process(target=_espalier, args=(list(arguments), dict(environment), str(log)))
     process.start()
     return process
+
+
+def call(
+    work: Callable[..., None], arguments: Sequence[Any], environment: Mapping[str, str], log: Path
+) -> ForkServerProcess:
+    """Call a module's function in such a process, its output in `log`."""
+    process = _CONTEXT.Process(target=_called, args=(work, tuple(arguments), dict(environment), str(log)))
+    process.start()
+    return process
+
+
+def _called(work: Callable[..., None], arguments: tuple[Any, ...], environment: dict[str, str], log: str) -> None:
+    os.environ.update(environment)
+    _write_to(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND))
+    work(*arguments)
 
 
 def _espalier(arguments: list[str], environment: dict[str, str], log: str) -> None:

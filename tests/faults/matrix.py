@@ -25,6 +25,7 @@ from typing import Any
 
 from pipeline.services.embedded import services
 from tests.faults.store_round import store_round
+from tests.faults.watchers import watchers_round
 from tests.faults.whole_run import bench, faults_round, kill_round, together_round
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -111,6 +112,13 @@ ROWS = {
             ("mlflow", "MLflow", "nothing registered twice; curves whole"),
         )
     },
+    "watchers": Row(
+        "two to five watchers, killed in between, clocks apart by 10 minutes",
+        "each release done once, by one at a time",
+        50,
+        bench,
+        watchers_round,
+    ),
     **{
         name: Row(words, goal, 10, bench, lambda seed, opened, recipes=recipes: together_round(seed, opened, recipes))
         for name, words, goal, recipes in (
