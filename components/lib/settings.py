@@ -33,6 +33,9 @@ class ProcessSettings(BaseSettings):
 
     processes: PositiveInt | None = None
     """How many; one for each GPU if not set, and one on a machine without a GPU."""
+    parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    """ddp: every process holds the whole model; fsdp: each holds a part of the weights, gradients, optimizer and teacher; auto: ddp if they
+    take less than half of a GPU, else fsdp; none: one process."""
 
 
 class SigningSettings(BaseSettings):

@@ -245,9 +245,12 @@ def _processes() -> int:
     """Return how many processes share a training: as many as there are GPUs, unless the environment says otherwise."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         return 1  # this process is one of several already
+    settings = ProcessSettings()
+    if settings.parallel == "none":
+        return 1
     import torch
 
-    return ProcessSettings().processes or max(1, torch.cuda.device_count())
+    return settings.processes or max(1, torch.cuda.device_count())
 
 
 def _work_in_one_of_several(

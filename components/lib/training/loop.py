@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
 
 from components.lib.errors import Refusal
 from components.lib.recipe.training import Optimisation
@@ -46,10 +47,10 @@ Settings = TypeVar("Settings", bound=Optimisation)
 
 
 class Callback(Protocol):
-    """Is called after every step, and may stop the training. Its state is saved in the checkpoints."""
+    """Is called before the first step and after every one, and may stop the training. Its state is saved in the checkpoints."""
 
-    def after(self, step: int) -> bool:
-        """Return True to stop after `step` steps."""
+    def after(self, step: int, model: nn.Module) -> bool:
+        """Return True to stop after `step` steps, 0 before the first one. `model` is the one that the loss is given."""
 
     def state(self) -> dict[str, Tensor]:
         """Return the state to save."""
@@ -68,6 +69,7 @@ def train(
     checkpoints: Checkpoints,
     journal: Journal,
     callback: Callback | None = None,
+    divided: bool = False,
 ) -> None:
     """Train the parameters of `model` that require a gradient, in place, and leave the model in evaluation mode.
 
@@ -82,15 +84,18 @@ def train(
         checkpoints: stores the loop's checkpoints, and gives the newest to resume from.
         journal: takes the loss and its parts, the learning rate and the gradients' norm of every step.
         callback: is called after every step.
+        divided: whether the processes divide the weights; the model must then be called through the loss's argument alone.
 
     Raises:
         Refusal: the loss or its gradient is not finite, or the optimizer is not installed.
     """
     types = [(weight, weight.dtype) for weight in model.parameters()]
-    loop = _Loop(model, settings, section, callback)
+    loop = _Loop(model, settings, section, callback, divided)
     first = loop.resume(checkpoints)
     order = Order(len(windows), settings.batch_size, settings.seed)
-    model.train()
+    if callback and first == 0:
+        callback.after(0, loop.model)
+    loop.model.train()
     with torch.random.fork_rng(), reused_memory(loop.device):
         for step in range(first, settings.steps):
             # Every process draws its own dropout, the same one after a resumption.
@@ -99,11 +104,13 @@ def train(
             if ranks.first():
                 journal.metrics(parts, step + 1)
                 journal.progress(step + 1, settings.steps, loss=parts["loss"])
-            if callback and callback.after(step + 1):
+            if callback and callback.after(step + 1, loop.model):
                 break
             if (step + 1) % settings.checkpoint_every == 0 and step + 1 < settings.steps:
                 loop.save(checkpoints, step + 1)
-            model.train()
+            loop.model.train()
+    if divided:
+        ranks.gathered(loop.model, model)
     for weight, dtype in types:
         weight.data = weight.data.to(dtype)
     if settings.gradient_checkpointing:
@@ -165,18 +172,27 @@ def computes_in_bf16(device: torch.device) -> bool:
 class _Loop:
     """The parts of a loop that one step, a checkpoint and a resumption share."""
 
-    def __init__(self, model: nn.Module, settings: Optimisation, section: str, callback: Callback | None) -> None:
+    def __init__(
+        self, model: nn.Module, settings: Optimisation, section: str, callback: Callback | None, divided: bool
+    ) -> None:
         self.device = ranks.join()
-        self.settings, self.section, self.callback = settings, section, callback
-        self.autocast = self._set_precision(model)
+        self.settings, self.section, self.callback, self.divided = settings, section, callback, divided
+        bf16 = self._set_precision(model)
+        # A block's gathered weights are freed when it is computed; autocast would keep what it casts of the others.
+        self.autocast = lambda: torch.autocast(
+            self.device.type, torch.bfloat16, enabled=bf16, cache_enabled=not divided
+        )
         if settings.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        self.model = ranks.replicated(model, self.device)
+        if divided:
+            self.model = ranks.divided(model, self.device, torch.bfloat16 if bf16 else None)
+        else:
+            self.model = ranks.replicated(model, self.device)
         self.trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimizer = _optimizer(self.trained, settings, section)
 
-    def _set_precision(self, model: nn.Module) -> Callable[[], AbstractContextManager[Any]]:
-        """Cast the weights to the dtypes of the precision, and return the context to compute in."""
+    def _set_precision(self, model: nn.Module) -> bool:
+        """Cast the weights to the dtypes of the precision, and return whether it computes in bf16."""
         device, precision = self.device, self.settings.precision
         bf16 = precision == "bf16" or (precision == "auto" and computes_in_bf16(device))
         trained = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -185,7 +201,7 @@ class _Loop:
                 weight.data = weight.data.to(trained)
             elif not bf16:
                 weight.data = weight.data.float()
-        return (lambda: torch.autocast(device.type, torch.bfloat16)) if bf16 else nullcontext
+        return bf16
 
     def step(self, batch: Tensor, loss: Loss, step: int) -> dict[str, float]:
         """Take one optimizer step on a batch (batch_size, length); return the loss's parts, the rate and the norm."""
@@ -201,7 +217,7 @@ class _Loop:
                 (parts["loss"] * (weight * ranks.count())).backward()
             for name, part in parts.items():
                 total[name] = total.get(name, torch.zeros_like(part)) + part.detach() * weight
-        norm = float(nn.utils.clip_grad_norm_(self.trained, self.settings.clip))
+        norm = float(ranks.whole(nn.utils.clip_grad_norm_(self.trained, self.settings.clip)))
         whole = ranks.summed(torch.stack([part.float() for part in total.values()]))
         values = dict(zip(total, whole.tolist(), strict=True))
         self._refuse_unless_finite(values["loss"], norm, step)
@@ -306,8 +322,9 @@ def _unshared(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield tied weights only once: safetensors stores no memory twice, and the model ties them again."""
     seen: set[int] = set()
     for name, tensor in tensors.items():
-        if tensor.numel() == 0 or tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
+        held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if held.numel() == 0 or held.data_ptr() not in seen:
+            seen.add(held.data_ptr())
             yield name, tensor.contiguous()
 
 
@@ -334,6 +351,10 @@ def _nested(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def _optimizer(weights: list[nn.Parameter], settings: Optimisation, section: str) -> torch.optim.Optimizer:
+    if settings.optimizer == "adamw-8bit" and isinstance(weights[0], DTensor):
+        raise Refusal(
+            f"{section}.optimizer is adamw-8bit, which cannot step weights that the processes divide: take adamw, or ESPALIER_PARALLEL=ddp"
+        )
     arguments: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
     if settings.optimizer == "adamw":
         # On a GPU torch would else step all weights at once, with a temporary copy of a whole state: a quarter more memory.

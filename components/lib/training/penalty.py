@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from components.lib.training.ranks import whole
 from components.lib.transformer.channels import kept_rows, layout_of
 from components.lib.transformer.gates import blocks, bypassed, family_in, gated, unwrapped
 from components.lib.transformer.layout import Part
@@ -87,27 +88,37 @@ class Slices:
 
     def __init__(self, model: nn.Module, channels: Channels, norm: Norm) -> None:
         self._size = torch.square if norm == "l2" else torch.abs
-        self._parts: dict[Part, list[tuple[Tensor, Pieces]]] = {}
-        for part, weight, pieces in _sliced(unwrapped(model), channels):
-            self._parts.setdefault(part, []).append((weight, pieces))
+        self._parts: dict[Part, list[tuple[str, Pieces]]] = {}
+        for part, name, pieces in _sliced(unwrapped(model), channels):
+            self._parts.setdefault(part, []).append((name, pieces))
         with torch.no_grad():
-            self._start = {part: self._sum(part).item() for part in self._parts}
+            self._start = {part: self._sum(part, model).item() for part in self._parts}
 
-    def norms(self) -> dict[str, Tensor]:
-        """Return for each part that loses channels ‖W_R‖ over all its tensors relative to its start, with gradients."""
+    def norms(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return for each part that loses channels ‖W_R‖ over all its tensors relative to its start, with gradients.
+
+        Args:
+            model: the trained model, as it is, or as the processes hold it.
+        """
         return {
-            f"slices_{part}": self._sum(part) / self._start[part] for part in sorted(self._parts) if self._start[part]
+            f"slices_{part}": self._sum(part, model) / self._start[part]
+            for part in sorted(self._parts)
+            if self._start[part]
         }
 
-    def _sum(self, part: Part) -> Tensor:
+    def _sum(self, part: Part, model: nn.Module) -> Tensor:
+        weights = dict(unwrapped(model).named_parameters())
         sizes = [
-            self._size(_taken(weight, piece).float()).sum() for weight, pieces in self._parts[part] for piece in pieces
+            self._size(_taken(weight, piece).float()).sum()
+            for name, pieces in self._parts[part]
+            for weight in [whole(weights[name])]
+            for piece in pieces
         ]
         return torch.stack([size.to(sizes[0].device) for size in sizes]).sum()
 
 
-def _sliced(model: nn.Module, channels: Channels) -> Iterator[tuple[Part, Tensor, Pieces]]:
-    """Yield every tensor that loses channels with its part of the model and its slice; tied weights once."""
+def _sliced(model: nn.Module, channels: Channels) -> Iterator[tuple[Part, str, Pieces]]:
+    """Yield the name of every tensor that loses channels with its part of the model and its slice; tied weights once."""
     config: Any = model.config
     family = family_in(model)
     layout = layout_of(family)
@@ -119,7 +130,7 @@ def _sliced(model: nn.Module, channels: Channels) -> Iterator[tuple[Part, Tensor
         block = family.block_of(name)
         kept = kept_rows(layout, widths, name, weight.shape, channels.at(block[0] if block else None))
         if any(rows is not None for rows in kept):
-            yield layout.part(name), weight, tuple(_pieces(kept, weight))
+            yield layout.part(name), full, tuple(_pieces(kept, weight))
 
 
 def _pieces(kept: Sequence[list[int] | None], weight: Tensor) -> Iterator[tuple[Tensor | None, ...]]:

@@ -1,12 +1,13 @@
 """The processes that share a training on one machine, one for each device.
 
 Every process computes a part of each batch, and the gradients are averaged, so that the weights after a step are those of one process, to
-rounding. The first process alone writes. torch's elastic launcher starts the processes, and ends all of them when one fails. A process that
-was started alone is the first of one: every function here holds for it too.
+rounding. Each holds the whole model (DDP) or a part of it (FSDP2). The first process alone writes. torch's elastic launcher starts the
+processes, and ends all of them when one fails. A process that was started alone is the first of one: every function here holds for it too.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import tempfile
@@ -20,13 +21,18 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from components.lib.errors import Refusal, Unavailable
+from components.lib.settings import ProcessSettings
 from components.lib.transformer.device import best_device
+from components.lib.transformer.gates import blocks
 
 Value = TypeVar("Value")
 
@@ -180,3 +186,68 @@ def replicated(model: nn.Module, device: torch.device) -> nn.Module:
 def unaveraged(model: nn.Module) -> AbstractContextManager[Any]:
     """Return the context in which a backward pass adds to this process's own gradients and averages nothing."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def must_divide(model: nn.Module, teacher: nn.Module | None, precision: str) -> bool:
+    """Return True if the processes must divide the weights: as ESPALIER_PARALLEL says, or because a device has no room for all.
+
+    Args:
+        model: the model to train; its trained weights have gradients and two states each.
+        teacher: a second model whose weights are fixed.
+        precision: of the training.
+    """
+    asked = ProcessSettings().parallel
+    if count() == 1 or asked in ("ddp", "none") or (asked == "auto" and not torch.cuda.is_available()):
+        return False
+    each = 8 if precision == "bf16" else 16  # bytes of a trained weight with its gradient and its states
+    held = sum(
+        weight.numel() * (each if weight.requires_grad else weight.element_size()) for weight in model.parameters()
+    )
+    held += sum(weight.numel() * weight.element_size() for weight in (teacher.parameters() if teacher else ()))
+    return asked == "fsdp" or held > torch.cuda.get_device_properties(0).total_memory / 2
+
+
+def divided(model: nn.Module, device: torch.device, computed: torch.dtype | None = None) -> nn.Module:
+    """Return a copy of the model of which every process holds a part: the weights of a block are gathered while it computes (FSDP2).
+
+    The model itself keeps its weights, where it is. `gathered` returns those of the copy to it.
+
+    Args:
+        model: a causal language model, with or without adapters.
+        device: of this process.
+        computed: the dtype that the blocks' weights are gathered in, as autocast would cast them; their own if None. Gradients are
+            averaged in fp32. The stream between the blocks keeps its dtype, as it does under autocast.
+    """
+    # The copy's weights are the model's own memory until they are divided.
+    own = {id(weight): nn.Parameter(weight.detach(), weight.requires_grad) for weight in model.parameters()}
+    copied = copy.deepcopy(model, own)
+    mesh = init_device_mesh(device.type, (count(),))
+    policy = MixedPrecisionPolicy(param_dtype=computed, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in blocks(copied):
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    rest = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    fully_shard(copied, mesh=mesh, mp_policy=rest, reshard_after_forward=True)
+    for module in copied.modules():
+        if isinstance(module, FSDPModule):
+            # The tensors to gather into are made when it first gathers: in inference mode they would be of no use to a training.
+            module.unshard()
+            module.reshard()
+    return copied
+
+
+def gathered(copied: nn.Module, model: nn.Module) -> None:
+    """Copy the trained weights of a divided copy into the model, in every process."""
+    parts = dict(copied.named_parameters())
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            weight.data = whole(parts[name]).detach().to(weight.device)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return the tensor of which every process holds a part, or the tensor itself if it is not divided. Differentiable."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """Return the model that `replicated` wrapped, or the model itself."""
+    return model.module if isinstance(model, DistributedDataParallel) else model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -44,7 +45,7 @@ def recover(
     training, held_out = split(windows, settings)
     journal = journal or Silent()
     trained = lora.adapted(model, settings.lora, settings.seed)
-    stopping = EarlyStopping(model, trained, held_out, settings, journal)
+    stopping = EarlyStopping(trained, held_out, settings, journal)
     loop.train(
         trained,
         training,
@@ -54,6 +55,7 @@ def recover(
         checkpoints=checkpoints or NoCheckpoints(),
         journal=journal,
         callback=stopping,
+        divided=ranks.must_divide(trained, None, settings.precision),
     )
     stopping.put_back_best()
     return lora.merged(trained)
@@ -74,39 +76,29 @@ def split(windows: Tensor, settings: Recover) -> tuple[Tensor, Tensor]:
 class EarlyStopping:
     """Measures the held-out perplexity every few steps, keeps the best adapters, and stops when patience runs out."""
 
-    def __init__(
-        self, model: PreTrainedModel, trained: PeftModel, held_out: Tensor, settings: Recover, journal: Journal
-    ) -> None:
-        self.model, self.trained, self.held_out, self.settings, self.journal = (
-            model,
-            trained,
-            held_out,
-            settings,
-            journal,
-        )
+    def __init__(self, trained: PeftModel, held_out: Tensor, settings: Recover, journal: Journal) -> None:
+        self.trained, self.held_out, self.settings, self.journal = trained, held_out, settings, journal
         self.best = float("inf")
         self.measured_since = 0
         self.adapters: dict[str, Tensor] = {}
-        self._measure(0)
 
-    def after(self, step: int) -> bool:
+    def after(self, step: int, model: nn.Module) -> bool:
         """Measure every `evaluate_every` steps; return whether to stop."""
         if step % self.settings.evaluate_every and step != self.settings.steps:
             return False
-        self._measure(step)
+        self._measure(step, ranks.inner(model))
         return self.measured_since >= self.settings.patience
 
-    def _measure(self, step: int) -> None:
-        self.trained.eval()
+    def _measure(self, step: int, model: Any) -> None:
+        model.eval()
         # The first process decides, so that all stop at once.
-        value = ranks.told(
-            perplexity(self.model, self.held_out, self.settings.micro_batch_size or self.settings.batch_size)
-        )
+        value = ranks.told(perplexity(model, self.held_out, self.settings.micro_batch_size or self.settings.batch_size))
         self.journal.metrics({"validation": value}, step)
         self.measured_since += 1
         if value < self.best:
             self.best, self.measured_since = value, 0
-            self.adapters = {name: weight.clone() for name, weight in get_peft_model_state_dict(self.trained).items()}
+            adapters = get_peft_model_state_dict(model)
+            self.adapters = {name: ranks.whole(weight).detach().clone() for name, weight in adapters.items()}
 
     def put_back_best(self) -> None:
         """Load the adapters with the lowest held-out perplexity into the model."""

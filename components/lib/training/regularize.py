@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from components.lib.recipe.training import Regularize
-from components.lib.training import loop, lora, objective, penalty
+from components.lib.training import loop, lora, objective, penalty, ranks
 from components.lib.training.journal import Checkpoints, Journal, NoCheckpoints, Silent
 from components.lib.training.schedule import annealed_part
 from components.lib.transformer.gates import final_state, text_config, thawed, watched
@@ -73,16 +73,20 @@ def regularize(
     # The release's width, so that a control that was narrowed first is trained at the same rate.
     width = text_config(model).hidden_size + (len(selection.channels.hidden) if already_cut else 0)
     settings = loop.with_learning_rate(settings, None if settings.trainable == "lora" else width)
+    device = ranks.join()
+    divided = ranks.must_divide(trained, teacher, settings.precision)
     if teacher is not None:
         teacher.eval().requires_grad_(False)
+        teacher = ranks.divided(teacher, device) if divided else teacher.to(device)
     loop.train(
         trained,
         windows,
-        _Loss(model, trained, teacher, selection, already_cut, settings),
+        _Loss(trained, teacher, selection, already_cut, settings),
         settings,
         section=section,
         checkpoints=checkpoints or NoCheckpoints(),
         journal=journal or Silent(),
+        divided=divided,
     )
     return lora.merged(trained) if isinstance(trained, PeftModel) else model
 
@@ -92,14 +96,13 @@ class _Loss:
 
     def __init__(
         self,
-        model: PreTrainedModel,
         trained: PreTrainedModel | PeftModel,
         teacher: PreTrainedModel | None,
         selection: Selection,
         already_cut: bool,
         settings: Regularize,
     ) -> None:
-        self.model, self.trained, self.teacher, self.settings = model, trained, teacher, settings
+        self.teacher, self.settings = teacher, settings
         self.already_cut = already_cut
         self.hidden = selection.channels.hidden
         self.layers = () if already_cut else selection.removed
@@ -110,14 +113,14 @@ class _Loss:
     def __call__(self, wrapped: nn.Module, batch: Tensor, step: int) -> Iterator[Mapping[str, Tensor]]:
         """Yield the parts of the loss on a batch (batch, length) while the step's gates hold."""
         settings = self.settings
-        target = self._targets(batch)  # before the gates, which must not change the teacher
+        target = self._targets(wrapped, batch)  # before the gates, which must not change the teacher
         penalised = settings.schedule == "penalty"
         gate = 1.0 if penalised else penalty.annealed(step, settings.steps, annealed_part(settings, bool(self.layers)))
         with (
-            penalty.gated_at(self.model, self.layers, gate),
-            narrowed(self.model, self.channels, gate),
-            watched(self.model, self.layers if penalised else ()) as seen,
-            final_state(self.model) as final,
+            penalty.gated_at(wrapped, self.layers, gate),
+            narrowed(wrapped, self.channels, gate),
+            watched(wrapped, self.layers if penalised else ()) as seen,
+            final_state(wrapped) as final,
         ):
             logits = wrapped(input_ids=batch, use_cache=False).logits
             parts = objective.weighted(settings.objective, logits, self._staying(final.value), batch, target)
@@ -127,21 +130,21 @@ class _Loss:
                 parts["loss"] = parts["loss"] + weight * parts["penalty"]
             if self.slices:
                 with torch.set_grad_enabled(penalised):
-                    norms = self.slices.norms()
+                    norms = self.slices.norms(wrapped)
                 if penalised:
                     parts["loss"] = parts["loss"] + weight * torch.stack(list(norms.values())).sum()
                 # Scaled by the gates, as the model uses them.
                 parts |= {name: norm.detach() * gate for name, norm in norms.items()}
             yield parts
 
-    def _targets(self, batch: Tensor) -> objective.Targets:
+    def _targets(self, wrapped: nn.Module, batch: Tensor) -> objective.Targets:
         """Return the teacher's outputs; with its adapters off, the trained model is the teacher. Removed channels of the state are left out."""
-        target = objective.Targets(None, None)
+        target, adapted = objective.Targets(None, None), ranks.inner(wrapped)
         if self.teacher is not None:
-            target = objective.targets(self.teacher.to(batch.device), batch, self.settings.objective)
-        elif isinstance(self.trained, PeftModel) and objective.uses_teacher(self.settings.objective):
-            with self.trained.disable_adapter():
-                target = objective.targets(self.model, batch, self.settings.objective)
+            target = objective.targets(self.teacher, batch, self.settings.objective)
+        elif isinstance(adapted, PeftModel) and objective.uses_teacher(self.settings.objective):
+            with adapted.disable_adapter():
+                target = objective.targets(adapted, batch, self.settings.objective)
         return target._replace(state=_without(target.state, self.hidden))
 
     def _staying(self, state: Tensor | None) -> Tensor | None:

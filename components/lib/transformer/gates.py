@@ -26,9 +26,9 @@ Output: TypeAlias = Tensor | tuple[Any, ...]
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
-    """Return the transformers model under peft's wrapper, or the model itself."""
-    wrapped: Any = model
-    return cast("PreTrainedModel", wrapped.get_base_model() if hasattr(model, "get_base_model") else model)
+    """Return the transformers model under the wrappers of peft and of several processes, or the model itself."""
+    wrapped: Any = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    return cast("PreTrainedModel", wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped)
 
 
 def text_config(model: nn.Module) -> PreTrainedConfig:

@@ -185,7 +185,7 @@ class TestStopping:
 
     def test_a_callback_ends_it(self) -> None:
         class Enough:
-            def after(self, step: int) -> bool:
+            def after(self, step: int, model: nn.Module) -> bool:
                 return step == 3
 
             def state(self) -> dict[str, Tensor]:

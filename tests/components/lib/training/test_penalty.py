@@ -74,8 +74,8 @@ HIDDEN, FFN, GROUP = (3, 5, 8), (0, 7), (1,)
 CHANNELS = Channels(hidden=HIDDEN, ffn=(FFN,) * 2, heads=(GROUP,) * 2)
 
 
-def sizes(slices: Slices) -> dict[str, float]:
-    return {name: norm.item() for name, norm in slices.norms().items()}
+def sizes(slices: Slices, model: PreTrainedModel) -> dict[str, float]:
+    return {name: norm.item() for name, norm in slices.norms(model).items()}
 
 
 @torch.no_grad()
@@ -96,7 +96,7 @@ class TestSlices:
     @pytest.mark.parametrize("specimen", NARROWABLE, ids=str)
     def test_begin_at_1_in_every_part_of_every_family(self, specimen: Specimen, norm: Norm) -> None:
         model = specimen.model(2)
-        found = sizes(Slices(model, draw_channels(model), norm))
+        found = sizes(Slices(model, draw_channels(model), norm), model)
         assert found == pytest.approx({"slices_attention": 1, "slices_ffn": 1, "slices_rest": 1})
 
     @pytest.mark.parametrize("axes", AXES_CUT, ids="+".join)
@@ -106,7 +106,7 @@ class TestSlices:
         parts = {"ffn": {"slices_ffn"}, "heads": {"slices_attention"}}
         everywhere = {"slices_attention", "slices_ffn", "slices_rest"}
         expected = set().union(*(parts.get(axis, everywhere) for axis in axes))
-        assert set(sizes(Slices(model, draw_channels(model, axes), "l2"))) == expected
+        assert set(sizes(Slices(model, draw_channels(model, axes), "l2"), model)) == expected
 
     @pytest.mark.parametrize(("norm", "power"), [("l1", 1), ("l2", 2)])
     def test_are_taken_over_all_tensors_of_a_part_relative_to_the_start(self, norm: Norm, power: int) -> None:
@@ -116,7 +116,7 @@ class TestSlices:
         for layer in range(2):
             for name in ("gate", "up", "down"):
                 scale(model, f"model.layers.{layer}.mlp.{name}_proj.weight", 0.5)
-        found = sizes(slices)
+        found = sizes(slices, model)
         assert found["slices_ffn"] == pytest.approx(0.5**power)
         assert found["slices_attention"] == found["slices_rest"] == pytest.approx(1)
 
@@ -136,12 +136,12 @@ class TestSlices:
             weight[:, 7] *= 2  # a column that goes, across it
             weight[0, 1] += 5  # what stays
         grown = size(union(weight, HIDDEN, FFN)).sum() / start
-        assert sizes(slices)["slices_ffn"] == pytest.approx(grown.item(), rel=1e-5)
+        assert sizes(slices, model)["slices_ffn"] == pytest.approx(grown.item(), rel=1e-5)
 
     def test_are_nothing_of_what_stays(self) -> None:
         """Their gradient is in the rows and columns that go, and nowhere else."""
         model = llama(2)
-        torch.stack(list(Slices(model, CHANNELS, "l2").norms().values())).sum().backward()
+        torch.stack(list(Slices(model, CHANNELS, "l2").norms(model).values())).sum().backward()
         gradient = model.model.layers[1].mlp.down_proj.weight.grad
         assert union(gradient, HIDDEN, FFN).ne(0).all()
         assert gradient.ne(0).sum() == union(gradient, HIDDEN, FFN).numel()
@@ -156,23 +156,24 @@ class TestSlices:
         embedding = model.model.embed_tokens.weight[:, list(HIDDEN)].square().sum()
         norms = sum(weight[list(HIDDEN)].square().sum() for name, weight in model.named_parameters() if "norm" in name)
         scale(model, "model.embed_tokens.weight", 0)
-        assert sizes(slices)["slices_rest"] == pytest.approx((norms / (norms + embedding)).item())
+        assert sizes(slices, model)["slices_rest"] == pytest.approx((norms / (norms + embedding)).item())
 
     def test_of_a_model_with_adapters_are_those_of_its_own_weights(self) -> None:
         model = llama(2)
-        slices = Slices(adapted(model, Lora(rank=2), seed=0), CHANNELS, "l2")
-        assert sizes(slices) == pytest.approx({"slices_attention": 1, "slices_ffn": 1, "slices_rest": 1})
+        trained = adapted(model, Lora(rank=2), seed=0)
+        slices = Slices(trained, CHANNELS, "l2")
+        assert sizes(slices, trained) == pytest.approx({"slices_attention": 1, "slices_ffn": 1, "slices_rest": 1})
         for layer in model.model.layers:
             for projection in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj):
                 projection.base_layer.weight.data.zero_()
-        assert sizes(slices)["slices_ffn"] == 0
+        assert sizes(slices, trained)["slices_ffn"] == 0
 
     def test_that_were_0_at_the_start_have_nothing_to_lose(self) -> None:
         model = llama(2)
         for name, _ in model.named_parameters():
             if ".mlp." in name:
                 scale(model, name, 0)
-        assert set(sizes(Slices(model, CHANNELS, "l2"))) == {"slices_attention", "slices_rest"}
+        assert set(sizes(Slices(model, CHANNELS, "l2"), model)) == {"slices_attention", "slices_rest"}
 
     @pytest.mark.parametrize("norm", ["l1", "l2"])
     def test_sink_when_they_are_minimised(self, norm: Norm) -> None:
@@ -181,6 +182,6 @@ class TestSlices:
         optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
         for _ in range(40):
             optimizer.zero_grad()
-            torch.stack(list(slices.norms().values())).sum().backward()
+            torch.stack(list(slices.norms(model).values())).sum().backward()
             optimizer.step()
-        assert max(sizes(slices).values()) < 0.2
+        assert max(sizes(slices, model).values()) < 0.2

@@ -21,13 +21,16 @@ from components.lib.training.objective import lm_loss
 from components.lib.training.recover import recover
 from components.lib.training.regularize import regularize
 from components.lib.transfers.ridge import Ridge
+from components.lib.transformer.selection import NO_CHANNELS
+from tests.components.given import CHANNELS
 from tests.components.lib.training.tiny import Kept, Written, chosen, counting, llama, weights
 
 SETTINGS = {"steps": 4, "batch_size": 6, "learning_rate": 3e-3, "precision": "fp32"}
 
 CASES: dict[str, dict[str, Any]] = {
     "anneal": {"anneal": 0.5, "micro_batch_size": 2},
-    "penalty": {"schedule": "penalty"},
+    "autocast": {"anneal": 0.5, "precision": "auto"},
+    "penalty": {"schedule": "penalty", "gradient_checkpointing": True},
     "adapters": {"trainable": "lora", "gradient_checkpointing": True},
 }
 
@@ -37,7 +40,8 @@ def regularized(folder: Path) -> None:
     for name, settings in CASES.items():
         model, journal = llama(), Written()
         teacher = None if name == "adapters" else llama()
-        regularize(model, teacher, counting(), chosen(1), Regularize(**SETTINGS | settings), journal=journal)
+        selection = chosen(1, channels=NO_CHANNELS if name == "adapters" else CHANNELS)
+        regularize(model, teacher, counting(), selection, Regularize(**SETTINGS | settings), journal=journal)
         leave(folder, name, model, journal)
     model, journal = llama(), Written()
     Ridge(windows=9).apply(model, counting(), chosen(1, 2), journal=journal)
@@ -58,23 +62,32 @@ def leave(folder: Path, name: str, model: nn.Module, journal: Written) -> None:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The cases in one process, and in two."""
-    alone, shared = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("shared")
-    regularized(alone)
-    ranks.launch(2, regularized, shared)
-    return alone, shared
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cases in one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    regularized(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cases in two processes, which hold the whole model each, or a half."""
+    folder = tmp_path_factory.mktemp("shared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ESPALIER_PARALLEL", request.param)
+        ranks.launch(2, regularized, folder)
+    return folder
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("case", [*CASES, "ridge", "recovery"])
-def test_two_processes_have_the_losses_and_the_weights_of_one(case: str, folders: tuple[Path, Path]) -> None:
-    alone, shared = folders
+def test_two_processes_have_the_losses_and_the_weights_of_one(case: str, alone: Path, shared: Path) -> None:
+    rounding = {"rtol": 0.05, "atol": 0.01} if case == "autocast" else {"rtol": 1e-4, "atol": 1e-5}
     one = load_file(alone / f"{case}-0.safetensors")
     first, second = (load_file(shared / f"{case}-{rank}.safetensors") for rank in range(2))
     assert first.keys() == one.keys()
     for name in one:
-        torch.testing.assert_close(first[name], one[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(first[name], one[name], **rounding)
     for name in second:
         assert torch.equal(second[name], first[name])
     assert not torch.equal(one["model.layers.0.mlp.down_proj.weight"], llama().model.layers[0].mlp.down_proj.weight)
@@ -86,7 +99,7 @@ class KilledAt:
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def after(self, step: int) -> bool:
+    def after(self, step: int, model: nn.Module) -> bool:
         if step == self.step and ranks.index() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return False
@@ -110,12 +123,25 @@ def trained(folder: Path, killed_at: int = 0) -> None:
     kept.steps = [2] if kept.folder.exists() else []
     settings = Optimisation(**SETTINGS | {"steps": 6, "checkpoint_every": 2})
     callback = KilledAt(killed_at)
-    train(model, counting(), lm, settings, section="regularize", checkpoints=kept, journal=journal, callback=callback)
+    train(
+        model,
+        counting(),
+        lm,
+        settings,
+        section="regularize",
+        checkpoints=kept,
+        journal=journal,
+        callback=callback,
+        divided=ranks.must_divide(model, None, "fp32"),
+    )
     leave(folder, "trained", model, journal)
 
 
 @pytest.mark.timeout(900)
-def test_a_killed_process_is_named_and_another_number_of_processes_goes_on(tmp_path: Path) -> None:
+def test_a_killed_process_is_named_and_another_number_of_processes_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ESPALIER_PARALLEL", "fsdp")
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     alone.mkdir()
     shared.mkdir()
