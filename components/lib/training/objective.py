@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from components.lib.recipe.training import Objective
 from components.lib.transformer.gates import final_state
-from components.lib.transformer.perplexity import IGNORED, rows_raised
+from components.lib.transformer.perplexity import IGNORED, few_rows
 
 
 class Targets(NamedTuple):
@@ -105,8 +105,7 @@ class _NextToken(torch.autograd.Function):
         kl_weight = 1 / len(logits)
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         sums = logits.new_zeros(2, dtype=torch.float64)
-        for start in range(0, len(logits), rows_raised(logits)):
-            rows = slice(start, start + rows_raised(logits))
+        for rows in few_rows(logits):
             student = functional.log_softmax(logits[rows].float(), dim=-1)
             correct = following[rows, None].clamp(min=0)
             sums[0] -= (student.gather(1, correct)[:, 0] * lm_weights[rows]).sum()

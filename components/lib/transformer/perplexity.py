@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -115,9 +115,10 @@ def _batch_size(model: PreTrainedModel, length: int, most: int) -> int:
     return max(1, min(most, LOGITS // (length * vocabulary)))
 
 
-def rows_raised(logits: Tensor) -> int:
-    """Return how many rows of logits (tokens, vocabulary) to raise to fp32 at once."""
-    return max(1, RAISED.get(logits.device.type, RAISED["cpu"]) // logits.shape[-1])
+def few_rows(logits: Tensor) -> Iterator[slice]:
+    """Yield slices that together are all rows of logits (tokens, vocabulary), each of as many as are raised to fp32 at once."""
+    count = max(1, RAISED.get(logits.device.type, RAISED["cpu"]) // logits.shape[-1])
+    return (slice(start, start + count) for start in range(0, len(logits), count))
 
 
 @torch.inference_mode()
@@ -125,9 +126,8 @@ def _batch_nll(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Sum the negative log-likelihood of a batch: (batch, length) → (), fp64 on the CPU."""
     logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)  # (batch · length, vocabulary), no copy
     targets = F.pad(ids[:, 1:], (0, 1), value=IGNORED).flatten()  # nothing follows a window's last token
-    rows = rows_raised(logits)
     losses = [
-        F.cross_entropy(some.float(), target, ignore_index=IGNORED, reduction="none")
-        for some, target in zip(logits.split(rows), targets.split(rows), strict=True)
+        F.cross_entropy(logits[rows].float(), targets[rows], ignore_index=IGNORED, reduction="none")
+        for rows in few_rows(logits)
     ]
     return torch.cat(losses).cpu().double().sum()
