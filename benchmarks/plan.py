@@ -27,7 +27,7 @@ from components.lib.recipe.schema import Recipe
 from components.lib.recipe.training import Regularize
 from components.lib.training import regularize as training
 from components.lib.transformer.selection import Selection
-from pipeline.plan.fake import Peak, counted
+from pipeline.plan.fake import counted
 from pipeline.plan.stages import Shape, needs
 
 LENGTH, BATCH, REMOVED = 128, 4, (1, 2)
@@ -182,23 +182,6 @@ def hold() -> int:
     return int(worst > 0.1)
 
 
-def divided(peak: Peak, devices: int, batch: int, micro: int, block: int) -> float:
-    """Return the GB of a device if FSDP divides a training among several.
-
-    Args:
-        peak: of one process.
-        devices: how many.
-        batch: windows an optimizer step.
-        micro: windows a forward pass of one process.
-        block: bytes of a block's weights.
-    """
-    if devices == 1:
-        return peak.total / 1e9
-    share = max(1, min(micro, batch // devices)) / micro
-    held = peak.weights + peak.gradients + peak.optimizer + peak.teacher
-    return (held / devices + share * (peak.logits + peak.activations) + 2 * block) / 1e9
-
-
 def table(releases: Sequence[str]) -> None:
     """Print the GB of each device in the largest stages."""
     print(
@@ -209,19 +192,19 @@ def table(releases: Sequence[str]) -> None:
             recipe = _recipe(settings)
             shape = Shape(config, "bfloat16")
             found = {
-                one.stage: one.peak
-                for one in needs(recipe, shape, "cuda", only=("learn-gates", "regularize", "evaluate"))
+                one.stage: one for one in needs(recipe, shape, "cuda", only=("learn-gates", "regularize", "evaluate"))
             }
-            micro, block = settings.get("micro_batch_size", 8), shape.bytes // config["num_hidden_layers"]
-            several = (divided(found["regularize"], devices, 8, micro, block) for devices in (1, 2, 8))
-            others = (found[stage].total / 1e9 for stage in ("learn-gates", "evaluate"))
+            trained = found["regularize"]
+            several = (trained.peak.total, *(trained.divided(devices) for devices in (2, 8)))
+            others = (found[stage].peak.total for stage in ("learn-gates", "evaluate"))
             print(
                 f"| {name} | {said} | {', '.join(map(_told, several))} | {' | '.join(map(_told, others))} |", flush=True
             )
 
 
-def _told(size: float) -> str:
-    return f"{size:.0f}" if size <= DEVICE else f"**{size:.0f}**"
+def _told(size: int) -> str:
+    told = f"{size / 1e9:.0f}"
+    return told if size <= DEVICE * 1e9 else f"**{told}**"
 
 
 def _recipe(settings: Mapping[str, Any]) -> Recipe:

@@ -47,6 +47,8 @@ def plan(
         takes = device.takes(need)
         parts = need.peak.parts() | {"waiting states": need.held}
         shown = ", ".join(f"{name} {_gb(size)}" for name, size in parts.items() if size > 0.01 * max(takes, 1))
+        if (devices := device.shared_by(need)) > 1:
+            shown += f"; divided among {devices}"
         small = device.size is not None and takes > device.size
         size = "?" if device.size is None else _gb(device.size)
         fits = f"[red]{size}, too small[/red]" if small else size

@@ -13,6 +13,7 @@ import psutil
 
 from components.lib.errors import Refusal
 from components.lib.recipe.schema import Recipe
+from components.lib.settings import ProcessSettings
 from components.lib.sources.resolve import release_config
 from components.lib.transformer.checkpoint import Checkpoint
 from components.lib.transformer.families import family_of, full_precision, packing_of
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 PROCESS = 2**30
 """Bytes that a process takes beside its tensors: the libraries, or the context of CUDA."""
+
+DIVIDING = ("auto", "fsdp")
+"""The values of ESPALIER_PARALLEL with which several devices may divide a training."""
 
 CURES: tuple[tuple[str, Any], ...] = (
     ("micro_batch_size", 1),
@@ -45,9 +49,18 @@ class Device:
     """Bytes that tensors can take; None if it is not known."""
     said: str
     """The device in a sentence."""
+    count: int = 1
+    """How many devices may divide a training."""
+
+    def shared_by(self, need: Need) -> int:
+        """Return how many devices divide the stage: those that there are if it trains, else 1."""
+        return self.count if need.trained else 1
 
     def takes(self, need: Need) -> int:
-        """Return the bytes that a stage holds there."""
+        """Return the bytes that a stage holds there: on each device if several divide it, which they do if one is too small."""
+        devices = self.shared_by(need)
+        if devices > 1:
+            return need.divided(devices)
         return need.peak.total + (need.held if self.kind == "cpu" else 0)
 
 
@@ -76,7 +89,8 @@ def here() -> Device:
 
         if torch.cuda.is_available():
             properties = torch.cuda.get_device_properties(0)
-            return Device("cuda", properties.total_memory - PROCESS, f"this machine's {properties.name}")
+            count = torch.cuda.device_count() if ProcessSettings().parallel in DIVIDING else 1
+            return Device("cuda", properties.total_memory - PROCESS, f"this machine's {properties.name}", count)
     return Device("cpu", psutil.virtual_memory().total - PROCESS, "this machine")
 
 
@@ -87,10 +101,11 @@ def device_of(profile: Profile, stage: str) -> Device:
     """
     needs = profile.needs(stage.removesuffix("-2").replace("-", "_"))
     if needs.gpu:
+        count = needs.gpu.count if profile.environment.get("ESPALIER_PARALLEL", "auto") in DIVIDING else 1
         for value in needs.node_selector.values():
             if found := re.search(r"(\d+)gb", value, re.IGNORECASE):
-                return Device("cuda", int(found[1]) * 2**30 - PROCESS, f"the profile's {value}")
-        return Device("cuda", None, f"the profile's {needs.gpu.type}")
+                return Device("cuda", int(found[1]) * 2**30 - PROCESS, f"the profile's {value}", count)
+        return Device("cuda", None, f"the profile's {needs.gpu.type}", count)
     size = bytes_of(needs.memory) - PROCESS if needs.memory else None
     return Device("cpu", size, f"the profile's memory of {needs.memory}" if needs.memory else "the profile's nodes")
 
@@ -134,7 +149,7 @@ def require_memory(recipe: Recipe, release: str, profile: Profile | None = None)
             continue
         place = device or device_of(profile, need.stage)  # type: ignore[arg-type]
         if place.size is None:
-            yield f"{need.stage} takes {need.peak.total / 1e9:.1f} GB, and {place.said} states no size: see that it has as much"
+            yield f"{need.stage} takes {place.takes(need) / 1e9:.1f} GB, and {place.said} states no size: see that it has as much"
         elif place.takes(need) > place.size:
             raise Refusal(
                 f"{need.stage} takes {place.takes(need) / 1e9:.3g} GB and {place.said} has {place.size / 1e9:.3g} GB: "

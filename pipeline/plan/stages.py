@@ -55,6 +55,28 @@ class Need:
     """Bytes between the store and the stage, both ways."""
     section: str = ""
     """The section of the recipe whose settings decide the peak."""
+    trained: tuple[Peak, ...] = ()
+    """The peaks of its trainings, which the processes of several devices can divide; what is before them is whole on each device."""
+    transferred: int = 0
+    """Bytes of the transfer before them."""
+    batch: int = 1
+    """Windows an optimizer step."""
+    micro: int = 1
+    """Windows a forward pass in the plan."""
+    block: int = 0
+    """Bytes of a block's weights, as they are stored."""
+
+    def divided(self, devices: int) -> int:
+        """Return the bytes on each of several devices if FSDP divides the trainings among them.
+
+        Weights, gradients, optimizer and teacher are divided, and the batch is; two whole blocks are added, which FSDP gathers.
+        """
+        share = min(self.micro, -(-self.batch // devices)) / self.micro
+        found = [self.transferred]
+        for peak in self.trained:
+            held = peak.weights + peak.gradients + peak.optimizer + peak.teacher
+            found.append(round(held / devices + share * (peak.logits + peak.activations) + 2 * self.block))
+        return max(found)
 
 
 @dataclass(frozen=True)
@@ -189,21 +211,22 @@ def _regularize(case: _Case) -> Need | None:
     transfer = settings.transfer.chosen
     if settings.schedule == "none" and transfer is None:
         return None
-    peaks, waiting, state = [], 0, 0
+    peaks, transferred, waiting, state = [], NOTHING_HELD, 0, 0
     if transfer:
         quick = transfer.model_copy(update={"steps": 2} if "steps" in type(transfer).model_fields else {})
         with counted(case.kind) as memory:
             model = case.release.model(memory)
             quick.apply(model, case.windows(WINDOWS), case.selection, journal=Silent())
-        peaks.append(memory.peak)
-        waiting = memory.peak.total + _states(case)
+        transferred = memory.peak
+        waiting = transferred.total + _states(case)
     if settings.schedule != "none":
         memory = _trained(case, case.release, settings, case.selection)
         peaks.append(memory.peak)
         state = _state(memory, settings)
     # The states wait while the transfer works, and are gone when the training begins.
-    held = max(0, waiting - _largest(peaks).total)
-    return _training("regularize", peaks, settings, case.release.bytes, case.release.bytes, state, case, held=held)
+    held = max(0, waiting - _largest([transferred, *peaks]).total)
+    size = case.release.bytes
+    return _training("regularize", peaks, settings, size, size, state, case, held=held, transferred=transferred)
 
 
 def _states(case: _Case) -> int:
@@ -340,15 +363,21 @@ def _training(
     case: _Case,
     held: int = 0,
     section: str = "regularize",
+    transferred: Peak = NOTHING_HELD,
 ) -> Need:
     checkpoints = (settings.steps - 1) // settings.checkpoint_every
     return Need(
         task,
-        _largest(peaks),
+        _largest([transferred, *peaks]),
         held,
         scratch=read + case.text + written + (state if checkpoints else 0),
         moved=read + case.text + written + checkpoints * state,
         section=section,
+        trained=tuple(peaks),
+        transferred=transferred.total,
+        batch=settings.batch_size,
+        micro=settings.micro_batch_size or settings.batch_size,
+        block=case.release.bytes // case.release.layers(),
     )
 
 

@@ -28,6 +28,23 @@ def test_a_gpu_s_size_is_read_from_its_name() -> None:
     assert device_of(profile(gpu={}), "regularize").size is None
 
 
+def test_several_gpus_divide_a_training_and_nothing_else() -> None:
+    several = device_of(profile(gpu={"count": 4}), "regularize")
+    asked = recipe("regularize.micro_batch_size=2", "regularize.transfer=ridge")
+    found = {
+        need.stage: need for need in needs(asked, Shape(TINY, "bfloat16"), "cuda", only=["regularize", "evaluate"])
+    }
+    (trained,) = found["regularize"].trained
+    held = trained.weights + trained.gradients + trained.optimizer + trained.teacher
+    assert several.takes(found["regularize"]) == max(
+        found["regularize"].transferred,
+        round(held / 4 + trained.logits + trained.activations + 2 * found["regularize"].block),
+    )
+    assert several.takes(found["evaluate"]) == found["evaluate"].peak.total
+    whole = profile(gpu={"count": 4}).model_copy(update={"environment": {"ESPALIER_PARALLEL": "ddp"}})
+    assert device_of(whole, "regularize").takes(found["regularize"]) == found["regularize"].peak.total
+
+
 def test_a_processor_has_the_stage_s_memory() -> None:
     assert device_of(profile(memory="4Gi"), "regularize").size == 3 * 2**30
     assert device_of(profile(memory="4G"), "regularize").size == 4 * 10**9 - 2**30
