@@ -55,6 +55,13 @@ class Stored:
             for done in range(0, self.size, length):
                 yield file.read(min(length, self.size - done))
 
+    def read(self) -> torch.Tensor:
+        """Return the tensor, in memory."""
+        import torch
+
+        data = torch.frombuffer(bytearray(b"".join(self.pieces())), dtype=torch.uint8)
+        return data.view(getattr(torch, _TORCH_NAMES[self.dtype])).reshape(self.shape)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -191,6 +198,7 @@ _TORCH_NAMES = {
     "BF16": "bfloat16",
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
     "I64": "int64",
     "I32": "int32",
     "I16": "int16",

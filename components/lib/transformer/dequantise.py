@@ -63,7 +63,7 @@ class Packed(Stored):
 
     def value(self) -> Tensor:
         """Return the tensor, in fp32 or bf16."""
-        weight, scale = _read(self.weight), _read(self.scale)
+        weight, scale = self.weight.read(), self.scale.read()
         if self.weight.dtype == "U8":
             from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -74,20 +74,6 @@ class Packed(Stored):
             for dimension, (step, size) in ((-2, (self.block[0], rows)), (-1, (self.block[1], columns))):
                 scale = scale.repeat_interleave(step, dimension).narrow(dimension, 0, size)
         return weight.float() * scale
-
-
-def _read(tensor: Stored) -> Tensor:
-    import torch
-
-    kinds = {
-        "F8_E4M3": torch.float8_e4m3fn,
-        "F8_E8M0": torch.float8_e8m0fnu,
-        "F32": torch.float32,
-        "BF16": torch.bfloat16,
-        "U8": torch.uint8,
-    }
-    data = bytearray(b"".join(Stored.pieces(tensor)))
-    return torch.frombuffer(data, dtype=torch.uint8).view(kinds[tensor.dtype]).reshape(tensor.shape)
 
 
 def _packed(shape: tuple[int, ...], weight: Stored, scale: Stored, block: tuple[int, int] | None = None) -> Packed:

@@ -21,7 +21,14 @@ from components.lib.transformer.gates import blocks, skipped, text_config
 from components.lib.transformer.layout import Axis
 from components.lib.transformer.narrow import narrowed
 from components.lib.transformer.selection import NO_CHANNELS, Channels
-from components.lib.transformer.surgery import carry, remaining, remaining_config, warn_of_dropped, written_out
+from components.lib.transformer.surgery import (
+    carry,
+    remaining,
+    remaining_config,
+    rewrite_weights,
+    warn_of_dropped,
+    written_out,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,7 +41,7 @@ class VerificationError(Exception):
 def save_model(
     model: PreTrainedModel, source: Path, out: Path, removed: Sequence[int] = (), remote_code: bool = False
 ) -> None:
-    """Write a model as a plain Hugging Face checkpoint: safetensors of at most 5 GB, in the dtype of its source.
+    """Write a model as a plain Hugging Face checkpoint: safetensors of at most 5 GB, each tensor in the dtype that its source has it in.
 
     The config, tokenizer, chat template and generation config are the source's own files, so any program that reads the release
     reads the export. A model of another dtype (fp32 masters of a bf16 release) is cast in place, parameter by parameter,
@@ -66,12 +73,44 @@ def save_model(
         config = cut_config(written_out(config, checkpoint.family), checkpoint.family, removed)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     carry(source, out, remote_code)
+    _as_in_source(out, remaining(checkpoint, removed, NO_CHANNELS), remote_code)
 
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast the parameters, and not the buffers: rotary frequencies stay fp32, as a fresh load has them."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+    """Cast the parameters as a fresh load has them, and not the buffers: rotary frequencies stay fp32, and so do the routers of some families."""
+    whole = tuple(model._keep_in_fp32_modules_strict or ()) if dtype in (torch.float16, torch.bfloat16) else ()
+    for name, parameter in model.named_parameters():
+        if not any(part in name for part in whole):
+            parameter.data = parameter.data.to(dtype)
+
+
+def _as_in_source(out: Path, source: Mapping[str, Stored], remote_code: bool) -> None:
+    """Give the tensors of an export that the source has in another dtype than the model that dtype again, and its own bytes if they are the same."""
+    saved = PrunableCheckpoint.open(out, remote_code)
+    base = f"{saved.family.blocks.split('.')[0]}."
+    before = {name.removeprefix(base): tensor for name, tensor in source.items()}
+    pairs = ((name, tensor, before.get(name.removeprefix(base))) for name, tensor in saved.tensors.items())
+    other = {
+        name: Recast(was.file, was.dtype, was.shape, was.start, was.size, saved=tensor, was=was)
+        for name, tensor, was in pairs
+        if was is not None and was.dtype != tensor.dtype and was.shape == tensor.shape
+    }
+    if other:
+        rewrite_weights(out, {**saved.tensors, **other})
+
+
+@dataclass(frozen=True)
+class Recast(Stored):
+    """A saved tensor in the dtype that the source has it in."""
+
+    saved: Stored
+    was: Stored
+
+    def pieces(self, length: int = 1 << 24) -> Iterator[bytes]:
+        """Yield the source's bytes if the tensor is the source's, rounded to the model's dtype; else its own values."""
+        saved, was = self.saved.read(), self.was.read()
+        found = was if torch.equal(was.to(saved.dtype), saved) else saved.to(was.dtype)
+        yield found.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def _save_weights(model: PreTrainedModel, out: Path) -> None:

@@ -245,6 +245,18 @@ def carry(source: Path, out: Path, remote_code: bool = False) -> None:
                 shutil.copyfile(path, out / path.name)
 
 
+def rewrite_weights(out: Path, tensors: Mapping[str, Stored]) -> None:
+    """Write the weights of a checkpoint anew from tensors that are read from its own files."""
+    fresh = out / ".fresh"
+    fresh.mkdir()
+    _write_weights(fresh, tensors)
+    for path in (*out.glob("*.safetensors"), out / INDEX):
+        path.unlink(missing_ok=True)
+    for path in fresh.iterdir():
+        path.rename(out / path.name)
+    fresh.rmdir()
+
+
 def _write_weights(out: Path, tensors: Mapping[str, Stored]) -> None:
     """Write one file, or shards and their index."""
     shards = list(_shards(tensors))

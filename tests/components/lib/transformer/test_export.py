@@ -10,11 +10,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from components.lib.transformer.checkpoint import Checkpoint, load_model
+from components.lib.transformer.checkpoint import WEIGHTS, Checkpoint, load_model
 from components.lib.transformer.export import VerificationError, answers, save_model, verify_cut, verify_export
 from components.lib.transformer.selection import Channels
 from components.lib.transformer.surgery import cut_checkpoint, drop_layers
-from tests.components.lib.transformer.zoo import SPECIMENS, release
+from tests.components.lib.transformer.zoo import MODERN, SPECIMENS, release
 
 BY_NAME = {specimen.name: specimen for specimen in SPECIMENS}
 
@@ -200,3 +200,54 @@ def test_channels_rotated_among_the_query_heads_are_caught(dense: Path, narrow: 
     save_file(tensors | {name: tensors[name].roll(1, 0)}, narrow / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(VerificationError, match="does not compute what it was exported from"):
         verify_export(expected, narrow, exact=False)
+
+
+class TestDtypesOfTheirOwn:
+    """A release stores some tensors in fp32 beside bf16: routers, norms, decays of a state, another tower."""
+
+    NAMES = ("model.norm.weight", "model.layers.1.input_layernorm.weight")
+
+    @pytest.fixture
+    def mixed(self, tmp_path: Path) -> Path:
+        """A release in bf16 with two tensors in fp32, of numbers that bf16 does not have."""
+        folder = release(SPECIMENS[0].model(3, dtype=torch.bfloat16), tmp_path / "mixed")
+        tensors = load_file(folder / WEIGHTS)
+        draw = torch.Generator().manual_seed(3)
+        tensors |= {name: torch.randn(tensors[name].shape, generator=draw) for name in self.NAMES}
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        return folder
+
+    def test_survive_with_the_bytes_of_the_source_if_nothing_changed_them(self, mixed: Path, tmp_path: Path) -> None:
+        save_model(load_model(mixed), mixed, tmp_path / "out")
+        before, after = load_file(mixed / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
+        assert {name: tensor.dtype for name, tensor in after.items()} == {
+            name: one.dtype for name, one in before.items()
+        }
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+    def test_survive_with_new_values_and_behind_removed_layers(self, mixed: Path, tmp_path: Path) -> None:
+        model = drop_layers(load_model(mixed), [0])
+        with torch.no_grad():
+            model.model.norm.weight += 1
+        save_model(model, mixed, tmp_path / "out", removed=[0])
+        before, after = load_file(mixed / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
+        assert after["model.norm.weight"].dtype == torch.float32
+        assert torch.equal(after["model.norm.weight"], model.model.norm.weight.float())
+        assert torch.equal(
+            after["model.layers.0.input_layernorm.weight"], before["model.layers.1.input_layernorm.weight"]
+        )
+        assert sorted(path.name for path in (tmp_path / "out").glob("*safetensors*")) == [WEIGHTS]
+
+    def test_a_parameter_that_transformers_keeps_in_fp32_is_not_rounded(self, tmp_path: Path) -> None:
+        """ERNIE's router."""
+        (specimen,) = (specimen for specimen in MODERN if specimen.name == "ernie4_5_moe")
+        folder = release(specimen.model(4, dtype=torch.bfloat16), tmp_path / "release")
+        tensors = load_file(folder / WEIGHTS)
+        name = "model.layers.3.mlp.gate.weight"
+        tensors[name] = tensors[name].float() + 1e-5
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        model = load_model(folder)
+        with torch.no_grad():
+            model.get_parameter(name).mul_(1.0001)
+        save_model(model, folder, tmp_path / "out")
+        assert torch.equal(load_file(tmp_path / "out" / WEIGHTS)[name], tensors[name] * 1.0001)
