@@ -76,6 +76,20 @@ def test_gates_of_zero_are_the_cut(source: Path, dense: PreTrainedModel, tmp_pat
     assert verification.channels["experts"] == Narrowing(4, 2, 2)
 
 
+def test_a_token_is_routed_to_as_many_as_stay(specimen: Specimen, tmp_path: Path) -> None:
+    """To 3 of 4 before, and to 2 of 2 after the cut; Phi's router knows two alone."""
+    chosen = next((name for name in ("moe_k", "moe_topk") if name in specimen.settings), "num_experts_per_tok")
+    three = replace(specimen, settings=specimen.settings | {chosen: 2 if specimen.name == "phimoe" else 3})
+    model = three.model(LAYERS)
+    source, channels = release(model, tmp_path / "source"), draw_experts(model)
+    with narrowed(model, channels):
+        expected = logits(model)
+    cut_checkpoint(source, tmp_path / "cut", channels=channels)
+    cut = load_model(tmp_path / "cut")
+    assert experts_of(FAMILIES[specimen.model_type], cut.config.to_dict()) == Experts(2, 2)
+    assert torch.equal(logits(cut), expected)
+
+
 def test_a_gate_blends_the_two_routings(dense: PreTrainedModel) -> None:
     """In one layer alone, the experts give g · (their sum over all) + (1 − g) · (their sum over those that stay)."""
     channels = draw_experts(dense)
