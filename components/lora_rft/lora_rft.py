@@ -19,6 +19,9 @@ def lora_rft(
 ) -> None:
     """Leave the fine-tuned model with the pruned model's card in `out/model`, and `verification.json`.
 
+    With `keep_adapter`, also leave the adapters in `out/adapter`: the pruned model with them computes what `out/model` computes, but
+    for rounding.
+
     Args:
         model: the folder of the pruned model's artifact.
         windows: the folder of the calibration windows.
@@ -31,7 +34,12 @@ def lora_rft(
         VerificationError: the exported checkpoint gives other outputs than the trained model.
     """
     tuned = fine_tune(
-        load_model(model / "model"), load_windows(windows), recover, checkpoints=checkpoints, journal=journal
+        load_model(model / "model"),
+        load_windows(windows),
+        recover,
+        checkpoints=checkpoints,
+        journal=journal,
+        adapter=out / "adapter" if recover.keep_adapter else None,
     )
     if not ranks.first():
         return

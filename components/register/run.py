@@ -169,6 +169,11 @@ class Made:
     manifests: Mapping[str, Manifest]
     """Of the run's outputs, by name."""
 
+    @property
+    def before_recovery(self) -> str:
+        """The reference of the pruned model that LoRA-RFT began with."""
+        return str(self.manifests["candidate"].metadata["inputs"]["model"])
+
     def compared_with(self, recipe: Recipe) -> str:
         """Return the digest of the champion that the candidate was compared with, or that no rule compares, or that there was none."""
         if not any(rule.against == "champion" for rule in recipe.promote.rules.values()):
@@ -221,6 +226,7 @@ def _evidence(run: str, made: Made, report: Report) -> dict[str, str]:
         "espalier.method": report.selection.method,
         "espalier.ratio": methods_with_ratios(report),
         "espalier.removed": removed(report),
+        **({"espalier.adapter_base": made.before_recovery} if recipe.recover.keep_adapter else {}),
         "espalier.run": run,
         "espalier.version": program(),
         "espalier.commit": commit() or "unknown",

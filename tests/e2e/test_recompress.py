@@ -189,6 +189,7 @@ def test_sleb_and_lora_rft_are_a_recipe_and_a_field_away(bench: Bench, named: Ml
         "methods={sleb: {ratio: 0.25}}",
         "regularize.schedule=none",
         "recover.enabled=true",
+        "recover.keep_adapter=true",
         "evaluate.controls=[]",
         "promote.rules.quality={figure: perplexity, bound: 0.001, why: nothing can}",
     )
@@ -201,7 +202,10 @@ def test_sleb_and_lora_rft_are_a_recipe_and_a_field_away(bench: Bench, named: Ml
     ]
     assert outcome.report["registered"]["aliases"] == []
     assert bench.espalier("promote", "sleb").status == 1
-    assert named.search_model_versions("name = 'sleb'")
+    [version] = named.search_model_versions("name = 'sleb'")
+    assert "/stages/prune/" in version.tags["espalier.adapter_base"]
+    kept = Store.from_environment().manifest(Reference.parse(version.tags["espalier.reference"])).only(["adapter"]).files
+    assert {file.name for file in kept} == {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
 
 
 def test_the_challenger_becomes_champion_and_is_measured_beside_the_next(bench: Bench, first: Outcome) -> None:

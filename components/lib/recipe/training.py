@@ -110,3 +110,15 @@ class Recover(Optimisation):
     validation: Fraction = Field(0.1, description="The part of the windows that is held out to stop early.")
     evaluate_every: Count = Field(20, description="Optimizer steps between two measurements on the held-out windows.")
     patience: Count = Field(3, description="Measurements without improvement before the training stops.")
+    keep_adapter: bool = Field(
+        False,
+        description="Whether the best adapters are also kept in peft's form, for servers that load adapters; they belong to the pruned model before this training.",
+    )
+
+    @model_validator(mode="after")
+    def _adapter_to_keep(self) -> Recover:
+        if self.keep_adapter and not self.enabled:
+            raise ValueError(
+                "keep_adapter is true, but enabled is not, so no adapters are trained: set enabled: true, or leave keep_adapter out"
+            )
+        return self

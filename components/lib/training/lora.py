@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -36,6 +41,22 @@ def _matrices(model: PreTrainedModel) -> str | list[str]:
         return "all-linear"
     linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
     return [name for name in linear if family.block_of(f"{name}.")]
+
+
+def save_adapters(model: PeftModel, folder: Path) -> None:
+    """Write the adapters as peft loads them: `adapter_model.safetensors` and `adapter_config.json`.
+
+    The same adapters give the same bytes, which `PeftModel.save_pretrained` does not: it writes the folder that the base model was
+    loaded from, and sets in any order.
+    """
+    config = copy.copy(model.peft_config["default"])
+    if not isinstance(config.target_modules, str):
+        config.target_modules = sorted(config.target_modules)
+    config.base_model_name_or_path, config.inference_mode = None, True
+    folder.mkdir(parents=True)
+    config.save_pretrained(str(folder))
+    weights = {name: weight.detach().cpu().contiguous() for name, weight in get_peft_model_state_dict(model).items()}
+    save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def merged(model: PeftModel) -> PreTrainedModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ def recover(
     *,
     checkpoints: Checkpoints | None = None,
     journal: Journal | None = None,
+    adapter: Path | None = None,
 ) -> PreTrainedModel:
     """Train adapters on a part of the windows, stop early by the held-out rest, and return the model with the best adapters merged.
 
@@ -37,6 +39,7 @@ def recover(
         settings: adapters, optimisation and early stopping.
         checkpoints: stores the training's checkpoints.
         journal: takes the loss, and the held-out perplexity as `validation`.
+        adapter: the folder to write the best adapters into, in peft's form; not written if it is None.
 
     Raises:
         Refusal: there are too few windows to hold some out, or the loss is not finite.
@@ -58,6 +61,8 @@ def recover(
         divided=ranks.must_divide(trained, None, settings.precision),
     )
     stopping.put_back_best()
+    if adapter and ranks.first():
+        lora.save_adapters(trained, adapter)
     return lora.merged(trained)
 
 

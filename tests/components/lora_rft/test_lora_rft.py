@@ -7,17 +7,23 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from components.lib.recipe.training import Recover
-from components.lib.transformer.checkpoint import Checkpoint
+from components.lib.transformer.checkpoint import Checkpoint, load_model
 from components.lib.transformer.export import VerificationError
+from components.lib.transformer.text import load_windows
 from components.lora_rft import lora_rft as stage
 from components.lora_rft.lora_rft import lora_rft
 from tests.components.given import TRAINING, Given, weights
 from tests.components.lib.training.tiny import Kept, Written
 
 SETTINGS = Recover.model_validate(TRAINING | {"enabled": True, "validation": 0.25, "evaluate_every": 2})
+KEPT = SETTINGS.model_copy(update={"keep_adapter": True})
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+"""How far logits may differ, relative to the largest: merged weights are rounded to their type, adapters beside them are not."""
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +37,11 @@ def without_card(given: Given, folder: Path) -> Path:
     return folder
 
 
-def work(given: Given, out: Path) -> Written:
+def work(given: Given, out: Path, recover: Recover = SETTINGS) -> Written:
     out.mkdir()
     journal = Written()
     lora_rft(
-        given.release, given.windows, recover=SETTINGS, out=out, journal=journal, checkpoints=Kept(out.parent / "kept")
+        given.release, given.windows, recover=recover, out=out, journal=journal, checkpoints=Kept(out.parent / "kept")
     )
     return journal
 
@@ -51,6 +57,38 @@ def test_the_model_is_a_plain_checkpoint_that_learnt(given: Given, tmp_path: Pat
 def test_the_held_out_perplexity_is_journalled_from_before_the_first_step(given: Given, tmp_path: Path) -> None:
     journal = work(given, tmp_path / "out")
     assert [step for step, values in journal.lines if "validation" in values] == [0, 2, 4, 6]
+
+
+def test_the_pruned_model_with_the_adapters_that_are_kept_computes_what_the_merged_one_does(
+    given: Given, tmp_path: Path
+) -> None:
+    work(given, tmp_path / "out", KEPT)
+    pruned, merged = load_model(given.release / "model"), load_model(tmp_path / "out/model")
+    ids = load_windows(given.windows)[:2].long()
+    with torch.no_grad():
+        before, expected = pruned(ids).logits, merged(ids).logits
+        adapted = PeftModel.from_pretrained(pruned, tmp_path / "out/adapter").eval()(ids).logits
+    assert (before - expected).abs().max() > 0.1 * expected.abs().max()
+    assert (adapted - expected).abs().max() < ROUNDING[merged.dtype] * expected.abs().max()
+
+
+def test_adapters_are_kept_if_the_recipe_says_so_and_are_the_same_bytes_every_time(
+    given: Given, tmp_path: Path
+) -> None:
+    work(given, tmp_path / "without")
+    assert not (tmp_path / "without/adapter").exists()
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        work(given, tmp_path / name / "out", KEPT)
+    kept = [
+        {path.name: path.read_bytes() for path in (tmp_path / name / "out/adapter").iterdir()}
+        for name in ("one", "two")
+    ]
+    assert kept[0] == kept[1]
+    assert kept[0].keys() == {"adapter_config.json", "adapter_model.safetensors"}
+    config = json.loads(kept[0]["adapter_config.json"])
+    assert config["base_model_name_or_path"] is None
+    assert config["target_modules"] == sorted(config["target_modules"])
 
 
 def test_what_was_proved_is_told(given: Given, tmp_path: Path) -> None:

@@ -232,6 +232,13 @@ class TestTasks:
         assert parse_recipe(made.to_yaml()) == made
 
 
+def test_adapters_that_nobody_trains_cannot_be_kept() -> None:
+    assert recipe(recover={"enabled": True, "keep_adapter": True}).recover.keep_adapter
+    said = refusal(recover={"keep_adapter": True})
+    assert "keep_adapter is true, but enabled is not, so no adapters are trained" in said
+    assert "recover" in said
+
+
 class TestATarget:
     def test_is_one_of_four(self) -> None:
         made = recipe(target={"max_perplexity_ratio": 1.15}).target
