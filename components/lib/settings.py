@@ -61,6 +61,9 @@ class SigningSettings(BaseSettings):
     """The OpenID Connect issuer of that identity (keyless)."""
     sign: bool = False
     """Whether this process signs by Sigstore with the identity of its workload (keyless)."""
+    token_file: Path | None = None
+    """The OpenID Connect token of that identity, for the audience sigstore, such as a projected token of a service account
+    (keyless). If it is not set, the token is asked of the CI system or cloud that the process runs in."""
 
 
 class WebhookSettings(BaseSettings):

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from kfp import kubernetes
 from kfp.dsl import PipelineTask
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from components.lib.errors import Refusal
 from components.lib.given_yaml import read_yaml, short
@@ -80,11 +80,22 @@ class Retries(ProfileSection):
 
 
 class Secret(ProfileSection):
-    """A Kubernetes Secret by its name, and the key of it for each environment variable."""
+    """A Kubernetes Secret by its name: the key of it for each environment variable, or the folder for its keys as files."""
 
     name: str
-    keys: dict[str, str]
+    keys: dict[str, str] = {}
+    mount: Annotated[str, Field(pattern=r"^/")] | None = None
+    """The folder."""
+    stages: list[str] = []
+    """The stages that get it; all if empty."""
     optional: bool = False
+
+    @model_validator(mode="after")
+    def _reaches_a_stage(self) -> Secret:
+        if not self.keys and not self.mount:
+            raise ValueError(f"the secret {self.name} has neither 'keys' nor 'mount', so no stage gets it: add one")
+        _check_stages(self.stages)
+        return self
 
 
 class Needs(ProfileSection):
@@ -183,10 +194,7 @@ class Profile(ProfileSection):
     @field_validator("stages")
     @classmethod
     def _known(cls, value: dict[str, Needs]) -> dict[str, Needs]:
-        known = stage_names()
-        for name in value:
-            if name not in known:
-                raise ValueError(f"there is no stage {name!r}{_nearest(name, known)}")
+        _check_stages(value)
         return value
 
     @classmethod
@@ -238,19 +246,28 @@ class Profile(ProfileSection):
 
     def configure(self, task: PipelineTask) -> None:
         """Give a task of a pipeline the needs of its stage. `configured_for_cluster` sets the image."""
-        needs = self.needs(task.component_spec.name.replace("-", "_"))
+        stage = task.component_spec.name.replace("-", "_")
+        needs = self.needs(stage)
         # Finished outputs are found in the store by their keys; Kubeflow's cache knows neither code nor content.
         task.set_caching_options(False)
         for variable, value in self.environment.items():
             task.set_env_variable(variable, value)
         for secret in self.secrets:
-            keys = {key: variable for variable, key in secret.keys.items()}
-            kubernetes.use_secret_as_env(task, secret.name, keys, optional=secret.optional)
+            if stage in (secret.stages or [stage]):
+                _hand(task, secret)
         if self.image_pull_secrets:
             kubernetes.set_image_pull_secrets(task, self.image_pull_secrets)
         _resources(task, needs)
         _placement(task, needs)
         _patience(task, needs)
+
+
+def _hand(task: PipelineTask, secret: Secret) -> None:
+    if secret.keys:
+        keys = {key: variable for variable, key in secret.keys.items()}
+        kubernetes.use_secret_as_env(task, secret.name, keys, optional=secret.optional)
+    if secret.mount:
+        kubernetes.use_secret_as_volume(task, secret.name, secret.mount, optional=secret.optional)
 
 
 def _resources(task: PipelineTask, needs: Needs) -> None:
@@ -294,6 +311,13 @@ def find_profile(name: str) -> Path:
 def stage_names() -> list[str]:
     """Return the names of the stages: the folders of `components` with a Kubeflow face."""
     return sorted(path.parent.name for path in COMPONENTS.glob("*/component.py"))
+
+
+def _check_stages(names: Iterable[str]) -> None:
+    known = stage_names()
+    for name in names:
+        if name not in known:
+            raise ValueError(f"there is no stage {name!r}{_nearest(name, known)}")
 
 
 def _sentence(path: Path, error: ValidationError) -> str:

@@ -204,7 +204,9 @@ def test_sleb_and_lora_rft_are_a_recipe_and_a_field_away(bench: Bench, named: Ml
     assert bench.espalier("promote", "sleb").status == 1
     [version] = named.search_model_versions("name = 'sleb'")
     assert "/stages/prune/" in version.tags["espalier.adapter_base"]
-    kept = Store.from_environment().manifest(Reference.parse(version.tags["espalier.reference"])).only(["adapter"]).files
+    kept = (
+        Store.from_environment().manifest(Reference.parse(version.tags["espalier.reference"])).only(["adapter"]).files
+    )
     assert {file.name for file in kept} == {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
 
 

@@ -112,7 +112,8 @@ def check_signature(reference: Reference, store: Store, required: bool = False) 
             )
         return UNSIGNED
     settings = signing_settings()
-    verifier = _verifier(settings)
+    with _explained(f"the signature of {reference.uri} cannot be verified"):
+        verifier = _verifier(settings)
     if verifier is None:
         if required:
             raise Refusal(
@@ -129,30 +130,35 @@ def check_signature(reference: Reference, store: Store, required: bool = False) 
 
 
 def signing_settings() -> SigningSettings:
-    """Read ESPALIER_SIGNING_*. Raises Refusal if a value is wrong or a file is missing."""
+    """Read ESPALIER_SIGNING_*. Raises Refusal if a value is wrong."""
     try:
         settings = SigningSettings()
     except ValidationError as error:
         fault = error.errors()[0]
         name = f"ESPALIER_SIGNING_{str(fault['loc'][0]).upper()}"
         raise Refusal(f"{name} is {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}") from None
-    for name in ("key", "public_key", "certificate", "chain"):
-        path: Path | None = getattr(settings, name)
-        if path is not None and not path.is_file():
-            raise Refusal(
-                f"ESPALIER_SIGNING_{name.upper()} is {str(path)!r}, which is no file: name a file in PEM form"
-            )
     if settings.method == "pki" and settings.key and not settings.certificate:
         raise Refusal("ESPALIER_SIGNING_CERTIFICATE is not set: name the certificate of ESPALIER_SIGNING_KEY")
     return settings
 
 
+def _need_files(settings: SigningSettings, *names: str) -> None:
+    """Raise Refusal if one of the named files is missing: one that verifies has no private key."""
+    for name in names:
+        path: Path | None = getattr(settings, name)
+        if path is not None and not path.is_file():
+            content = "with an OpenID Connect token" if name == "token_file" else "in PEM form"
+            raise Refusal(f"ESPALIER_SIGNING_{name.upper()} is {str(path)!r}, which is no file: name a file {content}")
+
+
 def _signer(settings: SigningSettings) -> Any:
+    _need_files(settings, "key", "certificate", "chain", "token_file")
     from model_signing import signing
 
     config: Any = signing.Config()
     if settings.method == "keyless":
-        return config.use_sigstore_signer(use_ambient_credentials=True)
+        # Without a token model-signing would ask a person to log in, and a stage would wait for ever.
+        return config.use_sigstore_signer(identity_token=_identity_token(settings))
     if settings.method == "pki":
         chain = [settings.chain] if settings.chain else []
         return config.use_certificate_signer(
@@ -163,8 +169,27 @@ def _signer(settings: SigningSettings) -> Any:
     return config.use_elliptic_key_signer(private_key=settings.key, password=password)
 
 
+def _identity_token(settings: SigningSettings) -> str:
+    """Return the OpenID Connect token that the workload is given. Raises Refusal if there is none, or it is none for Sigstore."""
+    from sigstore.oidc import IdentityError, IdentityToken, detect_credential
+
+    try:
+        token = settings.token_file.read_text().strip() if settings.token_file else detect_credential()
+        if token:
+            IdentityToken(token)  # before any server is asked
+            return token
+        fault = "this process has no identity"
+    except IdentityError as error:
+        fault = " ".join(str(error).split())
+    raise Refusal(
+        f"keyless signing needs an OpenID Connect token for the audience sigstore ({fault}): name its file in "
+        "ESPALIER_SIGNING_TOKEN_FILE, or run in a CI system that gives one"
+    )
+
+
 def _verifier(settings: SigningSettings) -> Any | None:
     """Return the verifier that is named; None if none is."""
+    _need_files(settings, "public_key", "chain")
     from model_signing import verifying
 
     config = verifying.Config()

@@ -20,7 +20,7 @@ from kfp.pipeline_spec import pipeline_spec_pb2
 from components.lib.errors import Refusal
 from pipeline.compare.pipeline import compare_pipeline
 from pipeline.kubeflow.compile import compile_pipeline, configured_for_cluster
-from pipeline.kubeflow.profile import Profile
+from pipeline.kubeflow.profile import PROFILES, Profile
 from pipeline.recompress import recompress
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -114,6 +114,17 @@ def test_it_holds_no_secret_and_nothing_of_this_machine(profile: str, monkeypatc
         assert not [item["name"] for item in one["container"]["env"] if re.search("KEY|SECRET|TOKEN", item["name"])]
     for one in on_kubernetes(profile).values():
         assert all(set(each) <= {"secretKey", "envVar"} for secret in one["secretAsEnv"] for each in secret["keyToEnv"])
+
+
+def test_a_secret_is_mounted_into_the_stages_that_are_named_and_no_other(tmp_path: Path) -> None:
+    profile = yaml.safe_load((PROFILES / "plain.yaml").read_text())
+    profile["secrets"] = [{"name": "espalier-signer", "mount": "/etc/espalier/signer", "stages": ["register"]}]
+    file = tmp_path / "cluster.yaml"
+    file.write_text(yaml.safe_dump(profile))
+    volumes = {name: one.get("secretAsVolume", []) for name, one in on_kubernetes(str(file)).items()}
+    [(name, [mounted])] = [(name, mounted) for name, mounted in volumes.items() if mounted]
+    assert name == "register"
+    assert (mounted["secretName"], mounted["mountPath"]) == ("espalier-signer", "/etc/espalier/signer")
 
 
 def test_secrets_for_s3_mlflow_and_the_hub_are_named_for_every_task() -> None:

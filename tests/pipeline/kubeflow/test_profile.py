@@ -70,6 +70,12 @@ def test_a_retrys_window_holds_every_try_and_every_wait() -> None:
         ({"defaults": {"memory": "12 GB"}}, "'defaults.memory' is '12 GB'"),
         ({"defaults": {"gpu": {"count": 0}}}, "'defaults.gpu.count' is 0"),
         ({"environment": {"MLFLOW_TRACKING_URI": "http://m"}}, "ESPALIER_BUCKET is missing"),
+        ({"secrets": [{"name": "s"}]}, "the secret s has neither 'keys' nor 'mount'"),
+        ({"secrets": [{"name": "s", "mount": "keys"}]}, "'secrets.0.mount' is 'keys'"),
+        (
+            {"secrets": [{"name": "s", "mount": "/k", "stages": ["registr"]}]},
+            "there is no stage 'registr': did you mean 'register'?",
+        ),
         (
             {"environment": {"ESPALIER_BUCKET": "b", "AWS_SECRET_ACCESS_KEY": "x"}},
             "AWS_SECRET_ACCESS_KEY is a secret: put it into a Kubernetes Secret",

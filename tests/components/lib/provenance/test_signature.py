@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import jwt
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from model_signing import signing
+from sigstore import oidc
 
 from components.lib.errors import Refusal
 from components.lib.provenance.signature import SIGNATURE, UNSIGNED, check_signature, check_signing, sign
@@ -172,6 +176,77 @@ def test_a_certificate_signs_too(
         check_signature(reference, store)
 
 
+@pytest.fixture
+def keyless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Sign with the identity of the workload. Returns the tokens that Sigstore is given, which is not asked."""
+    given: list[str] = []
+
+    def use(config: signing.Config, *, identity_token: str) -> signing.Config:
+        given.append(identity_token)
+        raise RuntimeError("Sigstore is not asked")
+
+    monkeypatch.setattr(signing.Config, "use_sigstore_signer", use)
+    monkeypatch.setattr(oidc, "detect_credential", lambda: None)
+    monkeypatch.setenv("ESPALIER_SIGNING_METHOD", "keyless")
+    monkeypatch.setenv("ESPALIER_SIGNING_SIGN", "true")
+    return given
+
+
+def token(audience: str = "sigstore", lasts: int = 600) -> str:
+    """An OpenID Connect token, of a service account for example."""
+    now = int(time.time())
+    claims = {"iss": "https://issuer", "sub": "workload", "aud": audience, "iat": now - 1000, "exp": now + lasts}
+    return jwt.encode(claims, "a key that nobody but the issuer has", algorithm="HS256")
+
+
+def test_a_workload_signs_with_the_token_that_it_is_given(
+    keyless: list[str], reference: Reference, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, mounted = tmp_path / "token", token()
+    file.write_text(f"{mounted}\n")
+    monkeypatch.setenv("ESPALIER_SIGNING_TOKEN_FILE", str(file))
+    with pytest.raises(Refusal, match="Sigstore is not asked"):
+        sign(reference, store)
+    assert keyless == [mounted]
+
+
+def test_a_token_whose_file_is_missing_is_refused(
+    keyless: list[str], reference: Reference, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ESPALIER_SIGNING_TOKEN_FILE", "/no/token")
+    with pytest.raises(
+        Refusal, match="ESPALIER_SIGNING_TOKEN_FILE is '/no/token', which is no file: name a file with an"
+    ):
+        sign(reference, store)
+
+
+@pytest.mark.parametrize("wrong", [None, token(audience="another"), token(lasts=-100), "nonsense"])
+def test_a_workload_without_a_token_for_sigstore_is_refused_and_nobody_is_asked_to_log_in(
+    wrong: str | None,
+    keyless: list[str],
+    reference: Reference,
+    store: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if wrong:
+        (tmp_path / "token").write_text(wrong)
+        monkeypatch.setenv("ESPALIER_SIGNING_TOKEN_FILE", str(tmp_path / "token"))
+    with pytest.raises(Refusal, match="keyless signing needs an OpenID Connect token for the audience sigstore"):
+        sign(reference, store)
+    assert not keyless
+
+
+def test_a_key_to_verify_with_that_is_none_is_refused(
+    reference: Reference, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_key(monkeypatch, tmp_path, "ours")
+    sign(reference, store)
+    (tmp_path / "ours.pub").write_text("no key")
+    with pytest.raises(Refusal, match=r"the signature of .* cannot be verified"):
+        check_signature(reference, store)
+
+
 def write_certificates(folder: Path) -> None:
     """Write a root and a certificate below it that may sign code."""
     root_key, leaf_key = write_key(folder, "root"), write_key(folder, "leaf")
@@ -201,7 +276,7 @@ def write_certificates(folder: Path) -> None:
     ("variable", "value", "sentence"),
     [
         ("METHOD", "gpg", "ESPALIER_SIGNING_METHOD is 'gpg'"),
-        ("KEY", "/no/key", "ESPALIER_SIGNING_KEY is '/no/key', which is no file"),
+        ("KEY", "/no/key", "ESPALIER_SIGNING_KEY is '/no/key', which is no file: name a file in PEM form"),
     ],
 )
 def test_a_wrong_variable_is_refused(
