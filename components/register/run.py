@@ -32,6 +32,9 @@ from components.register.searched import target_sentence
 EVALUATION = "sha256.evaluation"
 """The tag with the reference of the evaluation that the version's LoggedModel was made of."""
 
+ADAPTER_BASE = "espalier.adapter_base"
+"""The tag with the reference of the model that the version's adapters belong to."""
+
 SMALL = {
     "selection": ["selection.json", "choice.json", "search.json", "*.jsonl"],
     "evaluation": ["evaluation.json"],
@@ -226,7 +229,7 @@ def _evidence(run: str, made: Made, report: Report) -> dict[str, str]:
         "espalier.method": report.selection.method,
         "espalier.ratio": methods_with_ratios(report),
         "espalier.removed": removed(report),
-        **({"espalier.adapter_base": made.before_recovery} if recipe.recover.keep_adapter else {}),
+        **({ADAPTER_BASE: made.before_recovery} if recipe.recover.keep_adapter else {}),
         "espalier.run": run,
         "espalier.version": program(),
         "espalier.commit": commit() or "unknown",

@@ -76,14 +76,14 @@ def _trained() -> list[str]:
 
 
 def _roots(store: Store, forgotten: Iterable[str]) -> list[str]:
-    """Return the checkpoints and evaluations of all registered versions.
+    """Return the checkpoints and evaluations of all registered versions, and the models that their adapters belong to.
 
     Raises:
         Refusal: a report in the store names a registered model that MLflow does not know: it is not the MLflow of this store.
     """
     from components.lib.store.garbage import piece_of
     from components.lib.tracking import registry
-    from components.register.run import EVALUATION
+    from components.register.run import ADAPTER_BASE, EVALUATION
 
     known = set(forgotten)
     for name, run in _reported(store):
@@ -94,7 +94,8 @@ def _roots(store: Store, forgotten: Iterable[str]) -> list[str]:
             )
         known.add(name)
     tags = [version.tags for version in registry.every_version()]
-    named = [piece_of(store, one[tag]) for one in tags for tag in ("espalier.reference", EVALUATION) if tag in one]
+    kept = ("espalier.reference", EVALUATION, ADAPTER_BASE)
+    named = [piece_of(store, one[tag]) for one in tags for tag in kept if tag in one]
     return [name for name in named if name]
 
 

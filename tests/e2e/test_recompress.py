@@ -16,6 +16,7 @@ from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM
 
 from components.lib.store.store import Reference, Store
+from components.register.run import ADAPTER_BASE
 from pipeline.services.embedded import Services
 from tests.e2e.conftest import EVENT, Bench, Outcome, environment
 
@@ -203,7 +204,7 @@ def test_sleb_and_lora_rft_are_a_recipe_and_a_field_away(bench: Bench, named: Ml
     assert outcome.report["registered"]["aliases"] == []
     assert bench.espalier("promote", "sleb").status == 1
     [version] = named.search_model_versions("name = 'sleb'")
-    assert "/stages/prune/" in version.tags["espalier.adapter_base"]
+    assert "/stages/prune/" in version.tags[ADAPTER_BASE]
     kept = (
         Store.from_environment().manifest(Reference.parse(version.tags["espalier.reference"])).only(["adapter"]).files
     )

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from components.lib.errors import Refusal
 from components.lib.store.store import Reference, Store
 from components.lib.tracking import registry, runs
-from components.register.run import EVALUATION
+from components.register.run import ADAPTER_BASE, EVALUATION
 from pipeline.cli import gc as verb
 
 DAYS = 86400
@@ -79,6 +79,13 @@ def test_lists_and_then_deletes_what_no_version_needs(
 def test_deletes_models_that_versions_do_not_need_if_it_is_asked_for(versioned: Store, tmp_path: Path) -> None:
     verb.gc(yes=True, lineage=True, home=tmp_path)
     assert left(versioned) == LINEAGE - {"stages/regularize/t", "stages/control/k"}
+
+
+def test_keeps_the_model_that_the_adapters_of_a_version_belong_to(versioned: Store, name: str, tmp_path: Path) -> None:
+    base = {ADAPTER_BASE: f"{versioned.uri('stages/regularize/t')}@sha256:{'0' * 64}"}
+    registry.tag_version(registry.version_of(name, "1"), base)
+    verb.gc(yes=True, lineage=True, home=tmp_path)
+    assert left(versioned) == LINEAGE - {"stages/control/k"}
 
 
 def test_keeps_nothing_for_a_version_that_was_deleted(versioned: Store, name: str, tmp_path: Path) -> None:
