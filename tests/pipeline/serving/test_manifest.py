@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 from kubernetes.client import models as kubernetes
@@ -89,6 +90,19 @@ def test_an_llm_inference_service_leaves_the_container_to_kserve() -> None:
     assert container["name"] == "main"
     assert "image" not in container
     assert container["env"] == [{"name": "VLLM_ADDITIONAL_ARGS", "value": "--max-model-len=4096 --enforce-eager"}]
+
+
+@pytest.mark.parametrize("profile", ["bare", "full"])
+def test_the_template_of_an_llm_inference_service_is_a_pod_that_kubernetes_knows(profile: str) -> None:
+    """As KServe's Go type says; the other fields are those of that type, as read by a person."""
+    spec = yaml.safe_load(manifest(VERSION, {"bare": BARE, "full": PROFILE}[profile], "LLMInferenceService"))["spec"]
+    assert set(spec) == {"model", "replicas", "template", "router"}
+    assert spec["router"] == {"route": {}, "gateway": {}, "scheduler": {}}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "one"}, "spec": spec["template"]}
+    kubernetes_validate.validate(pod, "1.32", strict=True)
+    misspelt = pod | {"spec": spec["template"] | {"serviceAccount_name": "reader"}}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(misspelt, "1.32", strict=True)
 
 
 def test_vllm_reads_its_options_from_a_file() -> None:
