@@ -230,18 +230,19 @@ def _regularize(case: _Case) -> Need | None:
 
 
 def _states(case: _Case) -> int:
-    """Return the bytes of the dense model's streams that the transfer keeps."""
+    """Return the bytes of the dense model's states that the transfer keeps: streams, or what a network reads and writes beside them."""
     transfer: Any = case.recipe.regularize.transfer.chosen
     targets = {last for first, last in runs_of(case.selection.removed) if first}
     if hasattr(transfer, "follow"):
         found = sites(case.selection.removed, case.release.layers(), transfer.before, transfer.after, transfer.follow)
         targets |= {source for site in found for source in site.targets.values()}
+    kept = max(len(targets), 4 if hasattr(transfer, "follow") and case.selection.channels.ffn else 0)
     windows = min(case.recipe.calibration.samples, getattr(transfer, "windows", 0))
     tokens = windows * case.recipe.calibration.length
     text = text_part(case.release.config)
     width = text.get("hidden_size", text.get("n_embd", 0))
     # Twice, while the batches of a layer are put together.
-    return 2 * len(targets) * tokens * width * getattr(torch, case.release.dtype).itemsize
+    return 2 * kept * tokens * width * getattr(torch, case.release.dtype).itemsize
 
 
 def _control(kind: str, task: str) -> Callable[[_Case], Need | None]:

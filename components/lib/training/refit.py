@@ -311,9 +311,14 @@ GRAMS = 2**31
 
 @torch.no_grad()
 def refit_channels(
-    model: PreTrainedModel, windows: Tensor, selection: Selection, strength: float, done: Callable[[], None]
+    model: PreTrainedModel,
+    windows: Tensor,
+    selection: Selection,
+    strength: float,
+    done: Callable[[], None] = lambda: None,
+    layers: Sequence[int] | None = None,
 ) -> None:
-    """Re-fit, in every layer that stays, the projections that read removed ffn channels or heads, in place.
+    """Re-fit, in every layer that stays or in those of `layers`, the projections that read removed ffn channels or heads, in place.
 
     With S the inputs that stay, R the removed ones and G = XᵀX of the dense model: W_S += (G_SS + λ)⁻¹ G_SR W_R.
 
@@ -323,10 +328,12 @@ def refit_channels(
         selection: what is removed; of its channels, ffn and heads.
         strength: λ relative to the mean diagonal.
         done: called after each projection.
+        layers: the layers that are fitted, in place of all that stay.
     """
     axes: list[Axis] = [axis for axis in selection.channels.axes if axis in ("ffn", "heads")]
     stay = [layer for layer in range(len(blocks(model))) if layer not in selection.removed]
-    work = [(layer, axis, writer_of(model, layer, axis)) for layer in stay for axis in axes]
+    fitted = stay if layers is None else layers
+    work = [(layer, axis, writer_of(model, layer, axis)) for layer in fitted for axis in axes]
     size = max((8 * len(writer.weight) * (sum(writer.weight.shape)) for _, _, writer in work), default=1)
     group = max(1, GRAMS // size)
     # From the last layer to the first, so that each is measured in the dense model: no fitted one stands before it.

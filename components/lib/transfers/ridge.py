@@ -26,7 +26,6 @@ mixtures of experts are refused, since a token passes a few of many projections.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
@@ -61,31 +60,11 @@ class Ridge(Transfer):
 
     def apply(self, model: PreTrainedModel, windows: Tensor, selection: Selection, *, journal: Journal) -> None:
         """Re-fit the projections that read removed channels, then those before the runs of removed layers, in place."""
-        from components.lib.training.refit import streams
-
-        measured = windows[: self.windows]
-        # Of the dense model, before its weights change.
-        self.fit(model, measured, streams(model, measured, self.targets(selection)), selection, journal=journal)
-
-    def targets(self, selection: Selection) -> list[int]:
-        """Return the layers of the dense model whose streams `fit` needs: the last of each run that has a layer before it."""
-        from components.lib.training.refit import runs_of
-
-        return [last for first, last in runs_of(selection.removed) if first > 0]
-
-    def fit(
-        self,
-        model: PreTrainedModel,
-        measured: Tensor,
-        targets: Mapping[int, Tensor],
-        selection: Selection,
-        *,
-        journal: Journal,
-    ) -> None:
-        """Re-fit on the windows `measured`, given the dense model's streams behind the layers of `targets`, in place."""
-        from components.lib.training.refit import fit_seams, refit_channels
+        from components.lib.training.refit import fit_seams, refit_channels, streams
         from components.lib.transformer.gates import blocks
 
+        measured = windows[: self.windows]
+        targets = streams(model, measured, self.targets(selection))  # of the dense model, before its weights change
         axes = [axis for axis in selection.channels.axes if axis in ("ffn", "heads")]
         total = len(self.targets(selection)) + len(axes) * (len(blocks(model)) - len(selection.removed))
         fitted = iter(range(1, total + 1))
@@ -95,3 +74,9 @@ class Ridge(Transfer):
 
         refit_channels(model, measured, selection, self.strength, done)
         fit_seams(model, measured, targets, selection, self.strength, done)
+
+    def targets(self, selection: Selection) -> list[int]:
+        """Return the layers of the dense model whose streams are asked for: the last of each run that has a layer before it."""
+        from components.lib.training.refit import runs_of
+
+        return [last for first, last in runs_of(selection.removed) if first > 0]

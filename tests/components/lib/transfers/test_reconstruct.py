@@ -11,13 +11,24 @@ from transformers import PreTrainedModel
 
 from components.lib.errors import Refusal
 from components.lib.training.journal import Silent
-from components.lib.training.reconstruct import Site, sites
+from components.lib.training.reconstruct import Recorded, Site, network_of, recorded, sites
+from components.lib.transfers import why_not_fitted
 from components.lib.transfers.reconstruct import Reconstruct
 from components.lib.transfers.ridge import Ridge
 from components.lib.transformer.checkpoint import PrunableCheckpoint
+from components.lib.transformer.families import FAMILIES
 from components.lib.transformer.gates import blocks, bypassed, watched
-from components.lib.transformer.selection import Selection
-from tests.components.lib.transformer.zoo import MODERN, NARROWABLE, SPECIMENS, VOCABULARY, Specimen, release
+from components.lib.transformer.narrow import narrowed
+from components.lib.transformer.selection import NO_CHANNELS, Channels, Selection
+from tests.components.lib.transformer.zoo import (
+    MODERN,
+    NARROWABLE,
+    SPECIMENS,
+    VOCABULARY,
+    Specimen,
+    draw_channels,
+    release,
+)
 
 BY_NAME = {specimen.name: specimen for specimen in (*SPECIMENS, *MODERN, *NARROWABLE)}
 EVERY_KIND = [BY_NAME[name] for name in ("llama", "gemma2", "mixtral", "opt", "gpt2")]
@@ -25,8 +36,8 @@ WINDOWS = torch.randint(3, VOCABULARY, (16, 16), generator=torch.Generator().man
 REMOVED = (2, 3)
 
 
-def without(*layers: int) -> Selection:
-    return Selection(method="hand", removed=layers)
+def without(*layers: int, channels: Channels = NO_CHANNELS) -> Selection:
+    return Selection(method="hand", removed=layers, channels=channels)
 
 
 def behind(model: PreTrainedModel, layer: int, removed: tuple[int, ...] = ()) -> Tensor:
@@ -67,6 +78,75 @@ def test_comes_nearer_than_ridge_regression_alone() -> None:
         transfer.apply(model, WINDOWS, without(*REMOVED), journal=Silent())
         errors[transfer.name] = (behind(model, 1, REMOVED) - target).norm().item()
     assert errors["reconstruct"] < errors["ridge"]
+
+
+def error_of_network(model: PreTrainedModel, dense: Recorded, layer: int, channels: Channels) -> Tensor:
+    """How far a layer's network without the channels is from what the dense one gives on the same inputs."""
+    network = network_of(model, layer)
+    assert network is not None
+    with torch.no_grad(), narrowed(model, channels):
+        return (network(dense.inputs) - dense.outputs).norm()
+
+
+WITH_NETWORK = [specimen for specimen in NARROWABLE if network_of(specimen.model(2), 1) is not None]
+
+
+@pytest.mark.parametrize("specimen", WITH_NETWORK, ids=str)
+def test_a_network_that_loses_channels_comes_nearer_to_the_dense_one_on_its_inputs(specimen: Specimen) -> None:
+    model, fitted = (specimen.model(2) for _ in range(2))
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    channels = draw_channels(model, ("ffn",))
+    dense = [of_layer for _, of_layer in recorded(model, WINDOWS)]
+    Reconstruct(steps=40, learning_rate=0.01).apply(model, WINDOWS, without(channels=channels), journal=Silent())
+    if not why_not_fitted(FAMILIES[specimen.model_type], fitted.config.to_dict()):
+        Ridge().apply(fitted, WINDOWS, without(channels=channels), journal=Silent())
+    networks = set()
+    for layer, of_layer in enumerate(dense):
+        if of_layer is None:  # Falcon's first two tensors, BLOOM's residual
+            continue
+        error = error_of_network(model, of_layer, layer, channels)
+        assert error < error_of_network(fitted, of_layer, layer, channels)
+        networks |= {id(weight) for weight in of_layer.network.parameters()}
+    changed = {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
+    assert {id(model.get_parameter(name)) for name in changed} == networks
+
+
+def test_the_channels_that_are_removed_keep_their_weights() -> None:
+    model = BY_NAME["llama"].model(2)
+    before = model.state_dict()["model.layers.1.mlp.up_proj.weight"].clone()
+    channels = draw_channels(model, ("ffn",))
+    Reconstruct(steps=2).apply(model, WINDOWS, without(channels=channels), journal=Silent())
+    same = (model.state_dict()["model.layers.1.mlp.up_proj.weight"] == before).all(1)
+    assert same.nonzero().flatten().tolist() == list(channels.ffn[1])
+
+
+def test_what_a_network_learns_does_not_depend_on_the_layers_below() -> None:
+    models = [BY_NAME["llama"].model(3) for _ in range(2)]
+    rows = draw_channels(models[0], ("ffn",)).ffn
+    for model, ffn in zip(models, (rows, ((), (), rows[2])), strict=True):
+        Reconstruct(steps=3).apply(model, WINDOWS, without(channels=Channels(ffn=ffn)), journal=Silent())
+    first, second = (blocks(model)[2].state_dict() for model in models)
+    assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt2"])
+def test_a_family_without_a_module_for_the_network_is_fitted_by_ridge_regression_alone(name: str) -> None:
+    models = [BY_NAME[name].model(2) for _ in range(2)]
+    selection = without(channels=draw_channels(models[0], ("ffn", "heads")))
+    for model, transfer in zip(models, (Reconstruct(), Ridge()), strict=True):
+        transfer.apply(model, WINDOWS, selection, journal=Silent())
+    first, second = (model.state_dict() for model in models)
+    assert all(torch.allclose(first[key], second[key], atol=1e-5) for key in first)
+
+
+def test_a_layer_that_is_removed_learns_nothing() -> None:
+    dense, model = (BY_NAME["llama"].model(6) for _ in range(2))
+    rows = draw_channels(model, ("ffn",)).ffn
+    channels = Channels(ffn=tuple(() if layer in REMOVED else row for layer, row in enumerate(rows)))
+    Reconstruct(steps=2).apply(model, WINDOWS, without(*REMOVED, channels=channels), journal=Silent())
+    for layer, (before, after) in enumerate(zip(blocks(dense), blocks(model), strict=True)):
+        same = all(torch.equal(a, b) for a, b in zip(before.mlp.parameters(), after.mlp.parameters(), strict=True))
+        assert same == (layer in REMOVED)
 
 
 def test_gives_the_same_weights_again_in_the_type_of_the_release() -> None:
