@@ -254,7 +254,8 @@ class _Network(nn.Module):
     def write_back(self) -> None:
         """Write the weights into the full-size module."""
         for (name, kept), weight in zip(self.kept.items(), self.weights, strict=True):
-            self.full[0].get_parameter(name)[kept] = weight
+            own = self.full[0].get_parameter(name)
+            own[kept] = weight.to(own)  # the training may have moved it to another device
 
 
 class _Body(nn.Module):
