@@ -59,8 +59,8 @@ def test_the_selection_holds_every_channel_and_each_model_its_widths(tmp_path: P
     assert told["selection"]["channels"]["hidden"] == list(range(0, 256, 4))
     assert [len(layer) for layer in told["selection"]["channels"]["ffn"]] == [172] * 12
     assert told["selection"]["channels"]["heads"] == []
-    assert told["dense"]["widths"] == {"hidden": 256, "ffn": 684, "heads": 8, "groups": 4, "head": 32}
-    assert told["candidate"]["widths"] == {"hidden": 192, "ffn": 512, "heads": 8, "groups": 4, "head": 32}
+    assert told["dense"]["widths"] == {"hidden": 256, "ffn": 684, "heads": 8, "groups": 4, "head": 32, "experts": 0}
+    assert told["candidate"]["widths"] == {"hidden": 192, "ffn": 512, "heads": 8, "groups": 4, "head": 32, "experts": 0}
     assert Report.model_validate(told) == build_channels(tmp_path)
 
 

@@ -29,7 +29,7 @@ def plan(folder: Path, *arguments: str) -> str:
     (folder / "recipe.yaml").write_text(RECIPE)
     (folder / "profile.yaml").write_text(PROFILE)
     given = ["plan", str(folder / "recipe.yaml"), "--model", str(folder / "release"), *arguments]
-    ended = CliRunner().invoke(app, given, env={"COLUMNS": "200"}, catch_exceptions=False)
+    ended = CliRunner().invoke(app, given, env={"COLUMNS": "500"}, catch_exceptions=False)
     assert ended.exit_code == 0
     return ended.output
 
