@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+import sys
 import tempfile
 import time
 import uuid
@@ -39,6 +40,9 @@ Value = TypeVar("Value")
 PATIENCE = timedelta(hours=12)
 """How long a process waits for the others: the first one uploads checkpoints meanwhile. The launcher notices one that ended at once."""
 
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+"""The network interface that other machines do not reach."""
+
 HELD_BACK = 1.5
 """Seconds that an error waits: the end of one process breaks the connections of the others, and the launcher must see the first one first."""
 
@@ -65,23 +69,28 @@ def launch(processes: int, work: Callable[..., None], *arguments: Any) -> None:
             max_nodes=1,
             nproc_per_node=processes,
             run_id=uuid.uuid4().hex,
+            # Processes of one machine find each other by files: the store that torch starts otherwise listens on every address.
             rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
+            rdzv_configs={"store_type": "file"},
+            rdzv_endpoint=str(Path(logs) / "launcher"),
             local_addr="localhost",
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # nor does the launcher start one
         try:
-            elastic_launch(config, _joined)(work, *arguments)
+            elastic_launch(config, _joined)(str(Path(logs) / "processes"), work, *arguments)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             raise _said(rank, failure, processes) from None
 
 
-def _joined(work: Callable[..., None], *arguments: Any) -> None:
-    """Run the work in one of the new processes."""
+def _joined(store: str, work: Callable[..., None], *arguments: Any) -> None:
+    """Run the work in one of the new processes, which meet in a file."""
     try:
-        join()
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, LOOPBACK)
+        join(f"file://{store}")
         work(*arguments)
         wait()
     except BaseException:
@@ -104,8 +113,12 @@ def _said(rank: int, failure: ProcessFailure, processes: int) -> Exception:
     return ProcessFailed(f"process {rank + 1} of {processes} {ended}: a new run goes on from the last checkpoint")
 
 
-def join() -> torch.device:
-    """Join the group of processes that the environment names, as torchrun does, and return this process's device."""
+def join(meeting: str = "env://") -> torch.device:
+    """Join the group of processes that the environment names, as torchrun does, and return this process's device.
+
+    Args:
+        meeting: the URL by which the processes find each other.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not distributed.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -113,7 +126,8 @@ def join() -> torch.device:
             # The processes share the processor.
             torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        distributed.init_process_group(backend, timeout=PATIENCE)
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        distributed.init_process_group(backend, init_method=meeting, rank=rank, world_size=world, timeout=PATIENCE)
     device = best_device()
     return torch.device(device.type, torch.cuda.current_device()) if device.type == "cuda" else device
 

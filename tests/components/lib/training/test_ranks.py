@@ -168,6 +168,29 @@ def test_an_error_names_its_process() -> None:
         ranks.launch(2, fail)
 
 
+def look(folder: Path) -> None:
+    """Leave the addresses that this process and its launcher listen on, as /proc has them."""
+    ranks.wait()
+    own = {
+        str(link.readlink())
+        for pid in (os.getpid(), os.getppid())
+        for link in Path(f"/proc/{pid}/fd").iterdir()
+        if link.is_symlink()
+    }
+    rows = [
+        line.split() for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]
+    ]
+    listening = {row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in own}
+    (folder / f"{ranks.index()}.txt").write_text(" ".join(listening))
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux's /proc")
+def test_no_process_listens_on_an_address_that_others_reach(tmp_path: Path) -> None:
+    ranks.launch(2, look, tmp_path)
+    addresses = {address for rank in range(2) for address in (tmp_path / f"{rank}.txt").read_text().split()}
+    assert addresses <= {"0100007F", "00000000000000000000000001000000"}  # 127.0.0.1 and ::1
+
+
 def test_a_process_alone_is_the_first_of_one() -> None:
     rows = torch.arange(3)
     assert (ranks.count(), ranks.index(), ranks.first()) == (1, 0, True)
