@@ -53,7 +53,7 @@ for line in sys.stdin:
 
 @dataclass
 class _Turns:
-    """What the requests of one model at one number of concurrent requests took."""
+    """The times of one model's requests at one number of concurrent requests."""
 
     first: list[list[float]] = field(default_factory=list)
     """Seconds to the first token, of each request of each turn."""

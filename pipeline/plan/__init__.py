@@ -1,1 +1,1 @@
-"""What a run will need, before it runs: the memory of each stage, the disk, and the bytes that are moved."""
+"""The needs of a run, before it runs: the memory of each stage, the disk, and the bytes that are moved."""

@@ -1,4 +1,4 @@
-"""What each stage holds in memory, on its disk and moves: its own code is run on fake tensors of the release's shapes.
+"""The memory, the disk and the traffic of each stage: its own code is run on fake tensors of the release's shapes.
 
 A training is run for two steps, so that the optimizer has its state; a method chooses among the layers once, on a few windows. What a
 choice would decide is assumed: one run of neighbouring layers is removed, as many as the ratio says.
@@ -41,7 +41,7 @@ NOTHING_HELD = Peak()
 
 @dataclass(frozen=True)
 class Need:
-    """What a stage needs."""
+    """The needs of a stage."""
 
     stage: str
     """The task's name in the pipeline."""
@@ -247,6 +247,7 @@ def _states(case: _Case) -> int:
 
 def _control(kind: str, task: str) -> Callable[[_Case], Need | None]:
     def need(case: _Case) -> Need | None:
+        """Return what the control needs, or None if the recipe does not ask for it."""
         if kind not in case.recipe.evaluate.controls:
             return None
         settings = case.recipe.regularize.model_copy(

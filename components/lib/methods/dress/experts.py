@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from components.lib.methods import sample
+from components.lib.methods.dress.work import run
 from components.lib.training.journal import Journal
 from components.lib.transformer.channels import channels_to_remove
 from components.lib.transformer.experts import along_experts, experts_of
-from components.lib.transformer.gates import blocks, bypassed, family_in
+from components.lib.transformer.gates import blocks, family_in
 from components.lib.transformer.narrow import mixtures
 from components.lib.transformer.selection import Channels, Selection
 
@@ -78,10 +78,12 @@ def _magnitude(settings: Dress, model: PreTrainedModel, windows: Tensor, before:
 def _saliency(settings: Dress, model: PreTrainedModel, windows: Tensor, before: Selection, journal: Journal) -> Scores:
     """Score an expert by REAP's saliency, with the layers removed so far bypassed."""
     count = experts_of(family_in(model), model.config.to_dict()).count
-    measured, found = sample(windows), mixtures(model)
+    found = mixtures(model)
     sums = {layer: torch.zeros(2, count, dtype=torch.float64) for layer in found}  # of the products, of the tokens
 
     def keep(layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        """Return the hook that adds up what the experts of a layer give."""
+
         def hook(experts: nn.Module, inputs: tuple[Any, ...]) -> None:
             x, chosen, weights = inputs  # (tokens, hidden), (tokens, k), (tokens, k)
             for choice in range(chosen.shape[1]):
@@ -97,12 +99,7 @@ def _saliency(settings: Dress, model: PreTrainedModel, windows: Tensor, before: 
     with ExitStack() as stack:
         for layer, mixture in found.items():
             stack.callback(mixture.get_submodule("experts").register_forward_pre_hook(keep(layer)).remove)
-        stack.enter_context(bypassed(model, before.removed))
-        done = 0
-        for batch in measured.split(settings.batch_size):
-            model(input_ids=batch.long().to(model.device), use_cache=False)
-            done += len(batch)
-            journal.progress(done, len(measured))
+        run(settings, model, windows, before, journal)
     return {layer: products / tokens.clamp(min=1) for layer, (products, tokens) in sums.items()}
 
 

@@ -137,12 +137,23 @@ def _fluctuation(
 
 
 @torch.no_grad()
+def run(settings: Dress, model: PreTrainedModel, windows: Tensor, before: Selection, journal: Journal) -> None:
+    """Run the model on the windows that are measured on, with the layers removed so far bypassed, for the hooks that look on."""
+    measured = sample(windows)
+    with bypassed(model, before.removed):
+        done = 0
+        for batch in measured.split(settings.batch_size):
+            model(input_ids=batch.long().to(model.device), use_cache=False)
+            done += len(batch)
+            journal.progress(done, len(measured))
+
+
+@torch.no_grad()
 def _moments(
     settings: Dress, model: PreTrainedModel, windows: Tensor, before: Selection, journal: Journal
 ) -> dict[str, _Moments]:
     """Return the moments of what every projection with a known layout reads, by its name, with the layers removed so far bypassed."""
     layout = layout_of(family_in(model))
-    measured = sample(windows)
     summed: dict[str, tuple[int, Tensor, Tensor]] = {}
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -159,12 +170,7 @@ def _moments(
             segments = layout.segments(name)
             if segments and len(segments) == 2 and not isinstance(module, nn.Embedding):
                 stack.callback(module.register_forward_pre_hook(keep(name)).remove)
-        stack.enter_context(bypassed(model, before.removed))
-        done = 0
-        for batch in measured.split(settings.batch_size):
-            model(input_ids=batch.long().to(model.device), use_cache=False)
-            done += len(batch)
-            journal.progress(done, len(measured))
+        run(settings, model, windows, before, journal)
     return {name: _Moments(first / tokens, second / tokens) for name, (tokens, first, second) in summed.items()}
 
 

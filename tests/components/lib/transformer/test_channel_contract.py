@@ -36,18 +36,6 @@ def specimen(request: pytest.FixtureRequest) -> Specimen:
     return request.param
 
 
-@pytest.fixture(scope="module")
-def source(specimen: Specimen, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A release of the specimen."""
-    return release(specimen.model(LAYERS), tmp_path_factory.mktemp(specimen.name))
-
-
-@pytest.fixture(scope="module")
-def dense(source: Path) -> PreTrainedModel:
-    """The release as it loads; left as it is."""
-    return load_model(source)
-
-
 def reloaded(folder: Path) -> PreTrainedModel:
     """Load as a stranger would, and let nothing pass that transformers only warns of."""
     model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from components.lib.transformer import surgery
-from components.lib.transformer.checkpoint import Checkpoint, load_model
+from components.lib.transformer.checkpoint import Checkpoint
 from components.lib.transformer.export import save_model, verify_cut
 from components.lib.transformer.gates import Placement, blocks, bypassed, gated, skipped
 from components.lib.transformer.surgery import cut_checkpoint, drop_layers
@@ -27,18 +27,6 @@ CUTS = {"first": (0,), "middle": (2, 3), "last": (4, 5), "scattered": (0, 2, 5)}
 @pytest.fixture(scope="module", params=SPECIMENS, ids=lambda specimen: specimen.name)
 def specimen(request: pytest.FixtureRequest) -> Specimen:
     return request.param
-
-
-@pytest.fixture(scope="module")
-def source(specimen: Specimen, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A release of the specimen."""
-    return release(specimen.model(LAYERS), tmp_path_factory.mktemp(specimen.name))
-
-
-@pytest.fixture(scope="module")
-def dense(source: Path) -> PreTrainedModel:
-    """The release as it loads; left as it is."""
-    return load_model(source)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from components.lib.transformer.families import FAMILIES
 from components.lib.transformer.gates import bypassed, gated, skipped
 from components.lib.transformer.narrow import narrowed
 from components.lib.transformer.surgery import cut_checkpoint, drop_layers
-from tests.components.lib.transformer.zoo import MODERN, Specimen, draw_channels, logits, release
+from tests.components.lib.transformer.zoo import MODERN, Specimen, draw_channels, logits
 
 LAYERS = 6
 REMOVED = (0, 3)
@@ -29,18 +29,6 @@ NARROW = [specimen for specimen in MODERN if FAMILIES[specimen.model_type].layou
 @pytest.fixture(scope="module", params=MODERN, ids=str)
 def specimen(request: pytest.FixtureRequest) -> Specimen:
     return request.param
-
-
-@pytest.fixture(scope="module")
-def source(specimen: Specimen, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A release of the specimen."""
-    return release(specimen.model(LAYERS), tmp_path_factory.mktemp(specimen.name))
-
-
-@pytest.fixture(scope="module")
-def dense(source: Path) -> PreTrainedModel:
-    """The release as it loads; left as it is."""
-    return load_model(source)
 
 
 @pytest.fixture(scope="module")

@@ -47,18 +47,6 @@ def specimen(request: pytest.FixtureRequest) -> Specimen:
     return request.param
 
 
-@pytest.fixture(scope="module")
-def source(specimen: Specimen, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A release of the specimen."""
-    return release(specimen.model(LAYERS), tmp_path_factory.mktemp(specimen.name))
-
-
-@pytest.fixture(scope="module")
-def dense(source: Path) -> PreTrainedModel:
-    """The release as it loads; left as it is."""
-    return load_model(source)
-
-
 def test_gates_of_zero_are_the_cut(source: Path, dense: PreTrainedModel, tmp_path: Path) -> None:
     """Bit for bit, with layers too; the cut loads plainly, with nothing missing or left over, and generates with its cache as without."""
     channels = draw_experts(dense, without=REMOVED)
