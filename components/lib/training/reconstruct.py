@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,7 +37,7 @@ from components.lib.recipe.training import Optimisation
 from components.lib.training import loop
 from components.lib.training.journal import Journal, NoCheckpoints
 from components.lib.training.objective import relative_distance
-from components.lib.training.refit import runs_of, streams
+from components.lib.training.refit import runs_of, streams, writers_in
 from components.lib.transformer.channels import kept_indices, layout_of
 from components.lib.transformer.gates import blocks, bypassed, family_in, resumed, rows_of, watched
 from components.lib.transformer.narrow import narrowed
@@ -150,12 +150,10 @@ def network_of(model: PreTrainedModel, layer: int) -> nn.Module | None:
 
     OPT's block holds the projections itself, and GPT-2's projections hold their widths apart from the weights.
     """
-    layout = replace(layout_of(family_in(model)), within=None)  # the names within a block are not those in the model
-    block = blocks(model)[layer]
-    writers = [name for name, _ in block.named_modules() if name and layout.segments(name) == [["hidden"], ["ffn"]]]
-    if layout.transposed or len(writers) != 1 or "." not in writers[0]:
+    writers = list(writers_in(model, layer, "ffn"))
+    if layout_of(family_in(model)).transposed or len(writers) != 1 or "." not in writers[0]:
         return None
-    return block.get_submodule(writers[0].rpartition(".")[0])
+    return blocks(model)[layer].get_submodule(writers[0].rpartition(".")[0])
 
 
 @torch.no_grad()

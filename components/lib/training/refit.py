@@ -111,15 +111,25 @@ def writer_of(model: PreTrainedModel, layer: int, axis: Axis) -> Writer:
     Raises:
         Refusal: the family has no layout, or the layer has no such projection, or several.
     """
-    layout = replace(layout_of(family_in(model)), within=None)  # the names within a block are not those in the model
-    wanted = [["hidden"], ["ffn" if axis == "ffn" else "query"]]
-    block = blocks(model)[layer]
-    found = [module for name, module in block.named_modules() if name and layout.segments(name) == wanted]
+    found = writers_in(model, layer, axis)
     if len(found) != 1:
         raise Refusal(
             f"layer {layer} has {len(found)} projections from {axis} to the residual stream, and one is re-fitted: use no transfer"
         )
-    return Writer(found[0], layout.input_first(wanted))
+    (module,) = found.values()
+    return Writer(module, layout_of(family_in(model)).input_first(_written_by(axis)))
+
+
+def writers_in(model: PreTrainedModel, layer: int, axis: Axis) -> dict[str, nn.Module]:
+    """Return the projections of a layer that read an axis, ffn or heads, and write the residual stream, by their names in the block."""
+    layout = replace(layout_of(family_in(model)), within=None)  # the names within a block are not those in the model
+    modules = blocks(model)[layer].named_modules()
+    return {name: module for name, module in modules if name and layout.segments(name) == _written_by(axis)}
+
+
+def _written_by(axis: Axis) -> list[list[str]]:
+    """Return the segments of a projection from an axis to the residual stream."""
+    return [["hidden"], ["ffn" if axis == "ffn" else "query"]]
 
 
 def runs_of(removed: Sequence[int]) -> list[tuple[int, int]]:
