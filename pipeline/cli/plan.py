@@ -58,6 +58,7 @@ def plan(
         "GB. Memory is that of tensors on one device; a process takes about 1 GB beside it. "
         "No time is told: no step was measured on that device.",
         highlight=False,
+        soft_wrap=True,
     )
 
 

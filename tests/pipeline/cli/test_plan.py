@@ -7,6 +7,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from pipeline.cli.main import app
+from pipeline.cli.options import console
 from tests.components.lib.transformer import zoo
 
 RECIPE = """
@@ -29,7 +30,8 @@ def plan(folder: Path, *arguments: str) -> str:
     (folder / "recipe.yaml").write_text(RECIPE)
     (folder / "profile.yaml").write_text(PROFILE)
     given = ["plan", str(folder / "recipe.yaml"), "--model", str(folder / "release"), *arguments]
-    ended = CliRunner().invoke(app, given, env={"COLUMNS": "500"}, catch_exceptions=False)
+    console.width = 500  # the table is not folded, however wide the terminal is
+    ended = CliRunner().invoke(app, given, catch_exceptions=False)
     assert ended.exit_code == 0
     return ended.output
 
