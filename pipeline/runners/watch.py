@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +18,7 @@ from components.lib.recipe.loading import parse_recipe
 from components.lib.store.claims import Claims
 from components.lib.store.runs import Ending, failure
 from components.lib.store.store import Store
-from components.lib.tracking import client
+from components.lib.tracking import client, registry
 from components.register.searched import target_sentence
 from components.watch.find import Finding, Item, Watched, look, take
 from pipeline.runners.run import in_environment, run
@@ -94,6 +94,10 @@ def recompress(item: Item, home: Path, console: Console) -> Outcome:
             with claims.held(item.name, item.claim, label):
                 result = run(parse_recipe(item.recipe), item.release, item.name, home, console, label)
         except Exception as error:
+            version = _registered(item)
+            if version:
+                claims.clear(item.name, item.claim)
+                return Outcome(item.release, item.name, "registered", f"as version {version}, by another watcher")
             end = failure(label, store) or _ending(error)
             claim = claims.fail(item.name, item.claim, label, end)
             return Outcome(item.release, item.name, "failed", claim.reason, tried=True)
@@ -108,6 +112,14 @@ def recompress(item: Item, home: Path, console: Console) -> Outcome:
     return Outcome(
         item.release, item.name, state, f"version {registered.version}, {result.folder / 'report.html'}", tried=True
     )
+
+
+def _registered(item: Item) -> str | None:
+    """Return the version that another watcher made for the item; None if there is none, or MLflow does not answer."""
+    with suppress(Exception):
+        version = registry.made_for(item.name, item.key)
+        return version.version if version else None
+    return None
 
 
 @contextmanager

@@ -114,7 +114,7 @@ ROWS = {
     },
     "watchers": Row(
         "two to five watchers, killed in between, clocks apart by 10 minutes",
-        "each release done once, by one at a time",
+        "each release done once, by one at a time while leases are kept",
         50,
         bench,
         watchers_round,

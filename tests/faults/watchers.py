@@ -1,4 +1,4 @@
-"""Several watchers of one list, killed in between, their clocks apart: each release is done once, and by one at a time.
+"""Several watchers of one list, killed in between, their clocks apart: each release is done once, by one at a time while leases are kept.
 
 The watchers, the claims, the store and the registry are the real ones. The recompression is replaced by some seconds of sleep and
 a version whose digest is new each time, so that work that was done twice is seen as two versions.
@@ -95,15 +95,18 @@ def _differs(environment: Mapping[str, str], store: Store, killed: Mapping[int, 
     expected = sorted(store.uri(f"release-{number}") for number in range(RELEASES))
     if made != expected:
         return f"the versions are of {made}, not of each release once"
-    works: dict[str, list[tuple[float, float, int]]] = {}
+    works: dict[str, list[tuple[float, float, int, list[tuple[float, float]]]]] = {}
     for name, *_ in store.objects("work"):
         work = json.loads(store.read_text(name) or "{}")
         over = work.get("ended", killed.get(work["pid"], float("inf")))
-        works.setdefault(work["release"], []).append((work["begun"], over, work["pid"]))
+        renewed = json.loads(store.read_text(f"renewed/{name.removeprefix('work/')}") or "[]")
+        works.setdefault(work["release"], []).append((work["begun"], over, work["pid"], renewed))
     for release, intervals in works.items():
         intervals.sort()
-        for (_, over, first), (begun, _, second) in pairwise(intervals):
-            if begun < over:
+        for (_, over, first, renewed), (begun, _, second, _) in pairwise(intervals):
+            kept = max((ends for written, ends in renewed if written < begun), default=0.0)
+            # S3's clock counts whole seconds.
+            if begun < min(over, kept - 1):
                 return f"{release} was worked on by {first} and {second} at a time"
     return ""
 
@@ -113,6 +116,7 @@ def _watch(text: str, clock: float, dice: float) -> None:
     _shift(clock)
     store, draw = Store.from_environment(), random.Random(dice)
     watch.LEASE = LEASE
+    _note_leases(store)
 
     def work(recipe: Any, release: str, name: str, home: Path, console: Console, label: str) -> Any:
         mark = {"release": release, "pid": os.getpid(), "begun": time.monotonic()}
@@ -141,6 +145,21 @@ def _watch(text: str, clock: float, dice: float) -> None:
         if any(one.state in {"failed", "refused"} for one in outcomes):
             raise SystemExit(f"a watcher ended with {outcomes}")
         time.sleep(0.5)
+
+
+def _note_leases(store: Store) -> None:
+    """Record of each claim that says `working` when it is written and when its lease ends, by this machine's own seconds."""
+    write = claims.Claims._write
+    written: dict[str, list[tuple[float, float]]] = {}
+
+    def noted(self: claims.Claims, name: str, key: str, run: str, claim: claims.Claim) -> None:
+        now, left = time.monotonic(), (claim.until - store.clock()).total_seconds()
+        write(self, name, key, run, claim)
+        if claim.state == "working":
+            written.setdefault(run, []).append((now, now + left))
+            store.write_text(f"renewed/{run}", json.dumps(written[run]))
+
+    claims.Claims._write = noted  # type: ignore[method-assign]
 
 
 def _shift(seconds: float) -> None:

@@ -10,8 +10,9 @@ its own, below `claims/<name>/<key>/`, and all of them reach the same decision b
    and the others delete their claims.
 
 All times are S3's, because the clocks of the watchers may differ. A later asker sees the claims of all earlier ones. A claim expires by itself: that of a dead asker after a minute, that of a
-worker after its lease, which the worker may renew. A lease cannot stop a worker that only seemed dead, so a claim merely saves
-work. The registry prevents duplicate versions: equal checkpoints are one version there.
+worker after its lease, which the worker may renew. A worker whose lease expired, as on a machine that slept, gives way to
+another that took the item over meanwhile. It still works until it next looks, so a claim merely saves work. The registry
+prevents duplicate versions: an item has one version there, and so have equal checkpoints (`registry.register_version`).
 """
 
 from __future__ import annotations
@@ -105,16 +106,31 @@ class Claims:
         """Record that the run is at work, for one more lease."""
         self._write(name, key, run, Claim(state="working", until=self._store.clock() + self.lease))
 
+    def keep(self, name: str, key: str, run: str) -> bool:
+        """Renew the claim of a run that works. Return False if it is no longer this run's.
+
+        That is so if it was deleted, or if it expired and another watcher has the item.
+        """
+        now = self._store.clock()
+        claims = self._read(name, key)
+        own = claims.pop(run, None)
+        if own is None or (not own.live(now) and any(other.live(now) for other in claims.values())):
+            return False
+        # From the time before the look: if this process stops here, it writes a claim that has expired.
+        self._write(name, key, run, Claim(state="working", until=now + self.lease))
+        return True
+
     @contextlib.contextmanager
     def held(self, name: str, key: str, run: str) -> Iterator[None]:
-        """Renew the claim three times a lease while the block runs."""
+        """Renew the claim three times a lease while the block runs, until another watcher has it."""
         over = threading.Event()
 
         def renew() -> None:
             while not over.wait(self.lease.total_seconds() / 3):
                 # If S3 does not answer, the lease may expire; the work continues.
                 with contextlib.suppress(Exception):
-                    self.renew(name, key, run)
+                    if not self.keep(name, key, run):
+                        return
 
         thread = threading.Thread(target=renew, daemon=True)
         thread.start()

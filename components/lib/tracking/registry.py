@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from components.lib.errors import Refusal
+from components.lib.errors import Refusal, Unavailable
 from components.lib.store.store import Reference
 from components.lib.tracking.client import client, experiment_id
 from components.lib.tracking.runs import DIGITS
@@ -100,7 +100,12 @@ def find_version(address: str) -> Version:
 def register_version(name: str, reference: Reference, run_id: str, tags: Mapping[str, str]) -> Version:
     """Register the checkpoint under `name`, or update the tags of the version that holds it already.
 
-    A version is identified by its checkpoint's digest: the same files registered again are the same version.
+    A version is identified by its checkpoint's digest, and by the watched item for which it is made, if the tags name one: the same
+    files registered again are the same version, and an item has one version. Runs that register at the same time cannot all pass:
+    MLflow numbers the versions, each run looks again after creating one, and all but the oldest delete their own.
+
+    Raises:
+        Unavailable: another checkpoint is registered for the item, because another watcher took the item over from this run.
     """
     source = f"{reference.uri}/model"
     try:
@@ -109,12 +114,17 @@ def register_version(name: str, reference: Reference, run_id: str, tags: Mapping
         log.debug("the model %s is registered already", name)
     evidence = {**tags, "espalier.reference": str(reference), DIGEST: reference.digest}
     made = None
-    if not _holding(name, reference.digest):
+    oldest = _holder(name, evidence)
+    if oldest is None:
         made = client().create_model_version(name, source, run_id=run_id, tags=evidence)
-    # Two runs at once may both have created a version: keep the older one and delete the newer one.
-    oldest = _holding(name, reference.digest)[0]
+        oldest = _holder(name, evidence) or _version(made)
     if made is not None and str(made.version) != oldest.version:
         client().delete_model_version(name, str(made.version))
+    if oldest.tags.get(DIGEST) != reference.digest:
+        raise Unavailable(
+            f"the run {oldest.tags.get('espalier.run', '')} registered version {oldest.version} of {name} for the same watched release "
+            "while this run worked, so this run registers nothing: use that version"
+        )
     tag_version(oldest, evidence)
     return version_of(name, oldest.version)
 
@@ -158,9 +168,15 @@ def _search(filter_string: str) -> list[ModelVersion]:
     return found
 
 
-def _holding(name: str, digest: str) -> list[Version]:
-    """The versions of `name` that hold the checkpoint with this digest, oldest first."""
-    return [one for one in versions(name) if one.tags.get(DIGEST) == digest]
+def _holder(name: str, evidence: Mapping[str, str]) -> Version | None:
+    """The oldest version of `name` for an item of the evidence, if it holds another checkpoint; else the oldest that holds this one."""
+    holder = None
+    for tag in [*(tag for tag in evidence if tag.startswith(f"{ITEM}.")), DIGEST]:
+        found = map(_version, _search(f"name = '{name}' and tags.`{tag}` = '{evidence[tag]}'"))
+        holder = min(found, key=lambda one: int(one.version), default=None)
+        if holder and holder.tags.get(DIGEST) != evidence[DIGEST]:
+            break
+    return holder
 
 
 def of_run(name: str, run: str) -> Version:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -168,3 +169,34 @@ def test_one_source_that_is_not_to_be_had_stops_no_other(
     assert [outcome.state for outcome in outcomes] == ["refused", "failed"]
     assert len(runs) == 1
     assert status(outcomes) == 1
+
+
+def test_a_watcher_that_lost_its_lease_before_it_registers_makes_no_second_version(
+    watched: Watched, store: Store, runs: list[str], ending: Callable[[End], None], tmp_path: Path
+) -> None:
+    def registers(label: str) -> Any:
+        tags = {f"{registry.ITEM}.{item_of(label, store)}": "made", "espalier.run": label}
+        reference = Reference("s3://b/made", ("a" if label == runs[0] else "b") * 64)
+        version = registry.register_version(watched.name, reference, "", tags)
+        return SimpleNamespace(
+            report=SimpleNamespace(registered=version, verdict=SimpleNamespace(passed=True)), folder=tmp_path
+        )
+
+    second: list[Outcome] = []
+
+    def starves() -> Any:
+        if len(runs) == 1:
+            [name] = [place for place, *_ in store.objects(f"claims/{watched.name}")]
+            over = claims.Claim(state="working", until=store.clock() - timedelta(seconds=1))
+            store.write_text(name, over.model_dump_json())
+            second.extend(look(tmp_path, watched))
+            return registers(runs[0])
+        return registers(runs[1])
+
+    ending(starves)
+    first = look(tmp_path, watched)
+    assert ([one.state for one in second], [one.state for one in first]) == (["pass"], ["registered"])
+    [version] = registry.versions(watched.name)
+    assert version.tags["espalier.run"] == runs[1]
+    assert status(first) == 0
+    assert store.texts(f"claims/{watched.name}") == {}

@@ -90,6 +90,36 @@ def test_a_lease_is_renewed_while_the_work_goes_on(store: Store) -> None:
         wait_until(lambda: lease_ends() > taken)
 
 
+def expire(store: Store, run: str) -> None:
+    """Let the lease of a run end now, as if its machine had slept."""
+    over = Claim(state="working", until=store.clock() - timedelta(seconds=1))
+    store.write_text(f"claims/small/k/{run}.json", over.model_dump_json())
+
+
+def test_a_lease_that_expired_is_renewed_unless_another_watcher_took_the_item(claims: Claims, store: Store) -> None:
+    first = claims.take("small", "k")
+    assert first
+    expire(store, first)
+    assert claims.keep("small", "k", first)
+    assert claims.take("small", "k") is None
+
+    expire(store, first)
+    assert claims.standing("small", "k").state == "free"
+    second = claims.take("small", "k")
+    assert second
+    assert not claims.keep("small", "k", first)
+    assert claims.keep("small", "k", second)
+    assert f"by the run {second}" in claims.standing("small", "k").detail
+
+
+def test_a_claim_that_was_deleted_is_not_renewed(claims: Claims, store: Store) -> None:
+    run = claims.take("small", "k")
+    assert run
+    claims.clear("small", "k")
+    assert not claims.keep("small", "k", run)
+    assert store.texts("claims/small/k") == {}
+
+
 def test_a_lasting_failure_is_remembered_with_its_reason(claims: Claims) -> None:
     run = claims.take("small", "k")
     assert run

@@ -8,7 +8,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from components.lib.errors import Refusal
+from components.lib.errors import Refusal, Unavailable
 from components.lib.tracking import registry, runs
 from tests.components.lib.tracking.given import AWAY, reference
 
@@ -38,9 +38,33 @@ class TestAVersion:
     ) -> None:
         registry.register_version(name, reference("a"), run, {})
         # The other's version is seen only at the second look.
-        monkeypatch.setattr(registry, "_holding", _blind_once(registry._holding))
+        monkeypatch.setattr(registry, "_search", _blind_once(registry._search))
         assert registry.register_version(name, reference("a"), run, {}).version == "1"
         assert len(mlflow.search_model_versions(f"name = '{name}'")) == 1
+
+    def test_is_one_for_a_watched_item_whatever_its_checkpoint_is(
+        self, name: str, run: str, mlflow: MlflowClient
+    ) -> None:
+        made = {f"{registry.ITEM}.k": "made", "espalier.run": "one"}
+        registry.register_version(name, reference("a"), run, made)
+        with pytest.raises(Unavailable, match=f"the run one registered version 1 of {name} for the same"):
+            registry.register_version(name, reference("b"), run, {**made, "espalier.run": "two"})
+        again = registry.register_version(name, reference("a"), run, {f"{registry.ITEM}.l": "made"})
+        assert again.version == "1", "the same checkpoint for another item is the same version"
+        [left] = mlflow.search_model_versions(f"name = '{name}'")
+        assert left.tags["espalier.run"] == "one"
+
+    def test_of_two_that_pass_the_first_look_together_is_the_older_one(
+        self, name: str, run: str, mlflow: MlflowClient, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made = {f"{registry.ITEM}.k": "made"}
+        registry.register_version(name, reference("a"), run, made)
+        seen = registry._holder
+        looks = iter([lambda *_: None, seen])
+        monkeypatch.setattr(registry, "_holder", lambda *given: next(looks)(*given))
+        with pytest.raises(Unavailable, match="version 1"):
+            registry.register_version(name, reference("b"), run, made)
+        assert [one.version for one in registry.versions(name)] == ["1"]
 
     def test_that_is_not_there_is_refused_with_those_that_are(self, name: str, run: str) -> None:
         with pytest.raises(Refusal, match=f"no version 7 of {name}: no model is registered under that name"):
