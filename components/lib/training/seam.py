@@ -8,6 +8,8 @@
        KL(p_dense ‖ p_run)   in nats a token.
 
    The layers below the run are never computed again. The error of the stream itself misleads: it does not tell which directions count.
+   In half of these windows a part of the tokens is replaced by others (`corrupted`): sets of runs that one text cannot tell apart may
+   differ greatly on another, and the divergence on tokens that come unexpectedly tells which of them holds there.
 3. The sets of runs with the least sum of costs are found by dynamic programming, a layer that stays between any two runs. Many of them
    are the first one with a layer or two exchanged, so the shortlist takes only sets that differ enough from those before them.
 4. The sets of the shortlist are measured whole: every seam fitted in order, then the divergence on the same windows. The least one is
@@ -48,6 +50,8 @@ CANDIDATES = 500
 """The cheapest sets of runs, among which the shortlist is sought."""
 APART = 1 / 3
 """The part of its layers in which a set of the shortlist differs at least from every one before it."""
+CORRUPTED = 0.3
+"""The part of the tokens that is replaced in the windows that stand for other texts."""
 
 
 @dataclass(frozen=True)
@@ -274,7 +278,7 @@ def choose_runs(
         longest: the longest run that is compared; longer ones if no set of such runs has `count` layers.
         shortlist: how many sets of runs are measured whole, fewer if no more are apart; 0 takes the set of least summed cost.
         fit_tokens: how many tokens the runs are fitted on, from the first windows.
-        measure_tokens: how many the divergence is measured on, from the last windows, at most a quarter of all.
+        measure_tokens: how many the divergence is measured on, from the last windows, at most a quarter of all; half of them corrupted.
         batch_size: windows a forward pass.
 
     Raises:
@@ -307,8 +311,26 @@ def choose_runs(
 
 
 def _parted(windows: Tensor, fit_tokens: int, measure_tokens: int) -> tuple[Tensor, Tensor]:
-    """Return the windows to fit on and others to measure on; one window serves for both if there is no other."""
+    """Return the windows to fit on and others to measure on, half of these corrupted.
+
+    One window serves for all if there is no other. There are two to measure on at least.
+    """
     count, length = windows.shape
     probed = min(max(1, measure_tokens // length), max(1, count // 4))
     fitted = min(max(1, fit_tokens // length), max(1, count - probed))
-    return windows[:fitted], windows[-probed:]
+    first, second = windows[-probed:][: -(-probed // 2)], windows[-probed:][probed // 2 :]
+    return windows[:fitted], torch.cat([first, corrupted(second, windows)])
+
+
+def corrupted(windows: Tensor, known: Tensor) -> Tensor:
+    """Return windows (windows, length) with CORRUPTED of their tokens replaced; first tokens stay.
+
+    The others are drawn from the different tokens in `known`, each as likely as any other: rare ones are among them, and those that the
+    tokenizer never makes are not.
+    """
+    draw = torch.Generator().manual_seed(0)
+    distinct = known.unique()
+    others = distinct[torch.randint(len(distinct), windows.shape, generator=draw)]
+    replaced = torch.rand(windows.shape, generator=draw) < CORRUPTED
+    replaced[:, 0] = False
+    return torch.where(replaced, others, windows)

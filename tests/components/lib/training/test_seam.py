@@ -12,9 +12,12 @@ from transformers import PreTrainedModel
 from components.lib.training.journal import Silent
 from components.lib.training.refit import runs_of
 from components.lib.training.seam import (
+    CORRUPTED,
+    Recorded,
     Run,
     cheapest_sets,
     choose_runs,
+    corrupted,
     divergence_after_fit,
     far_apart,
     record,
@@ -121,3 +124,26 @@ def test_runs_are_chosen_around_a_layer_that_is_needed() -> None:
     chosen, runs = choose_runs(model, torch.cat([FITTED, PROBED]), count=4, journal=Silent())
     assert chosen == (1, 2, 4, 5)
     assert all(run.divergence > 0.01 for run in runs if run.first <= 3 <= run.last)
+
+
+def test_in_half_of_the_windows_to_measure_on_some_tokens_come_unexpectedly(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[Tensor] = []
+
+    def seen(model: PreTrainedModel, fitted: Tensor, probed: Tensor, batch_size: int) -> Recorded:
+        measured.append(probed)
+        return record(model, fitted, probed, batch_size)
+
+    monkeypatch.setattr("components.lib.training.seam.record", seen)
+    drawn = windows(16, 2)
+    choose_runs(BY_NAME["llama"].model(LAYERS), drawn, count=1, journal=Silent(), measure_tokens=4 * 16)
+    assert torch.equal(measured[0], torch.cat([drawn[-4:-2], corrupted(drawn[-2:], drawn)]))
+
+
+def test_corrupted_windows_keep_their_first_tokens_and_hold_no_token_that_the_tokenizer_never_made() -> None:
+    text = torch.randint(3, 40, (64, 128), generator=torch.Generator().manual_seed(1))
+    found = corrupted(text[:8], text)
+    assert torch.equal(found[:, 0], text[:8, 0])
+    assert set(found.unique().tolist()) <= set(text.unique().tolist())
+    # A replaced token may be the same one again.
+    assert (found != text[:8]).float().mean().item() == pytest.approx(CORRUPTED, abs=0.05)
+    assert torch.equal(found, corrupted(text[:8], text))
