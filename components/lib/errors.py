@@ -38,6 +38,11 @@ _MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "
 """What torch and numpy say if an allocation fails, on a GPU or on the processor."""
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether an allocation failed, on a GPU or on the processor."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _MEMORY)
+
+
 def of_machine(error: BaseException) -> Unavailable | None:
     """Return the sentence for an error of the machine: its disk, a permission, its memory. None for every other error.
 
@@ -52,9 +57,9 @@ def of_machine(error: BaseException) -> Unavailable | None:
         )
     if any(words in said.lower() for words in _FULL):
         return Unavailable(f"the disk is full ({said}): make room and start again")
-    if isinstance(error, MemoryError) or any(words in said.lower() for words in _MEMORY):
+    if out_of_memory(error):
         return Unavailable(
-            f"the memory is used up ({said or 'MemoryError'}): lower micro_batch_size, batch_size or length of the stage's section, or set "
-            "regularize.gradient_checkpointing to true; espalier plan says what each stage needs"
+            f"the memory is used up ({said or 'MemoryError'}): set micro_batch_size of the stage's section to auto, lower its batch_size or "
+            "length, or set regularize.gradient_checkpointing to true; espalier plan says what each stage needs"
         )
     return None

@@ -24,11 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from components.lib.recipe.training import Optimisation
 from components.lib.training import loop, objective
+from components.lib.training.micro import LiveBytes
 from components.lib.transformer import perplexity
 
 Kind = Literal["cpu", "cuda"]
@@ -84,15 +83,14 @@ class Memory:
         return _bytes(_storages(tensor for state in states for tensor in state.values() if isinstance(tensor, Tensor)))
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(LiveBytes):
     """Adds up live storages, and splits the sum into parts at its maximum."""
 
     def __init__(self, memory: Memory) -> None:
         super().__init__()
         self.memory = memory
-        self.live = self.most = self.live_logits = 0
+        self.live_logits = 0
         self.split_at = 0
-        self.seen: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if operation in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default):
@@ -103,25 +101,17 @@ class _Counter(TorchDispatchMode):
             return args[0].new_empty((0, args[0].dim()), dtype=torch.long)
         if operation is torch.ops.aten.index.Tensor and _is_mask(args[1][0]):
             result = args[0].flatten(0, args[1][0].dim() - 1).clone()
-        else:
-            result = operation(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._add(tensor)
-        return result
+            self.add(result)
+            return result
+        return super().__torch_dispatch__(operation, types, args, kwargs)
 
-    def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage in self.seen:
-            return
-        self.seen[storage] = None
-        size, wide = storage.nbytes(), tensor.dim() > 1 and tensor.shape[-1] == self._vocabulary()
+    def grow(self, size: int, tensor: Tensor) -> None:
+        wide = tensor.dim() > 1 and tensor.shape[-1] == self._vocabulary()
         self.live += size
         self.live_logits += size * wide
-        self.most = max(self.most, self.live)
-        weakref.finalize(storage, self._free, size, wide)
+        weakref.finalize(tensor.untyped_storage(), self._freed, size, wide)
 
-    def _free(self, size: int, wide: bool) -> None:
+    def _freed(self, size: int, wide: bool) -> None:
         self.split()
         self.live -= size
         self.live_logits -= size * wide

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from components.lib.errors import Refusal
+from components.lib.machine import memory_size
 from components.lib.recipe.schema import Recipe
 from components.lib.settings import ProcessSettings
 from components.lib.sources.resolve import release_config
@@ -91,7 +90,7 @@ def here() -> Device:
             properties = torch.cuda.get_device_properties(0)
             count = torch.cuda.device_count() if ProcessSettings().parallel in DIVIDING else 1
             return Device("cuda", properties.total_memory - PROCESS, f"this machine's {properties.name}", count)
-    return Device("cpu", psutil.virtual_memory().total - PROCESS, "this machine")
+    return Device("cpu", memory_size() - PROCESS, "this machine")
 
 
 def device_of(profile: Profile, stage: str) -> Device:

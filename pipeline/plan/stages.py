@@ -345,7 +345,7 @@ def _recovered(case: _Case, shape: Shape) -> Memory:
 
 
 def _short(settings: Any) -> Any:
-    return settings.model_copy(update={"steps": 2, "checkpoint_every": 2})
+    return settings.model_copy(update={"steps": 2, "checkpoint_every": 2, "micro_batch_size": settings.surely_fits})
 
 
 def _state(memory: Memory, settings: Optimisation) -> int:
@@ -378,7 +378,7 @@ def _training(
         trained=tuple(peaks),
         transferred=transferred.total,
         batch=settings.batch_size,
-        micro=settings.micro_batch_size or settings.batch_size,
+        micro=settings.surely_fits,
         block=case.release.bytes // case.release.layers(),
     )
 

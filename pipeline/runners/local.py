@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from rich.console import Console
 
 from components.lib.errors import Refusal, StageFailed
+from components.lib.stage.declaration import declared_stages
 from pipeline.runners.progress import ProgressDisplay, displayed
 from pipeline.runners.runner import task_names
 
@@ -73,8 +74,21 @@ def _ended(display: ProgressDisplay, error: Exception | None, log: Path) -> Refu
         return Refusal(display.refused)
     if display.failed is None and display.silent:
         reason = (
-            f"the stage {display.silent} was ended from outside: it was killed, or took more memory than it was given (espalier plan says what each "
-            "stage needs; a lower micro_batch_size or batch_size needs less)"
+            f"the stage {display.silent} was ended from outside: it was killed, or took more memory than it was given; "
+            f"for less memory {_less_memory(display.silent)} (espalier plan says what each stage needs)"
         )
         return StageFailed(f"{reason} (the whole log: {log})")
     return StageFailed(f"{display.failed or error} (the whole log: {log})")
+
+
+def _less_memory(label: str) -> str:
+    """Return what lets a stage take less memory, in words."""
+    stage = declared_stages().get(label.partition(" ")[0])
+    section = stage.sections[0] if stage and stage.sections else ""
+    if stage and stage.resumes:
+        return f"set {section}.micro_batch_size to auto or {section}.gradient_checkpointing to true, or lower calibration.length"
+    if section == "evaluate":
+        return "lower evaluate.batch_size or evaluate.length"
+    if stage and section == "methods" and not stage.leaves_checkpoint:
+        return "lower the batch_size of the method"
+    return "there is no setting, since it holds whole models: give it more"

@@ -37,8 +37,9 @@ class Optimisation(Section):
 
     steps: Count = Field(100, description="Optimizer steps.")
     batch_size: Count = Field(8, description="Windows an optimizer step.")
-    micro_batch_size: Count | None = Field(
-        None, description="Windows a forward pass; fewer than batch_size accumulates gradients. All when absent."
+    micro_batch_size: Count | Literal["auto"] | None = Field(
+        None,
+        description="Windows a forward pass; fewer than batch_size accumulates gradients, with the same losses to rounding. auto: the most that fit into the memory, found before the first step. All when absent.",
     )
     learning_rate: Rate | None = Field(
         None,
@@ -63,11 +64,16 @@ class Optimisation(Section):
 
     @model_validator(mode="after")
     def _whole_batches(self) -> Optimisation:
-        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+        if isinstance(self.micro_batch_size, int) and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
             )
         return self
+
+    @property
+    def surely_fits(self) -> int:
+        """The windows of a pass that needs no more memory than the training: for `auto` 1, which is the least that it finds."""
+        return 1 if self.micro_batch_size == "auto" else self.micro_batch_size or self.batch_size
 
 
 class Regularize(Optimisation):

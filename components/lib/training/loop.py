@@ -18,7 +18,7 @@ from __future__ import annotations
 import importlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -35,6 +35,7 @@ from components.lib.errors import Refusal
 from components.lib.recipe.training import Optimisation
 from components.lib.training import ranks
 from components.lib.training.journal import Checkpoints, Journal
+from components.lib.training.micro import most_windows
 from components.lib.transformer.device import reused_memory
 
 Loss = Callable[[nn.Module, Tensor, int], AbstractContextManager[Mapping[str, Tensor]]]
@@ -97,6 +98,8 @@ def train(
         callback.after(0, loop.model)
     loop.model.train()
     with torch.random.fork_rng(), reused_memory(loop.device):
+        if settings.micro_batch_size == "auto" and first < settings.steps:
+            loop.find_micro(windows[order.batch(first)], loss, first)
         for step in range(first, settings.steps):
             # Every process draws its own dropout, the same one after a resumption.
             torch.manual_seed((settings.seed * settings.steps + step) * ranks.count() + ranks.index())
@@ -190,6 +193,7 @@ class _Loop:
             self.model = ranks.replicated(model, self.device)
         self.trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimizer = _optimizer(self.trained, settings, section)
+        self.micro = settings.surely_fits
 
     def _set_precision(self, model: nn.Module) -> bool:
         """Cast the weights to the dtypes of the precision, and return whether it computes in bf16."""
@@ -223,7 +227,27 @@ class _Loop:
         self._refuse_unless_finite(values["loss"], norm, step)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return values | {"learning_rate": rate, "gradient_norm": norm}
+        found = {"micro_batch_size": float(self.micro)} if self.settings.micro_batch_size == "auto" else {}
+        return values | {"learning_rate": rate, "gradient_norm": norm} | found
+
+    def find_micro(self, batch: Tensor, loss: Loss, step: int) -> None:
+        """Find the micro batch `auto` on a batch (batch_size, length), the same for all processes; nothing is learnt from it.
+
+        Processes that divide the weights wait for each other in every pass, so that one of them cannot fail alone: they take 1.
+        """
+        if self.divided:
+            return
+        # Not the one that averages: the processes may try in different numbers.
+        model = ranks.inner(self.model)
+
+        def work(windows: int) -> None:
+            with self.autocast(), loss(model, batch[:windows].long().to(self.device), step) as parts:
+                parts["loss"].backward()
+
+        states = 0 if self.optimizer.state else _bytes_of_states(self.trained, self.settings)
+        found = most_windows(work, -(-len(batch) // ranks.count()), self.device, states)
+        self.optimizer.zero_grad()
+        self.micro = ranks.least(found)
 
     def _micros(self, batch: Tensor) -> list[tuple[Tensor, float]]:
         """Return this process's part of a batch (batch_size, length), in parts of one forward pass with their weight in the mean.
@@ -231,7 +255,7 @@ class _Loop:
         All processes make as many passes, since they wait for each other: one whose windows are used up reads one again with a weight of 0.
         """
         largest = -(-len(batch) // ranks.count())  # of the processes' parts
-        size = min(self.settings.micro_batch_size or largest, largest)
+        size = min(self.micro, largest)
         mine = ranks.share(batch).long().to(self.device)
         parts = [mine[start : start + size] for start in range(0, largest, size)]
         spare = batch[:1].long().to(self.device)
@@ -303,6 +327,12 @@ class _Loop:
         weights, state = get_state_dict(self.model, self.optimizer, options=_options())
         tensors = dict(_under("model", weights)) | dict(_under("optimizer", _flat(state["state"])))
         return dict(_unshared(tensors)), state["param_groups"]
+
+
+def _bytes_of_states(weights: Sequence[Tensor], settings: Optimisation) -> int:
+    """Return the bytes of the optimizer's two states, which its first step makes."""
+    eighth = settings.optimizer == "adamw-8bit"
+    return sum(2 * weight.numel() * (1 if eighth else weight.element_size()) for weight in weights)
 
 
 @contextmanager

@@ -166,6 +166,15 @@ def summed(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def least(value: int) -> int:
+    """Return the smallest of the processes' values, the same in each of them."""
+    if count() == 1:
+        return value
+    values: list[int] = [0] * count()
+    distributed.all_gather_object(values, value)
+    return min(values)
+
+
 def told(value: Value) -> Value:
     """Return the value that the first process has."""
     if count() == 1:

@@ -97,7 +97,7 @@ class EarlyStopping:
     def _measure(self, step: int, model: Any) -> None:
         model.eval()
         # The first process decides, so that all stop at once.
-        value = ranks.told(perplexity(model, self.held_out, self.settings.micro_batch_size or self.settings.batch_size))
+        value = ranks.told(perplexity(model, self.held_out, self.settings.surely_fits))
         self.journal.metrics({"validation": value}, step)
         self.measured_since += 1
         if value < self.best:

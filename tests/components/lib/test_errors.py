@@ -23,7 +23,7 @@ from components.lib.errors import Refusal, of_machine
         (PermissionError(errno.EACCES, "Permission denied", "/x"), "the permission is missing for /x"),
         (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), "the disk is full"),
         (RuntimeError("(sqlite3.OperationalError) database or disk is full"), "the disk is full"),
-        (MemoryError(), r"the memory is used up \(MemoryError\): lower micro_batch_size"),
+        (MemoryError(), r"the memory is used up \(MemoryError\): set micro_batch_size of the stage\'s section to auto"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), "the memory is used up"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), "the memory is"),
     ],

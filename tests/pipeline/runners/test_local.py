@@ -20,6 +20,7 @@ def test_what_a_stage_said_counts_more_than_its_exit_code(tmp_path: Path, shown:
 
 def test_a_stage_that_is_killed_is_named_with_the_likely_cause(tmp_path: Path, shown: Console) -> None:
     with pytest.raises(
-        StageFailed, match="the stage evaluate was ended from outside: it was killed, or took more memory"
+        StageFailed,
+        match=r"the stage evaluate was ended from outside: .* more memory.*; for less memory lower evaluate.batch_size",
     ):
         run_here(silent, local.SubprocessRunner(use_venv=False), {}, tmp_path / "log.txt", shown)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from components.lib.errors import Refusal
 from components.lib.recipe.training import Optimisation
+from components.lib.training import loop, micro
 from components.lib.training.journal import NoCheckpoints, Silent
 from components.lib.training.loop import Order, learning_rate, train, with_learning_rate
 from components.lib.training.objective import lm_loss
@@ -98,6 +99,25 @@ class TestTraining:
         whole, parts = llama(), llama()
         losses = fit(whole), fit(parts, micro_batch_size=2)
         assert losses[0].curve("loss") == pytest.approx(losses[1].curve("loss"), rel=1e-4)
+
+    def test_the_micro_batch_that_fits_takes_the_steps_of_the_whole_batch(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        expected = fit(llama()).curve("loss")
+        monkeypatch.setattr(loop, "most_windows", lambda *_: 3)
+        found = fit(llama(), micro_batch_size="auto")
+        assert set(found.curve("micro_batch_size")) == {3.0}
+        assert found.curve("loss") == pytest.approx(expected, rel=1e-4)
+
+    @pytest.mark.parametrize(("free", "windows"), [(0, 1.0), (2**40, 8.0)])
+    def test_the_micro_batch_that_fits_is_found_without_learning_from_it(
+        self, free: int, windows: float, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        expected = fit(llama()).curve("loss")
+        monkeypatch.setattr(micro, "free_memory", lambda: free)
+        found = fit(llama(), micro_batch_size="auto")
+        assert set(found.curve("micro_batch_size")) == {windows}
+        assert found.curve("loss") == pytest.approx(expected, rel=1e-4)
 
     def test_gradient_checkpointing_changes_nothing_even_under_gates(self) -> None:
         gates = torch.tensor([0.3, 1.0, 0.6, 0.0])

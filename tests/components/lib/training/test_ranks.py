@@ -31,7 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "anneal": {"anneal": 0.5, "micro_batch_size": 2},
     "autocast": {"anneal": 0.5, "precision": "auto"},
     "penalty": {"schedule": "penalty", "gradient_checkpointing": True},
-    "adapters": {"trainable": "lora", "gradient_checkpointing": True},
+    "adapters": {"trainable": "lora", "gradient_checkpointing": True, "micro_batch_size": "auto"},
 }
 
 
@@ -86,7 +86,8 @@ def test_two_processes_have_the_losses_and_the_weights_of_one(case: str, alone: 
     one = load_file(alone / f"{case}-0.safetensors")
     first, second = (load_file(shared / f"{case}-{rank}.safetensors") for rank in range(2))
     assert first.keys() == one.keys()
-    for name in one:
+    # Two processes have half a batch each to divide, and those that divide the weights take one window.
+    for name in one.keys() - {"curve.micro_batch_size"}:
         torch.testing.assert_close(first[name], one[name], **rounding)
     for name in second:
         assert torch.equal(second[name], first[name])
