@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.services.embedded import services
+from tests.faults.starved import disk_round, memory_round
 from tests.faults.store_round import store_round
 from tests.faults.watchers import watchers_round
 from tests.faults.whole_run import bench, faults_round, kill_round, together_round
@@ -112,6 +113,20 @@ ROWS = {
             ("mlflow", "MLflow", "nothing registered twice; curves whole"),
         )
     },
+    "memory": Row(
+        "no memory (a cgroup's limit) in training, export, evaluation",
+        "says what to lower; same digest after the same command",
+        9,
+        bench,
+        memory_round,
+    ),
+    "disk": Row(
+        "the disk full at a random moment of a run",
+        "one sentence; same digest after the same command, when there is room",
+        10,
+        bench,
+        disk_round,
+    ),
     "watchers": Row(
         "two to five watchers, killed in between, clocks apart by 10 minutes",
         "each release done once, by one at a time while leases are kept",
