@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from components.lib.errors import Refusal, StageFailed
+from components.lib.errors import Refusal, StageFailed, Unavailable
 from components.lib.given_yaml import short
 from components.lib.provenance.signature import check_signing
 from components.lib.recipe.schema import Recipe
@@ -156,7 +156,11 @@ def check_room(recipes: Sequence[Recipe], release: str, home: Path) -> None:
         return
     checkpoints = 1 + sum(map(_checkpoints, recipes))  # 1 is the release
     size = Checkpoint.open(Path(release).expanduser()).bytes
-    need_space(home, checkpoints * size - _bytes_below(home))
+    try:
+        need_space(home, checkpoints * size)
+    except Unavailable:
+        # Only now are the files counted, of which there may be many thousands.
+        need_space(home, checkpoints * size - _bytes_below(home))
 
 
 def _checkpoints(recipe: Recipe) -> int:

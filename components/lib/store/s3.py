@@ -6,10 +6,12 @@ import contextlib
 import errno
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import boto3
+import botocore.session
 from boto3.s3.transfer import TransferConfig, create_transfer_manager
 from botocore.config import Config
 from botocore.exceptions import (
@@ -26,6 +28,7 @@ from botocore.exceptions import (
     ReadTimeoutError,
     ResponseStreamingError,
 )
+from botocore.loaders import Loader, create_loader
 from botocore.parsers import ResponseParserError
 from botocore.utils import conditionally_calculate_md5
 from s3transfer.exceptions import RetriesExceededError
@@ -61,7 +64,13 @@ _CREDENTIALS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the role"
 
 # Downloads are compared with the sha256 in their manifests, so the server's own checksum adds nothing, and botocore misreads the
 # body of an error that comes with one. Uploads carry Content-MD5, which every S3 compares, instead of a CRC, which not every one does.
-_CHECKSUMS = {"response_checksum_validation": "when_required", "request_checksum_calculation": "when_required"}
+# That header is signed. The body's sha256 in the signature, which botocore makes without TLS, would be a second hash of the same bytes,
+# and rclone does not compare it.
+_CHECKSUMS = {
+    "response_checksum_validation": "when_required",
+    "request_checksum_calculation": "when_required",
+    "s3": {"payload_signing_enabled": False},
+}
 
 _TRIES = 6
 PATIENT = Config(
@@ -85,7 +94,9 @@ _THREADS = 8
 def client(config: Config) -> Any:
     """Open an S3 client; boto3 finds endpoint, region and credentials in the environment, its files or the role."""
     try:
-        made = boto3.session.Session().client("s3", config=config)
+        session = botocore.session.Session()
+        session.register_component("data_loader", _descriptions())
+        made = boto3.session.Session(botocore_session=session).client("s3", config=config)
     except (BotoCoreError, ValueError) as error:
         raise Unavailable(f"S3 cannot be set up ({error}): check the variables that start with AWS_") from None
     for operation in ("PutObject", "UploadPart"):
@@ -93,6 +104,12 @@ def client(config: Config) -> Any:
     if config is PATIENT:
         made.meta.events.register("needs-retry.s3", _again)
     return made
+
+
+@cache
+def _descriptions() -> Loader:
+    """Return the loader of S3's description, which each session would read anew: six times as long as all else that a client needs."""
+    return create_loader()
 
 
 def _again(response: Any, attempts: int, caught_exception: Exception | None, **_: Any) -> float | None:

@@ -82,7 +82,7 @@ class Store:
         probe = client(HASTY)
         with explained(f"the bucket {self.bucket!r} at {probe.meta.endpoint_url}"):
             try:
-                probe.list_objects_v2(Bucket=self.bucket, MaxKeys=1)
+                self._answer(probe)
             except ClientError as error:
                 if error.response["Error"]["Code"] != "NoSuchBucket":
                     raise
@@ -344,8 +344,12 @@ class Store:
     def clock(self) -> datetime:
         """Return the time by S3's clock."""
         with explained(self.uri()):
-            answer = self._client.list_objects_v2(Bucket=self.bucket, MaxKeys=1)
+            answer = self._answer(self._client)
         return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+
+    def _answer(self, s3: Any) -> dict[str, Any]:
+        """List next to nothing: a server may walk through everything below the prefix, even if one object is asked for."""
+        return s3.list_objects_v2(Bucket=self.bucket, Prefix=split(self.uri("writable"))[1], MaxKeys=1)
 
     # Small texts that change, such as runs/<run>/report.json
 

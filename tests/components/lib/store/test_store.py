@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import socket
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -98,6 +100,27 @@ class TestPutAndGet:
         reference = store.put(folder, "large")
         assert contents(store.get(reference, tmp_path / "copy")) == contents(folder)
         store.verify(reference)
+
+    @pytest.mark.parametrize(("operation", "size"), [("PutObject", 100), ("UploadPart", PART + 1)])
+    def test_a_bit_that_flips_in_an_upload_is_refused_and_the_upload_sent_again(
+        self, operation: str, size: int, store: Store, folder: Path, tmp_path: Path
+    ) -> None:
+        (folder / "model" / "weights").write_bytes(os.urandom(size))
+        # Threads send at once, and a counter tells them apart.
+        numbers, sent = itertools.count(1), []
+
+        def flip_once(request: Any, **_: Any) -> None:
+            number = next(numbers)
+            sent.append(number)
+            if number == 1:
+                whole = request.body.read()
+                request.body.seek(0)
+                request.body = bytes([whole[0] ^ 1]) + whole[1:]
+
+        store._client.meta.events.register(f"before-send.s3.{operation}", flip_once)
+        reference = store.put(folder, "prune/0123")
+        store.verify(reference)
+        assert len(sent) == (4 if operation == "PutObject" else 3), "one more than the files, or than the parts"
 
     def test_empty_files_and_odd_names_travel(self, store: Store, folder: Path, tmp_path: Path) -> None:
         (folder / "a name + ü @ 100%.txt").write_bytes(b"")
