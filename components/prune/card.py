@@ -34,7 +34,7 @@ def model_card(
 
     Args:
         release: `source`, `revision` (None if the source has none) and `digest` of the release; `dequantised` if its weights were stored
-            in fp8 or mxfp4.
+            in fp8 or mxfp4; `gguf`, the types of its weights, if it is a GGUF file.
         recipe: the recipe's sections that made this checkpoint, as plain data.
         selection: the removed layers and channels.
         widths: of the model before the cut; None if they are not known, and only layers were removed.
@@ -111,7 +111,8 @@ def _hub_id(release: Mapping[str, Any]) -> str | None:
     """
     name = str(release["source"]).partition("@")[0]
     commit = re.fullmatch(r"[0-9a-f]{40}", str(release["revision"]))
-    return name if commit and re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
+    found = re.fullmatch(r"([\w.-]+/[\w.-]+)(/.+\.gguf)?", name)
+    return found[1] if commit and found else None
 
 
 @cache

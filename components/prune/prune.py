@@ -32,7 +32,8 @@ def prune(
         release: a folder with the release's config.json, the headers of its weights and its model card, if it has one.
         model: the folder of the regularised model's artifact.
         selection: the folder of the selection.
-        lineage: the release's `source`, `revision` and `digest`; `dequantised` if its weights were stored in fp8 or mxfp4.
+        lineage: the release's `source`, `revision` and `digest`; `dequantised` if its weights were stored in fp8 or mxfp4; `gguf`, the
+            types of its weights, if it is a GGUF file.
         made_by: the recipe's sections that made the checkpoint, as plain data, for its card.
         out: the folder to fill.
         journal: takes the progress.

@@ -27,6 +27,7 @@ from components.lib.store.claims import Claims
 from components.lib.store.store import Store
 from components.lib.tracking import client, registry
 from components.lib.transformer.dequantise import opened
+from components.lib.transformer.gguf import gguf_of
 
 Reason = Literal["release", "recipe", "code"]
 
@@ -193,9 +194,10 @@ def _release(release: str, store: Store) -> tuple[str, list[str]]:
     if "@sha256:" in release:
         return release, [Reference.parse(release).digest]
     folder = Path(release).expanduser()
-    if folder.is_dir():
-        files = checkpoint_files(opened(folder))
-        # The digest that the folder has in the store.
+    if folder.exists():
+        file = gguf_of(folder)
+        files = {file.name: file} if file else checkpoint_files(opened(folder))
+        # The digest that the folder has in the store, unless it is unpacked.
         return release, [Manifest(files=tuple(describe(path, name) for name, path in files.items())).digest]
     resolved = resolve_release(release, store)
     return _at_revision(resolved), [resolved.source, resolved.revision]

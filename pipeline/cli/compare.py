@@ -23,7 +23,10 @@ T = TypeVar("T")
 def compare(
     recipes: Annotated[list[str], typer.Argument(help="Recipes' files, or shipped recipes' names such as trsp.")],
     model: Annotated[
-        str, typer.Option(help="A folder, an s3:// prefix, a Hub id with an optional @revision, or models:/name@alias.")
+        str,
+        typer.Option(
+            help="A folder, a GGUF file, an s3:// prefix, a Hub id with an optional @revision, or models:/name@alias."
+        ),
     ],
     ratios: Annotated[
         str, typer.Option(help="The ratio of every method, such as 0.1,0.25,0.5; each recipe's own when absent.")

@@ -78,7 +78,10 @@ app.command()(gc)
 def run(
     recipe: Annotated[str, typer.Argument(help="A recipe's file, or a shipped recipe's name such as trsp.")],
     model: Annotated[
-        str, typer.Option(help="A folder, an s3:// prefix, a Hub id with an optional @revision, or models:/name@alias.")
+        str,
+        typer.Option(
+            help="A folder, a GGUF file, an s3:// prefix, a Hub id with an optional @revision, or models:/name@alias."
+        ),
     ],
     name: Annotated[str, typer.Option(help="The registered model's name.")],
     set_: Annotated[

@@ -14,7 +14,10 @@ from pipeline.cli.options import HOME, Home, connected, console
 def plan(
     recipe: Annotated[str, typer.Argument(help="A recipe's file, or a shipped recipe's name such as trsp.")],
     model: Annotated[
-        str, typer.Option(help="A folder, an s3:// prefix, a Hub id with an optional @revision, or models:/name@alias.")
+        str,
+        typer.Option(
+            help="A folder, a GGUF file, an s3:// prefix, a Hub id with an optional @revision, or models:/name@alias."
+        ),
     ],
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another value for a field of the recipe.")

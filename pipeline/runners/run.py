@@ -21,7 +21,7 @@ from components.lib.settings import MlflowSettings, StoreSettings
 from components.lib.store.runs import item_of, leave_item
 from components.lib.store.store import Store, need_space
 from components.lib.tracking import client
-from components.lib.transformer.checkpoint import Checkpoint
+from components.lib.transformer.dequantise import opened
 from components.pin.pin import check_checkpoint, check_text, pin_files, pin_folder
 from components.pin.tasks import check_task
 from components.register.report import Report
@@ -54,7 +54,7 @@ def run(
 
     Args:
         recipe: the recipe, with its texts and task files not yet in the store.
-        release: a folder, an s3:// prefix, a Hub id with an optional @revision, or models:/name@alias.
+        release: a folder, a GGUF file, an s3:// prefix, a Hub id with an optional @revision, or models:/name@alias.
         name: the registered model's name; None measures and registers nothing.
         home: the folder of all state.
         console: shows the progress.
@@ -155,7 +155,7 @@ def check_room(recipes: Sequence[Recipe], release: str, home: Path) -> None:
     if StoreSettings().bucket or not is_local(release):
         return
     checkpoints = 1 + sum(map(_checkpoints, recipes))  # 1 is the release
-    size = Checkpoint.open(Path(release).expanduser()).bytes
+    size = opened(Path(release).expanduser()).bytes
     try:
         need_space(home, checkpoints * size)
     except Unavailable:
@@ -190,12 +190,12 @@ def check_services() -> None:
 
 
 def is_local(release: str) -> bool:
-    """Return True if the release is a folder of this machine, or is written as only a path can be."""
-    return Path(release).expanduser().is_dir() or release.startswith((".", "/", "~"))
+    """Return True if the release is a folder or a file of this machine, or is written as only a path can be."""
+    return Path(release).expanduser().exists() or release.startswith((".", "/", "~"))
 
 
 def to_store(release: str, recipe: Recipe, store: Store) -> str:
-    """Put a release that is a folder into the store and return its reference; return every other release unchanged."""
+    """Put a release that is a folder or a file into the store and return its reference; return every other release unchanged."""
     return str(pin_folder(Path(release).expanduser(), recipe, store)) if is_local(release) else release
 
 

@@ -39,7 +39,7 @@ def why(recipe: Recipe, release: str, name: str, store: Store) -> list[Answer]:
 
     Args:
         recipe: the recipe, with its texts and task files not yet in the store.
-        release: a folder, an s3:// prefix, a Hub id with an optional @revision, or models:/name@alias.
+        release: a folder, a GGUF file, an s3:// prefix, a Hub id with an optional @revision, or models:/name@alias.
         name: the registered model's name; its champion is an input of the evaluation.
 
     Raises:

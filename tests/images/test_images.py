@@ -31,7 +31,11 @@ def locked(*names: str) -> dict[str, str]:
 @pytest.mark.parametrize("torch", ["torch-cpu", "torch-cuda"])
 def test_the_lock_holds_every_dependency_in_the_range_that_the_project_asks_for(torch: str) -> None:
     pins = locked("packages", torch)
-    for text in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["tasks"]]:
+    for text in [
+        *PROJECT["dependencies"],
+        *PROJECT["optional-dependencies"]["gguf"],
+        *PROJECT["optional-dependencies"]["tasks"],
+    ]:
         asked = Requirement(text)
         name = canonicalize_name(asked.name)
         assert name in pins, f"{name} is missing from images/packages.txt"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from components.lib.transformer.families import full_precision
 if TYPE_CHECKING:
     from components.lib.tracking.registry import Version
 
+_CARD = ("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
+
 CHECKPOINT_FILES = (
     "*.safetensors",
     "*.json",
@@ -27,10 +30,7 @@ CHECKPOINT_FILES = (
     "*.model",
     "*.txt",
     "*.tiktoken",
-    "README.md",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
+    *_CARD,
 )
 """The files taken from a release: safetensors, configuration, tokenizer, model card and licence, never pickled weights or code."""
 
@@ -56,7 +56,10 @@ class Resolved:
 
 
 def resolve_release(source: str, store: Store) -> Resolved:
-    """Resolve `models:/name@alias`, `models:/name/version`, `s3://prefix` or a Hub id with an optional `@revision`."""
+    """Resolve `models:/name@alias`, `models:/name/version`, `s3://prefix` or a Hub id with an optional `@revision`.
+
+    A GGUF file of the Hub is named by its path in the repository: `owner/name/file.gguf`.
+    """
     if source.startswith("models:/"):
         return _registered(source, store)
     if source.startswith("s3://"):
@@ -85,6 +88,10 @@ def release_config(source: str) -> str:
     from huggingface_hub import hf_hub_download
 
     repository, _, revision = source.partition("@")
+    if gguf_on_hub(repository):
+        raise Refusal(
+            f"{source} is a GGUF file, whose settings are read when it is fetched: fetch it, and name its path"
+        )
     path = _ask_hub(lambda: hf_hub_download(repository, "config.json", revision=revision or None), source, "release")
     return Path(path).read_text()
 
@@ -148,11 +155,19 @@ def _registered_version(source: str) -> Version:
 def _hub_model(source: str) -> Resolved:
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
-    repository, _, revision = source.partition("@")
+    named, _, revision = source.partition("@")
+    repository, file = gguf_on_hub(named) or (named, None)
     commit = str(_ask_hub(lambda: HfApi().model_info(repository, revision=revision or None).sha, source, "release"))
 
     def fetch(folder: Path) -> Path:
         """Download the checkpoint's files."""
+        if file:
+            _ask_hub(
+                lambda: snapshot_download(repository, revision=commit, local_dir=folder, allow_patterns=[file, *_CARD]),
+                source,
+                "release",
+            )
+            return _of_gguf(folder, file)
         # Fetch the configuration first: an unknown family is refused before gigabytes are downloaded.
         config = _ask_hub(
             lambda: hf_hub_download(repository, "config.json", revision=commit, local_dir=folder), source, "release"
@@ -172,7 +187,25 @@ def _hub_model(source: str) -> Resolved:
         shutil.rmtree(folder / ".cache", ignore_errors=True)
         return folder
 
-    return Resolved(repository, commit, fetch)
+    return Resolved(named, commit, fetch)
+
+
+def gguf_on_hub(name: str) -> tuple[str, str] | None:
+    """Return the repository and the file in it if a name is that of a GGUF file of the Hub.
+
+    >>> gguf_on_hub("owner/name/Q8_0/model.gguf"), gguf_on_hub("owner/name")
+    (('owner/name', 'Q8_0/model.gguf'), None)
+    """
+    found = re.fullmatch(r"([\w.-]+/[\w.-]+)/(.+\.gguf)", name)
+    return (found[1], found[2]) if found else None
+
+
+def _of_gguf(folder: Path, file: str) -> Path:
+    """Return the folder after the file, wherever it lies in the repository, was moved to its top."""
+    if not (folder / file).is_file():
+        raise Refusal(f"the Hub's repository has no file {file}: check its path")
+    (folder / file).rename(folder / Path(file).name)
+    return folder
 
 
 def _hub_text(name: str, text: Text) -> Resolved:

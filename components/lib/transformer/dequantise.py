@@ -1,5 +1,7 @@
 """A release whose weights are stored in FP8 or MXFP4, read as bf16: tensor by tensor, so that the model is never held whole.
 
+A release in a GGUF file is opened here too, and unpacked by `gguf.py`.
+
     FP8      W = F · s, F in float8_e4m3fn, one scale s for each block of `weight_block_size`, or for the whole tensor (`….weight_scale_inv`)
     MXFP4    W = F · 2^(s − 127), F in float4_e2m1, two a byte, one scale for each 32 (`…_blocks`, `…_scales`), as gpt-oss stores its experts
 
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from components.lib.errors import Refusal
 from components.lib.transformer.checkpoint import Checkpoint, PrunableCheckpoint, Stored, checked
 from components.lib.transformer.families import full_precision, packing_of, quantisation_of
+from components.lib.transformer.gguf import gguf_of, promised
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,9 +32,15 @@ _BLOCKS, _SCALES = "_blocks", "_scales"
 def opened(folder: Path) -> PrunableCheckpoint:
     """Open a release as `PrunableCheckpoint.open` does; one in FP8 or MXFP4 as the bf16 model that its tensors stand for.
 
+    Args:
+        folder: the release; a GGUF file, or a folder that holds one, is opened as the checkpoint that it is unpacked to, without its weights.
+
     Raises:
-        Refusal: `PrunableCheckpoint.open` refuses it, or a tensor has no scales that fit it.
+        Refusal: `PrunableCheckpoint.open` or `promised` refuses it, or a tensor has no scales that fit it.
     """
+    file = gguf_of(folder)
+    if file is not None:
+        return promised(file).checkpoint
     stored = Checkpoint.open(folder)
     packing = packing_of(stored.config)
     if packing is None:

@@ -20,6 +20,7 @@ from components.pin import pin
 from components.pin.pin import check_checkpoint, check_text, find_release, pin_folder, pin_release, pin_text
 from tests.components.lib.transformer import zoo
 from tests.components.lib.transformer.test_dequantise import in_fp8
+from tests.components.lib.transformer.test_gguf import specimen, write_gguf
 from tests.components.lib.transformer.wrapped import WRAPPED
 
 
@@ -95,6 +96,27 @@ def test_a_release_in_fp8_is_pinned_in_bf16(tmp_path: Path, store: Store) -> Non
     assert PrunableCheckpoint.open(copy).dtype == "bfloat16"
     assert (copy / "README.md").read_text() == (source / "README.md").read_text()
     assert find_release(str(source), recipe(), store) == reference
+
+
+@pytest.mark.parametrize("named", ["the folder", "the file"])
+def test_a_release_in_a_gguf_file_is_pinned_as_a_plain_checkpoint(named: str, tmp_path: Path, store: Store) -> None:
+    """With its tokenizer; the lineage says what it was."""
+    (tmp_path / "release").mkdir()
+    file = write_gguf(specimen("llama").model(4), tmp_path / "release" / "model.gguf", quantised=True)
+    source = file if named == "the file" else file.parent
+    reference = pin_folder(source, recipe(), store)
+    assert store.manifest(reference).metadata == {"source": str(source), "revision": None, "gguf": "Q8_0"}
+    copy = store.get(reference, tmp_path / "copy") / "model"
+    assert PrunableCheckpoint.open(copy).dtype == "bfloat16"
+    assert (copy / "tokenizer.json").is_file()
+    assert not list(copy.glob("*.gguf"))
+    assert find_release(str(source), recipe(), store) == reference
+
+
+def test_a_gguf_file_is_checked_before_it_is_unpacked(tmp_path: Path, store: Store) -> None:
+    file = write_gguf(specimen("llama").model(4), tmp_path / "model.gguf")
+    with pytest.raises(Refusal, match=r"calibration\.length is 4096, and the model reads 64 tokens at most"):
+        check_checkpoint(file, recipe(calibration=4096))
 
 
 class TestAFolder:

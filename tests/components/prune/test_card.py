@@ -129,6 +129,13 @@ def test_a_release_that_was_dequantised_is_told() -> None:
     assert "dequantised" not in card()
 
 
+def test_a_release_that_is_a_gguf_file_is_told() -> None:
+    told = card(release={**RELEASE, "source": "org/base/Q4/model.gguf", "gguf": "Q4_K, Q6_K"})
+    assert "The release is a GGUF file with weights in Q4_K, Q6_K. transformers made a plain checkpoint" in told
+    assert front_matter(told)["base_model"] == "org/base"
+    assert "GGUF" not in card()
+
+
 def test_experts_are_told_by_the_layer() -> None:
     experts = Selection(method="dress", channels=Channels(experts=((), (0, 2))))
     told = card(selection=experts, widths=Widths(32, 48, 4, 2, 8, experts=8))

@@ -17,7 +17,7 @@ from huggingface_hub import errors
 
 from components.lib.errors import Refusal, Unavailable
 from components.lib.recipe.schema import Text
-from components.lib.sources.resolve import resolve_release, resolve_text
+from components.lib.sources.resolve import release_config, resolve_release, resolve_text
 from components.lib.store.store import Store
 from components.lib.tracking import client, registry
 
@@ -130,6 +130,11 @@ class Hub:
 
     def snapshot_download(self, repository: str, revision: str, local_dir: Path, **patterns: list[str]) -> None:
         self._answer("snapshot", revision, patterns)
+        if patterns["allow_patterns"][0].endswith(".gguf"):
+            (local_dir / "Q8_0").mkdir(parents=True)
+            for name in {"Q8_0/model.gguf", "README.md"} & set(patterns["allow_patterns"]):
+                (local_dir / name).write_text("weights")
+            return
         (local_dir / ".cache/huggingface").mkdir(parents=True)
         (local_dir / "model.safetensors").write_text("weights")
 
@@ -188,6 +193,18 @@ class TestTheHub:
         with pytest.raises(Refusal, match="jamba"):
             resolve_release("owner/model", NO_STORE).fetch(tmp_path / "copy")
         assert [asked[0] for asked in hub.asked] == ["model", "file"]
+
+    def test_a_gguf_file_is_named_by_its_path_in_a_repository(self, hub: Hub, tmp_path: Path) -> None:
+        """Its card travels; the repository's other files do not."""
+        resolved = resolve_release("owner/model/Q8_0/model.gguf@v1", NO_STORE)
+        assert hub.asked == [("model", "owner/model", "v1")]
+        assert (resolved.source, resolved.revision) == ("owner/model/Q8_0/model.gguf", COMMIT)
+        folder = resolved.fetch(tmp_path / "copy")
+        assert {path.name for path in folder.iterdir() if path.is_file()} == {"model.gguf", "README.md"}
+        with pytest.raises(Refusal, match=r"no file Q4_0/model\.gguf: check its path"):
+            resolve_release("owner/model/Q4_0/model.gguf", NO_STORE).fetch(tmp_path / "other")
+        with pytest.raises(Refusal, match="whose settings are read when it is fetched"):
+            release_config("owner/model/Q8_0/model.gguf")
 
     def test_a_data_set_becomes_the_rows_of_its_column(self, hub: Hub, tmp_path: Path) -> None:
         text = Text(hub="owner/data", config="raw", split="test", field="body")
