@@ -50,6 +50,10 @@ class Group:
         """Move a process into the group; those that it starts are in it too."""
         (self.folder / "cgroup.procs").write_text(str(pid))
 
+    def feed(self) -> None:
+        """Take the limit away."""
+        (self.folder / self.limit).write_text("max" if self.limit == "memory.max" else "-1")
+
     def starve(self) -> None:
         """Leave a megabyte more than is used now."""
         for spare in range(1, 100):
@@ -89,11 +93,15 @@ def memory_round(seed: int, bench: Bench) -> dict[str, Any]:
             process = bench.start("quarter", environment)
             held.add(process.pid or 0)
             while process.is_alive() and stage not in [newest_stage(run, store) for run in store.folders("runs")]:
-                time.sleep(0.05)
-            # The stage is to be killed, not the runner that tells of it.
-            for child in psutil.Process(process.pid).children():
-                Path(f"/proc/{child.pid}/oom_score_adj").write_text("1000")
-            held.starve()
+                time.sleep(0.1)
+            with suppress(psutil.Error, OSError):
+                stages = psutil.Process(process.pid).children()
+                # The stage is to be killed, not the runner that tells of it, nor the stage that closes the run.
+                for child in stages:
+                    Path(f"/proc/{child.pid}/oom_score_adj").write_text("1000")
+                held.starve()
+                psutil.wait_procs(stages, timeout=LONGEST)
+            held.feed()
             process.join(LONGEST)
     except Unsupported as reason:
         return {"held": False, "wrong": f"skipped: {reason}"}
@@ -121,7 +129,9 @@ def mounted(size: int) -> Iterator[Path]:
 def fill(disk: Path, spare: int) -> None:
     """Leave so many bytes free, by a file called `filler`."""
     found = os.statvfs(disk)
-    (disk / "filler").write_bytes(b"\0" * max(0, found.f_bavail * found.f_bsize - spare))
+    # Others write there too, and may take the last of the room.
+    with suppress(OSError), (disk / "filler").open("wb") as file:
+        file.write(b"\0" * max(0, found.f_bavail * found.f_bsize - spare))
 
 
 def disk_round(seed: int, bench: Bench) -> dict[str, Any]:
