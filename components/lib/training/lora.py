@@ -27,6 +27,7 @@ def adapted(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=_matrices(model),
+        exclude_modules=_routers(model) or None,
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng():
@@ -43,6 +44,15 @@ def _matrices(model: PreTrainedModel) -> str | list[str]:
     return [name for name in linear if family.block_of(f"{name}.")]
 
 
+def _routers(model: PreTrainedModel) -> list[str]:
+    """Return the names of routers that are linear layers (Phi-3.5-MoE, Llama 4). They return a tuple, which an adapter cannot be added to.
+
+    The routers of other mixtures are no linear layers for peft, and are not adapted either.
+    """
+    linear = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return [name for name, module in linear if type(module) is not nn.Linear and name.endswith(".router")]
+
+
 def save_adapters(model: PeftModel, folder: Path) -> None:
     """Write the adapters as peft loads them: `adapter_model.safetensors` and `adapter_config.json`.
 
@@ -50,8 +60,9 @@ def save_adapters(model: PeftModel, folder: Path) -> None:
     loaded from, and sets in any order.
     """
     config = copy.copy(model.peft_config["default"])
-    if not isinstance(config.target_modules, str):
-        config.target_modules = sorted(config.target_modules)
+    for name in ("target_modules", "exclude_modules"):
+        if not isinstance(getattr(config, name) or "", str):
+            setattr(config, name, sorted(getattr(config, name)))
     config.base_model_name_or_path, config.inference_mode = None, True
     folder.mkdir(parents=True)
     config.save_pretrained(str(folder))

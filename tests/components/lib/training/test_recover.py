@@ -15,6 +15,7 @@ from components.lib.recipe.training import Lora, Recover
 from components.lib.training.recover import recover, split
 from components.lib.transformer.perplexity import perplexity
 from tests.components.lib.training.tiny import Kept, Killed, Written, counting, llama, same, weights
+from tests.components.lib.transformer.zoo import MODERN
 
 
 def settings(**fields: Any) -> Recover:
@@ -43,6 +44,19 @@ def test_it_recovers_and_gives_a_plain_model_back() -> None:
     recovered = recover(model, counting(), settings())
     assert perplexity(recovered, counting()) < 0.5 * before
     assert weights(recovered).keys() == names
+
+
+@pytest.mark.parametrize("name", ["phimoe", "llama4"])
+def test_a_mixture_recovers_whose_router_is_a_linear_layer(name: str) -> None:
+    """It returns a tuple, which no adapter can be added to: the other layers are adapted."""
+    specimen = next(specimen for specimen in MODERN if specimen.name == name)
+    model, windows = specimen.model(2), counting()[:8]
+    before = {part: weight.clone() for part, weight in model.state_dict().items()}
+    recovered = recover(model, windows, settings(steps=2, evaluate_every=1, batch_size=2, learning_rate=1e-3))
+    changed = {part for part, weight in recovered.state_dict().items() if not torch.equal(weight, before[part])}
+    assert any(part.endswith("q_proj.weight") for part in changed)
+    assert before.keys() == recovered.state_dict().keys()
+    assert not any("router" in part for part in changed)
 
 
 def contrary() -> torch.Tensor:
