@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import sqrt
 from typing import Any
 
 from components.lib.errors import Refusal
@@ -77,6 +78,21 @@ def last_sparse(config: Config, field: str, kept: Sequence[int]) -> int:
     """The index of the last sparse layer, such as ERNIE's `moe_layer_end_index`; -1 stands for the last layer."""
     last = config[field]
     return last if last < 0 else sum(layer <= last for layer in kept) - 1
+
+
+def counted_from_one(config: Config, field: str, kept: Sequence[int]) -> dict[str, Any]:
+    """Kimi's `linear_attn_config`, whose lists `full_attn_layers` and `kda_layers` count the layers from 1."""
+
+    def renumbered(value: Any) -> Any:
+        return [new + 1 for new, old in enumerate(kept) if old + 1 in value]
+
+    lists = ("full_attn_layers", "kda_layers")
+    return {name: renumbered(value) if name in lists else value for name, value in config[field].items()}
+
+
+def scaled_by_depth(config: Config, field: str, kept: Sequence[int]) -> float:
+    """A number that is divided by the square root of the count of layers, such as MiniCPM3's `scale_depth`: the quotient stays."""
+    return config[field] * sqrt(len(kept) / config["num_hidden_layers"])
 
 
 def no_heads(config: Config, field: str, kept: Sequence[int]) -> int:

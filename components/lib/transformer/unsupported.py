@@ -15,10 +15,8 @@ _WRAPPER = (
     "wraps a text model with models of images, sound or other inputs, in a way that no row of the wrappers describes"
 )
 _DRAFT = "drafts tokens for another model, whose cache it reads"
-_INDEXED = "looks up numbers in a layer by the layer's index, and a cut renumbers the layers"
-_COUNTED = "scales its residual branches by the number of layers, and a cut changes it"
+_INDEXED = "computes numbers of a layer from the layer's index, and a cut renumbers the layers"
 _SHARED = "shares weights, keys or values between layers, so that a layer cannot be removed alone"
-_INDEXER = "attends to the tokens that an indexer selects, and so generates other text with its cache than without"
 _CROSS = "has layers that read results of earlier layers beside the residual stream"
 _FIRST = "has a first layer of another shape than the others, which must stay first"
 _PERIOD = "places its kinds of layers by a period alone, and a cut leaves no period"
@@ -47,16 +45,14 @@ _REASONS: Mapping[str, str] = {
     """,
     _DRAFT: "gemma4_assistant gemma4_unified_assistant",
     _INDEXED: "beam diffllama minimax",
-    _COUNTED: "minicpm3",
     _SHARED: "gemma3n_text zamba zamba2",
     _CROSS: "glm_moe_dsa hy_v4 inkling2_text",
-    _INDEXER: "deepseek_v32",
     _FIRST: "modernbert-decoder zaya",
     _PERIOD: "jamba",
     _RECURRENT: "blt hrm_text reformer",
     _OLD: "cpmant ctrl dbrx gpt_neo longcat_flash openai-gpt rwkv xlnet xlstm",
     _NEW: """
-        axk2 cohere_compass_text deepseek_v4 dots3_note_text inkling_text kimi_linear minimax_m3_vl_text mistral4 qwen4_exp_text
+        axk2 cohere_compass_text deepseek_v4 dots3_note_text inkling_text minimax_m3_vl_text mistral4 qwen4_exp_text
     """,
     "is GPT-2 under an older name: set model_type to gpt2 in a copy of its config.json": "gpt-sw3",
 }

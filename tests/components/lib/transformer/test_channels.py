@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import CONFIG_MAPPING
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
 
 from components.lib.errors import Refusal
 from components.lib.transformer.channels import (
@@ -25,6 +27,7 @@ from components.lib.transformer.selection import AXES, NO_CHANNELS, Channels
 from tests.components.lib.transformer.zoo import (
     FFN_ONLY,
     HEAD_NORMED,
+    MODERN,
     NARROWABLE,
     PROJECTED,
     SPECIMENS,
@@ -237,3 +240,22 @@ class TestTheConfig:
 
     def test_is_as_it_was_where_no_channels_go(self) -> None:
         assert cut_widths({"a_field": 1}, FAMILIES["mixtral"], NO_CHANNELS) == {"a_field": 1}
+
+
+MLPS = [
+    specimen for specimen in (*SPECIMENS, *MODERN) if FAMILIES[specimen.model_type].layout or specimen.name == "gemma4"
+]
+
+
+@pytest.mark.parametrize("specimen", MLPS, ids=str)
+def test_no_family_loads_with_another_intermediate_width_in_one_layer(specimen: Specimen) -> None:
+    """transformers has `per_layer_config` for it, which its classes refuse or do not read. If one does, its layers can have widths of their own."""
+    layout = FAMILIES[specimen.model_type].layout or LLAMA
+    with torch.device("meta"):
+        config = specimen.model(6).config
+        config.per_layer_config = {"1": {layout.ffn: 20}}
+        try:
+            model = AutoModelForCausalLM.from_config(config)
+        except AmbiguousGlobalPerLayerAttributeError:
+            return
+    assert not any(20 in tensor.shape for tensor in model.parameters())

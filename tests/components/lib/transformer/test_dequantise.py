@@ -133,11 +133,13 @@ def test_scales_that_do_not_fit_are_refused(scale: Tensor | None, said: str, tmp
         opened(source)
 
 
-def test_other_quantisations_are_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["awq", "gptq", "bitsandbytes", "compressed-tensors"])
+@pytest.mark.parametrize("field", ["base_model", "_name_or_path"])
+def test_other_quantisations_are_refused_by_name(field: str, method: str, tmp_path: Path) -> None:
     source = release(BY_NAME["llama"].model(2), tmp_path)
-    config = json.loads((source / "config.json").read_text()) | {"base_model": "org/full"}
-    (source / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    config = json.loads((source / "config.json").read_text()) | {field: "org/full"}
+    (source / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
     with pytest.raises(
-        Refusal, match=r"quantised \(awq\): prune the full-precision release \(its config names org/full\)"
+        Refusal, match=rf"quantised \({method}\): prune the full-precision release \(its config names org/full\)"
     ):
         opened(source)

@@ -10,6 +10,7 @@ from components.lib.errors import Refusal
 from components.lib.transformer.families import FAMILIES, cut_config, family_of
 from components.lib.transformer.family import (
     Rule,
+    counted_from_one,
     first_sparse,
     keyed,
     last_sparse,
@@ -36,6 +37,11 @@ KEPT = [1, 2, 5]
         (letters, "M-M*-E", "-ME"),
         (one_each_if_listed, 8, 8),
         (one_each_if_listed, [1, 2, 3, 4, 5, 6], [2, 3, 6]),
+        (
+            counted_from_one,
+            {"full_attn_layers": [2, 4], "kda_layers": [1, 3, 5, 6], "head_dim": 8},
+            {"full_attn_layers": [1], "kda_layers": [2, 3], "head_dim": 8},
+        ),
         (repeated, ["recurrent", "recurrent", "attention"], ["recurrent", "attention", "attention"]),
         (first_sparse, 2, 1),
         (first_sparse, 0, 0),

@@ -250,6 +250,12 @@ MODERN = (
     ),
     Specimen("deepseek_v2", "deepseek_v2", {**ROUTED, **LATENT, "first_k_dense_replace": 2}),
     Specimen("deepseek_v3", "deepseek_v3", {**ROUTED, **LATENT, "first_k_dense_replace": 2}),
+    Specimen(
+        "deepseek_v32",
+        "deepseek_v32",
+        # Every token of a test prompt is selected, as of texts of up to 2,048 tokens in the release.
+        {**ROUTED, **LATENT, "first_k_dense_replace": 2, "index_topk": 64, "index_head_dim": 16, "index_n_heads": 2},
+    ),
     Specimen("dots1", "dots1", {**ROUTED, **WINDOW, "head_dim": 8, "first_k_dense_replace": 2, "max_window_layers": 3}),
     Specimen(
         "ernie4_5_moe",
@@ -368,6 +374,23 @@ MODERN = (
             "mlp_layer_types": DENSE_AND_SPARSE,
         },
     ),
+    Specimen(
+        "kimi_linear",
+        "kimi_linear",
+        {
+            **{name: value for name, value in LATENT.items() if name != "q_lora_rank"},
+            **EXPERTS,
+            "num_experts": 4,
+            "linear_attn_config": {
+                "full_attn_layers": [2, 4],
+                "kda_layers": [1, 3, 5, 6],
+                "head_dim": 8,
+                "num_heads": 4,
+                "short_conv_kernel_size": 4,
+            },
+        },
+    ),
+    Specimen("minicpm3", "minicpm3", {**LATENT, "scale_depth": 1.4}),
     Specimen("minimax_m2", "minimax_m2", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}),
     Specimen("olmoe", "olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
     Specimen("phimoe", "phimoe", {**WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2}),
