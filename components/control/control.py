@@ -46,7 +46,7 @@ def control(
     with ranks.shared_folder(out.parent) as scratch:
         if pruned_first:
             start, chosen = scratch / "model", Selection.load(selection)
-            if ranks.first():
+            if ranks.first_here():
                 cut_checkpoint(release / "model", start, chosen.removed, chosen.channels)
             ranks.wait()
         model = load_model(start)

@@ -24,6 +24,14 @@ class StageFailed(Exception):
     """A stage of the pipeline failed with an error that the user cannot correct."""
 
 
+def refusal_from(text: str) -> Refusal | None:
+    """Return the refusal that another process reported as `Type: message`; None if it reported anything else."""
+    for kind in (Unavailable, Refusal):
+        if text.startswith(f"{kind.__name__}: "):
+            return kind(text.removeprefix(f"{kind.__name__}: "))
+    return None
+
+
 _DISK = {
     errno.ENOSPC: ("the disk is full", "make room"),
     errno.EDQUOT: ("the disk's quota is used up", "make room"),

@@ -7,9 +7,9 @@ counts as one that is not set. boto3 reads the AWS_* variables itself.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import PositiveInt, SecretStr
+from pydantic import Json, NonNegativeInt, PositiveInt, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -36,6 +36,30 @@ class ProcessSettings(BaseSettings):
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
     """ddp: every process holds the whole model; fsdp: each holds a part of the weights, gradients, optimizer and teacher; auto: ddp if they
     take less than half of a GPU, else fsdp; none: one process."""
+
+
+class NodeSettings(BaseSettings):
+    """The machines that share a training: the variables that torchrun reads and a TrainJob's torch runtime sets (PET_*)."""
+
+    model_config = SettingsConfigDict(env_prefix="PET_", env_ignore_empty=True, extra="ignore")
+
+    nnodes: PositiveInt = 1
+    """How many."""
+    node_rank: NonNegativeInt = 0
+    """The number of this one, counted from 0."""
+    master_addr: str = "localhost"
+    """The first one's address."""
+    master_port: int = 29500
+    """The first one's port, at which all meet."""
+
+
+class TrainJobSettings(BaseSettings):
+    """The TrainJob that a stage on several nodes starts (ESPALIER_*)."""
+
+    model_config = SettingsConfigDict(env_prefix="ESPALIER_", env_ignore_empty=True, extra="ignore")
+
+    trainjob: Json[dict[str, Any]] | None = None
+    """Its manifest without a name and arguments, as `espalier compile` writes it; none if the stage runs in its own pod."""
 
 
 class SigningSettings(BaseSettings):

@@ -9,6 +9,7 @@ A profile is a YAML file; the shipped ones in `pipeline/profiles` are commented 
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from components.lib.errors import Refusal
 from components.lib.given_yaml import read_yaml, short
+from components.lib.stage.declaration import declared_stages
+from pipeline.kubeflow.trainjob import train_job
 
 PROFILES = Path(__file__).parents[1] / "profiles"
 COMPONENTS = Path(__file__).parents[2] / "components"
@@ -114,6 +117,18 @@ class Needs(ProfileSection):
     """The size limit of the scratch folder: allow twice the release and the checkpoints of its training."""
     timeout: Seconds | None = None
     retries: Retries | None = None
+    nodes: Annotated[int, Field(ge=1)] = 1
+    """How many machines share a training; each gets the fields above."""
+
+
+class Trainer(ProfileSection):
+    """Kubeflow Trainer, which runs the stages on several nodes."""
+
+    runtime: str = "torch-distributed"
+    """The training runtime; one with the torch policy."""
+    kind: Literal["ClusterTrainingRuntime", "TrainingRuntime"] = "ClusterTrainingRuntime"
+    queue: str | None = None
+    """Kueue's local queue; none if absent."""
 
 
 class Server(ProfileSection):
@@ -178,6 +193,7 @@ class Profile(ProfileSection):
     defaults: Needs = Needs()
     stages: dict[str, Needs] = {}
     """The fields that differ from `defaults`, by stage."""
+    trainer: Trainer = Trainer()
     serving: Serving = Serving()
     """The server of the promoted model (docs/serving.md)."""
 
@@ -195,6 +211,19 @@ class Profile(ProfileSection):
     @classmethod
     def _known(cls, value: dict[str, Needs]) -> dict[str, Needs]:
         _check_stages(value)
+        several = [name for name, stage in declared_stages().items() if stage.shared]
+        for name, needs in value.items():
+            if needs.nodes > 1 and name not in several:
+                raise ValueError(
+                    f"{name}.nodes is {needs.nodes}, and only {', '.join(several)} use several: leave it out"
+                )
+        return value
+
+    @field_validator("defaults")
+    @classmethod
+    def _on_one_node(cls, value: Needs) -> Needs:
+        if value.nodes > 1:
+            raise ValueError(f"nodes is {value.nodes}, and not every stage uses several: set it for single stages")
         return value
 
     @classmethod
@@ -248,6 +277,10 @@ class Profile(ProfileSection):
         """Give a task of a pipeline the needs of its stage. `configured_for_cluster` sets the image."""
         stage = task.component_spec.name.replace("-", "_")
         needs = self.needs(stage)
+        if needs.nodes > 1:
+            task.set_env_variable("ESPALIER_TRAINJOB", json.dumps(train_job(self, stage), sort_keys=True))
+            # The task itself only waits.
+            needs = self.defaults.model_copy(update={"gpu": None, "timeout": needs.timeout, "retries": needs.retries})
         # Finished outputs are found in the store by their keys; Kubeflow's cache knows neither code nor content.
         task.set_caching_options(False)
         for variable, value in self.environment.items():

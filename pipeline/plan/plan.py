@@ -100,7 +100,7 @@ def device_of(profile: Profile, stage: str) -> Device:
     """
     needs = profile.needs(stage.removesuffix("-2").replace("-", "_"))
     if needs.gpu:
-        count = needs.gpu.count if profile.environment.get("ESPALIER_PARALLEL", "auto") in DIVIDING else 1
+        count = needs.gpu.count * needs.nodes if profile.environment.get("ESPALIER_PARALLEL", "auto") in DIVIDING else 1
         for value in needs.node_selector.values():
             if found := re.search(r"(\d+)gb", value, re.IGNORECASE):
                 return Device("cuda", int(found[1]) * 2**30 - PROCESS, f"the profile's {value}", count)

@@ -21,9 +21,10 @@ from typing import Any, Generic
 
 from pydantic import BaseModel
 
+from components.lib.errors import StageFailed
 from components.lib.recipe.loading import parse_recipe
 from components.lib.recipe.schema import Recipe
-from components.lib.settings import ProcessSettings, StoreSettings
+from components.lib.settings import NodeSettings, ProcessSettings, StoreSettings, TrainJobSettings
 from components.lib.stage.declaration import I, Job, References, Stage, read_files
 from components.lib.stage.events import StageEvents, reported
 from components.lib.store.artifacts import Manifest, Reference
@@ -56,6 +57,8 @@ def run_stage(stage: Stage[I], run: str, recipe: str, variant: str, references: 
             if reference:
                 leave_uses(run, report.label, [reference], opened.store)
                 report.finish("reused")
+            elif stage.shared and (manifest := TrainJobSettings().trainjob):
+                reference = opened.perform_on_nodes(manifest, recipe, report)
             else:
                 reference = opened.perform(report)
         if show is not None and reference:
@@ -147,7 +150,10 @@ class Opened(Generic[I]):
         return str(found) if found else None
 
     def perform(self, report: StageEvents) -> str:
-        """Fetch the inputs, call the work, and store the folder `out` that it filled, the manifest last."""
+        """Fetch the inputs, call the work, and store the folder `out` that it filled, the manifest last.
+
+        On several nodes each calls this. The first one stores; the others return an empty reference.
+        """
         from components.lib.tracking.runs import stage_run
 
         report.emit("started")
@@ -156,19 +162,16 @@ class Opened(Generic[I]):
             inputs = self._fetch(Path(scratch) / "inputs")
             out = Path(scratch) / "out"
             out.mkdir()
+            alone = Job(out, Silent(), NoCheckpoints(), self.variant, self.manifests, self._several())
+            if self.stage.shared and NodeSettings().node_rank:
+                self._work(inputs, alone, "", checkpoints)
+                return ""
             tags = {"sha256.key": self.key, "sha256.code": self.stage.code(self.recipe).digest}
             tags |= {f"espalier.input.{name}": str(reference) for name, reference in self.flat.items()}
             with stage_run(
                 self.run, self.stage.name, self.variant, tags, self.settings, out, report.emit, self._texts()
             ) as journal:
-                job = Job(
-                    out,
-                    journal,
-                    StageCheckpoints(self.store, checkpoints, out),
-                    self.variant,
-                    self.manifests,
-                    self._several(),
-                )
+                job = replace(alone, journal=journal, checkpoints=StageCheckpoints(self.store, checkpoints, out))
                 began = time.perf_counter()
                 self._work(inputs, job, journal.run_id, checkpoints)
                 seconds = time.perf_counter() - began
@@ -177,6 +180,23 @@ class Opened(Generic[I]):
                 journal.leave(out, reference, seconds)
         if self.stage.resumes:
             self.store.delete(checkpoints)
+        return reference
+
+    def perform_on_nodes(self, manifest: Mapping[str, Any], recipe: str, report: StageEvents) -> str:
+        """Let a TrainJob make the output, and return its reference.
+
+        Args:
+            manifest: the job's, without a name and arguments.
+            recipe: the recipe's YAML.
+            report: receives the job's states.
+        """
+        from components.lib.stage.nodes import Piece, run_on_nodes
+
+        report.emit("started")
+        piece = Piece(self.stage.name, self.variant, self.run, recipe, self.given)
+        run_on_nodes(piece, self.key, manifest, report.emit)
+        if not (reference := self.found):
+            raise StageFailed(f"the TrainJob of {report.label} ended without an output: start the run again")
         return reference
 
     def _work(self, inputs: I, job: Job, run_id: str, prefix: str) -> None:
@@ -189,8 +209,8 @@ class Opened(Generic[I]):
             prefix: of the job's checkpoints.
         """
         recipe = self.stage.scope(self.recipe)
-        processes = _processes() if self.stage.shared else 1
-        if processes == 1:
+        processes = _processes() if self.stage.shared else None
+        if processes is None:
             self.stage.work(inputs, recipe, job)
             return
         from components.lib.training.ranks import launch
@@ -241,16 +261,22 @@ class Opened(Generic[I]):
         }
 
 
-def _processes() -> int:
-    """Return how many processes share a training: as many as there are GPUs, unless the environment says otherwise."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        return 1  # this process is one of several already
-    settings = ProcessSettings()
-    if settings.parallel == "none":
-        return 1
-    import torch
+def _processes() -> int | None:
+    """Return how many processes to start on this machine: as many as it has GPUs, unless the environment says otherwise.
 
-    return settings.processes or max(1, torch.cuda.device_count())
+    None if this one does the work itself: it is alone, or one of several already.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return None
+    settings = ProcessSettings()
+    count = settings.processes or 1
+    if settings.parallel == "none":
+        count = 1
+    elif settings.processes is None:
+        import torch
+
+        count = max(1, torch.cuda.device_count())
+    return count if count > 1 or NodeSettings().nnodes > 1 else None
 
 
 def _work_in_one_of_several(

@@ -274,7 +274,7 @@ class _Loop:
         """Keep the trained weights, the optimizer's state and the callback's as the checkpoint of `step`.
 
         Every process writes its own shards, as safetensors: the default writer of torch.distributed.checkpoint stores the metadata
-        as a pickle, which is never loaded here. The processes of one machine share the folder.
+        as a pickle, which is never loaded here. The processes of one machine share the folder; the shards of other machines are brought to it.
         """
         tensors, groups = self._state()
         with ranks.shared_folder() as folder:
@@ -284,6 +284,7 @@ class _Loop:
                     storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
                     no_dist=ranks.count() == 1,
                 )
+            ranks.gather_files(folder)
             if ranks.first():
                 if self.callback:
                     save_file(self.callback.state(), folder / "callback.safetensors")
@@ -299,6 +300,7 @@ class _Loop:
             step, held = ranks.told(self._fetch(checkpoints, folder) if ranks.first() else (None, {}))
             if step is None:
                 return 0
+            ranks.spread_files(folder)
             tensors, _ = self._state()
             with _quiet():
                 dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=ranks.count() == 1)

@@ -1,8 +1,9 @@
-"""The processes that share a training on one machine, one for each device.
+"""The processes that share a training, one for each device of a machine, or of several machines.
 
 Every process computes a part of each batch, and the gradients are averaged, so that the weights after a step are those of one process, to
 rounding. Each holds the whole model (DDP) or a part of it (FSDP2). The first process alone writes. torch's elastic launcher starts the
-processes, and ends all of them when one fails. A process that was started alone is the first of one: every function here holds for it too.
+processes of a machine, and ends all of them when one fails; the launchers of several machines meet as the variables PET_* say, which a
+TrainJob sets in each of its nodes. A process that was started alone is the first of one: every function here holds for it too.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from components.lib.errors import Refusal, Unavailable
-from components.lib.settings import ProcessSettings
+from components.lib.errors import refusal_from
+from components.lib.settings import NodeSettings, ProcessSettings
 from components.lib.transformer.device import best_device
 from components.lib.transformer.gates import blocks
 
@@ -40,11 +41,18 @@ Value = TypeVar("Value")
 PATIENCE = timedelta(hours=12)
 """How long a process waits for the others: the first one uploads checkpoints meanwhile. The launcher notices one that ended at once."""
 
+MEETING = timedelta(hours=1)
+"""How long a machine waits for the first one: images are pulled meanwhile."""
+
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 """The network interface that other machines do not reach."""
 
 HELD_BACK = 1.5
 """Seconds that an error waits: the end of one process breaks the connections of the others, and the launcher must see the first one first."""
+
+
+PIECE = 2**26
+"""Bytes of a file that are sent from machine to machine at once."""
 
 
 class ProcessFailed(Exception):
@@ -54,43 +62,68 @@ class ProcessFailed(Exception):
 def launch(processes: int, work: Callable[..., None], *arguments: Any) -> None:
     """Run `work(*arguments)` in several processes of this machine, joined to one group, and return when all have ended.
 
+    If PET_NNODES is more than 1, each of so many machines must call this, and the processes of all of them are one group.
+
     Args:
-        processes: how many.
+        processes: how many on each machine.
         work: a function of a module; both it and the arguments are pickled for the new processes.
         arguments: its arguments.
 
     Raises:
-        Refusal: a process raised it.
-        ProcessFailed: a process ended otherwise; the message names the process and its error.
+        Refusal: a process of this machine raised it.
+        ProcessFailed: a process of this machine ended otherwise; the message names the process and its error.
     """
+    nodes = NodeSettings()
     with tempfile.TemporaryDirectory() as logs:
+        meeting = _across(nodes) if nodes.nnodes > 1 else _within(Path(logs))
         config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
+            min_nodes=nodes.nnodes,
+            max_nodes=nodes.nnodes,
             nproc_per_node=processes,
-            run_id=uuid.uuid4().hex,
-            # Processes of one machine find each other by files: the store that torch starts otherwise listens on every address.
-            rdzv_backend="c10d",
-            rdzv_configs={"store_type": "file"},
-            rdzv_endpoint=str(Path(logs) / "launcher"),
-            local_addr="localhost",
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=logs),
+            **meeting,
         )
-        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # nor does the launcher start one
+        store = "env://" if nodes.nnodes > 1 else f"file://{Path(logs) / 'processes'}"
         try:
-            elastic_launch(config, _joined)(str(Path(logs) / "processes"), work, *arguments)
+            elastic_launch(config, _joined)(store, work, *arguments)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
-            raise _said(rank, failure, processes) from None
+            raise _said(rank, failure, processes * nodes.nnodes) from None
+
+
+def _within(logs: Path) -> dict[str, Any]:
+    """Return the launcher's settings for one machine.
+
+    Its processes find each other by files: the stores that torch starts otherwise listen on every address.
+    """
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    return {
+        "run_id": uuid.uuid4().hex,
+        "rdzv_backend": "c10d",
+        "rdzv_configs": {"store_type": "file"},
+        "rdzv_endpoint": str(logs / "launcher"),
+        "local_addr": "localhost",
+    }
+
+
+def _across(nodes: NodeSettings) -> dict[str, Any]:
+    """Return the launcher's settings for one of several machines, which meet at a port of the first one."""
+    return {
+        "run_id": "espalier",
+        "rdzv_backend": "static",
+        "rdzv_configs": {"rank": nodes.node_rank, "timeout": MEETING.total_seconds()},
+        "rdzv_endpoint": f"{nodes.master_addr}:{nodes.master_port}",
+    }
 
 
 def _joined(store: str, work: Callable[..., None], *arguments: Any) -> None:
-    """Run the work in one of the new processes, which meet in a file."""
+    """Run the work in one of the new processes, which meet at the URL `store`."""
     try:
-        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ.setdefault(name, LOOPBACK)
-        join(f"file://{store}")
+        if store.startswith("file:"):
+            for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+                os.environ.setdefault(name, LOOPBACK)
+        join(store)
         work(*arguments)
         wait()
     except BaseException:
@@ -103,9 +136,8 @@ def _said(rank: int, failure: ProcessFailure, processes: int) -> Exception:
     """Return the error of the process that failed first as one of this process."""
     # The launcher reads the error from a file that the process wrote; one that was killed wrote none.
     message = failure.message["message"] if isinstance(failure.message, dict) else failure.message
-    for kind in (Unavailable, Refusal):
-        if message.startswith(f"{kind.__name__}: "):
-            return kind(message.removeprefix(f"{kind.__name__}: "))
+    if refusal := refusal_from(message):
+        return refusal
     if failure.exitcode < 0:
         ended = f"was killed by {failure.signal_name()}, as a process that takes too much memory is"
     else:
@@ -147,6 +179,16 @@ def first() -> bool:
     return index() == 0
 
 
+def first_here() -> bool:
+    """Return True in one process of each machine: the one that writes files which the others of the machine read."""
+    return count() == 1 or _local("RANK") == 0
+
+
+def _local(name: str) -> int:
+    """Return the number of this process on its machine (RANK), or how many it has (WORLD_SIZE): the launcher names both."""
+    return int(os.environ[f"LOCAL_{name}"])
+
+
 def wait() -> None:
     """Wait for every process to come here."""
     if count() > 1:
@@ -168,11 +210,7 @@ def summed(tensor: Tensor) -> Tensor:
 
 def least(value: int) -> int:
     """Return the smallest of the processes' values, the same in each of them."""
-    if count() == 1:
-        return value
-    values: list[int] = [0] * count()
-    distributed.all_gather_object(values, value)
-    return min(values)
+    return min(_told_all(value)) if count() > 1 else value
 
 
 def told(value: Value) -> Value:
@@ -186,14 +224,59 @@ def told(value: Value) -> Value:
 
 @contextmanager
 def shared_folder(within: Path | None = None) -> Iterator[Path]:
-    """Yield the same empty folder in every process, and remove it when all have left the block."""
-    folder = Path(told(tempfile.mkdtemp(prefix="espalier-", dir=within) if first() else ""))
+    """Yield the same empty folder in every process of a machine, and remove it when all processes have left the block."""
+    made = tempfile.mkdtemp(prefix="espalier-", dir=within) if first_here() else ""
+    folder = Path(made if count() == 1 else _told_all(made)[index() - _local("RANK")])
     try:
         yield folder
         wait()
     finally:
-        if first():
+        if first_here():
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def gather_files(folder: Path) -> None:
+    """Copy the files of the other machines' shared folders into the first machine's, in all processes at once."""
+    _carry(folder, to_first=True)
+
+
+def spread_files(folder: Path) -> None:
+    """Copy the files of the first machine's shared folder into the other machines', in all processes at once."""
+    _carry(folder, to_first=False)
+
+
+def _carry(folder: Path, to_first: bool) -> None:
+    if count() == 1 or count() == _local("WORLD_SIZE"):
+        return
+    files = [(path.name, path.stat().st_size) for path in sorted(folder.iterdir())] if first_here() else None
+    held = {rank: files for rank, files in enumerate(_told_all(files)) if files is not None}
+    for rank in held:
+        if rank:
+            source, target = (rank, 0) if to_first else (0, rank)
+            for name, size in held[source]:
+                _send(folder / name, size, source, target)
+    wait()
+
+
+def _send(path: Path, size: int, source: int, target: int) -> None:
+    """Copy a file of `size` bytes from one process's machine to that of another, by way of the processor's memory."""
+    if index() == source:
+        with path.open("rb") as file:
+            while piece := file.read(PIECE):
+                distributed.send(torch.frombuffer(bytearray(piece), dtype=torch.uint8), target)
+    elif index() == target:
+        with path.open("wb") as file:
+            for start in range(0, size, PIECE):
+                part = torch.empty(min(PIECE, size - start), dtype=torch.uint8)
+                distributed.recv(part, source)
+                file.write(part.numpy().tobytes())
+
+
+def _told_all(value: Value) -> list[Value]:
+    """Return the values of all processes, in their order."""
+    values: list[Any] = [None] * count()
+    distributed.all_gather_object(values, value)
+    return values
 
 
 def replicated(model: nn.Module, device: torch.device) -> nn.Module:

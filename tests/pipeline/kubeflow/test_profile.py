@@ -116,3 +116,19 @@ def test_this_machine_uses_the_profiles_bucket_and_its_own_way_to_it() -> None:
     own = {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9000", "ESPALIER_BUCKET": "another"}
     assert variables(profile, own) == {"ESPALIER_BUCKET": "espalier", "AWS_DEFAULT_REGION": "us-east-1"}
     assert variables(profile, {})["AWS_ENDPOINT_URL_S3"] == profile.environment["AWS_ENDPOINT_URL_S3"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (
+            {"stages": {"evaluate": {"nodes": 2}}},
+            "evaluate.nodes is 2, and only control, lora_rft, regularize use several",
+        ),
+        ({"defaults": {"nodes": 2}}, "nodes is 2, and not every stage uses several"),
+        ({"trainer": {"runtme": "torch"}}, "'trainer.runtme' is not known: did you mean 'runtime'"),
+    ],
+)
+def test_several_nodes_are_for_the_stages_that_train(fields: dict[str, object], said: str, tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match=said):
+        load(tmp_path, **fields)

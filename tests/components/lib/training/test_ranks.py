@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
-from collections.abc import Iterator, Mapping
+import socket
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -167,6 +169,63 @@ def fail() -> None:
 def test_an_error_names_its_process() -> None:
     with pytest.raises(ranks.ProcessFailed, match=r"^process 2 of 2 failed with KeyError: 'absent': a new run goes on"):
         ranks.launch(2, fail)
+
+
+def machine(number: int, port: int, folder: Path, processes: int, work: Callable[..., None], *arguments: Any) -> None:
+    """Be one of two machines, which share no folder for temporary files, and leave the error in `folder`."""
+    folder.mkdir()
+    os.environ |= {
+        "PET_NNODES": "2",
+        "PET_NODE_RANK": str(number),
+        "PET_MASTER_ADDR": "localhost",
+        "PET_MASTER_PORT": str(port),
+        "TMPDIR": str(folder),
+        "GLOO_SOCKET_IFNAME": ranks.LOOPBACK,
+    }
+    try:
+        ranks.launch(processes, work, *arguments)
+    except ranks.ProcessFailed as error:
+        (folder / "error.txt").write_text(str(error))
+
+
+def on_two_machines(folder: Path, processes: int, work: Callable[..., None], *arguments: Any) -> list[str]:
+    """Launch the work on two machines as a TrainJob does, and return the error of each; empty if it has none."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    folders = [folder / f"machine-{number}" for number in range(2)]
+    context = multiprocessing.get_context("spawn")
+    machines = [
+        context.Process(target=machine, args=(number, port, own, processes, work, *arguments))
+        for number, own in enumerate(folders)
+    ]
+    for one in machines:
+        one.start()
+    for one in machines:
+        one.join()
+    assert [one.exitcode for one in machines] == [0, 0]
+    left = [own / "error.txt" for own in folders]
+    return [file.read_text() if file.exists() else "" for file in left]
+
+
+@pytest.mark.timeout(900)
+def test_the_processes_of_two_machines_are_one_group_and_its_shards_come_to_one_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ESPALIER_PARALLEL", "fsdp")
+    alone, shared, first, second = (tmp_path / name for name in ("alone", "shared", "first", "second"))
+    for folder in (alone, shared, first, second):
+        folder.mkdir()
+    errors = on_two_machines(first, 1, trained, shared, 3)  # of each, the second is killed at the third step
+    assert errors[1].startswith("process 2 of 2 was killed by SIGKILL")
+    assert errors[0].startswith("process 1 of 2 failed with")
+    assert len(list((shared / "kept").glob("*.safetensors"))) == 3  # a shard of each, and the callback's state
+    assert on_two_machines(second, 2, trained, shared) == ["", ""]
+    trained(alone)
+    one, four = (load_file(folder / "trained-0.safetensors") for folder in (alone, shared))
+    torch.testing.assert_close(four.pop("curve.loss"), one.pop("curve.loss")[2:], rtol=1e-4, atol=1e-5)
+    for name in (name for name in one if not name.startswith("curve")):
+        torch.testing.assert_close(four[name], one[name], rtol=1e-4, atol=1e-5)
 
 
 def look(folder: Path) -> None:
