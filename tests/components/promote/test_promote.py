@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -288,6 +292,45 @@ class TestTheRegistryGoesAwayInTheMiddle:
         else:
             promote(shelf.name, "2")  # the champion already: it completes what was begun
         assert shelf.aliases() == {"champion": "2", "previous": "1"}
+
+
+def killed(name: str, after: int) -> None:
+    """Promote the challenger, and kill this process with SIGKILL behind the write with this number."""
+    written = 0
+    for write in WRITES:
+        real = getattr(MlflowClient, write)
+
+        def then_die(client: MlflowClient, *given: object, real: Callable = real) -> None:
+            nonlocal written
+            real(client, *given)
+            written += 1
+            if written == after:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        setattr(MlflowClient, write, then_die)
+    module.LEASE, module.SETTLE = SHORT, 0.05
+    promote(name)
+
+
+SHORT = timedelta(seconds=2)
+"""The lease of the promotion that is killed: the next one waits for its end."""
+
+
+class TestAPromotionIsKilled:
+    @pytest.mark.parametrize("after", [1, 2, 3, 7])
+    def test_and_the_next_ends_whole(self, after: int, shelf: Shelf) -> None:
+        promote(shelf.name, shelf.add().version)
+        shelf.add(challenger=True)
+        process = multiprocessing.get_context("spawn").Process(target=killed, args=(shelf.name, after))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert shelf.aliases()["champion"] == ("1" if after < 3 else "2")
+        time.sleep(SHORT.total_seconds())  # until then the claim of the dead one holds
+        assert promote(shelf.name).champion.version == "2"
+        assert shelf.aliases() == {"champion": "2", "previous": "1"}
+        assert [one.target for one in trail.trail(shelf.name) if one.state == "done"] == ["1", "2"]
+        assert not [one for one in trail.trail(shelf.name) if one.state == "begun"]
 
 
 class TestTwoPromotionsAtOnce:
