@@ -43,8 +43,8 @@ class Seam(LayerMethod):
     )
     fit_tokens: Count = Field(default=4096, description="Calibration tokens that the runs are fitted on.")
     measure_tokens: Count = Field(
-        default=1024,
-        description="Other calibration tokens that the divergence is measured on; in half of them, some are replaced at random.",
+        default=2048,
+        description="Other calibration tokens that the divergence is measured on; in a quarter of them, some are replaced at random.",
     )
 
     batch_size: BatchSize = 8

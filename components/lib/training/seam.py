@@ -8,7 +8,7 @@
        KL(p_dense ‖ p_run)   in nats a token.
 
    The layers below the run are never computed again. The error of the stream itself misleads: it does not tell which directions count.
-   In half of these windows a part of the tokens is replaced by others (`corrupted`): sets of runs that one text cannot tell apart may
+   In a quarter of these windows a part of the tokens is replaced by others (`corrupted`): sets of runs that one text cannot tell apart may
    differ greatly on another, and the divergence on tokens that come unexpectedly tells which of them holds there.
 3. The sets of runs with the least sum of costs are found by dynamic programming, a layer that stays between any two runs. Many of them
    are the first one with a layer or two exchanged, so the shortlist takes only sets that differ enough from those before them.
@@ -264,7 +264,7 @@ def choose_runs(
     longest: int = 8,
     shortlist: int = 6,
     fit_tokens: int = 4096,
-    measure_tokens: int = 1024,
+    measure_tokens: int = 2048,
     batch_size: int = BATCH,
 ) -> tuple[tuple[int, ...], list[Run]]:
     """Return the `count` layers to remove, ascending, and the costs of all runs that were compared.
@@ -278,7 +278,7 @@ def choose_runs(
         longest: the longest run that is compared; longer ones if no set of such runs has `count` layers.
         shortlist: how many sets of runs are measured whole, fewer if no more are apart; 0 takes the set of least summed cost.
         fit_tokens: how many tokens the runs are fitted on, from the first windows.
-        measure_tokens: how many the divergence is measured on, from the last windows, at most a quarter of all; half of them corrupted.
+        measure_tokens: how many the divergence is measured on, from the last windows, at most a quarter of all; a quarter of them corrupted.
         batch_size: windows a forward pass.
 
     Raises:
@@ -311,15 +311,16 @@ def choose_runs(
 
 
 def _parted(windows: Tensor, fit_tokens: int, measure_tokens: int) -> tuple[Tensor, Tensor]:
-    """Return the windows to fit on and others to measure on, half of these corrupted.
+    """Return the windows to fit on and others to measure on, a quarter of these corrupted.
 
     One window serves for all if there is no other. There are two to measure on at least.
     """
     count, length = windows.shape
     probed = min(max(1, measure_tokens // length), max(1, count // 4))
     fitted = min(max(1, fit_tokens // length), max(1, count - probed))
-    first, second = windows[-probed:][: -(-probed // 2)], windows[-probed:][probed // 2 :]
-    return windows[:fitted], torch.cat([first, corrupted(second, windows)])
+    measured, spoilt = windows[-probed:], max(1, probed // 4)
+    plain = measured[:-spoilt] if probed > 1 else measured
+    return windows[:fitted], torch.cat([plain, corrupted(measured[-spoilt:], windows)])
 
 
 def corrupted(windows: Tensor, known: Tensor) -> Tensor:
