@@ -1,4 +1,4 @@
-"""Whether every stage can be imported here, and the code is the one that the image is labelled with.
+"""Whether every stage and every verb can be imported here, and the code is the one that the image is labelled with.
 
 The image's build runs it, and its health check.
 """
@@ -9,15 +9,21 @@ import importlib
 import os
 import pkgutil
 import sys
+from collections.abc import Iterable
+from types import ModuleType
 
 import components
+import pipeline
 from components.lib.stage.code import code_of_everything
 
 
 def modules() -> list[str]:
-    """What runs inside the container: everything but the Kubeflow faces, which are needed where a pipeline is compiled."""
-    found = (module.name for module in pkgutil.walk_packages(components.__path__, "components."))
-    return [name for name in found if name != "components.lib.stage.face" and not name.endswith(".component")]
+    """Return the stages, and the command line with what compiles a pipeline: `espalier schedule` and `espalier deploy` run here too."""
+    return [module.name for package in (components, pipeline) for module in _inside(package)]
+
+
+def _inside(package: ModuleType) -> Iterable[pkgutil.ModuleInfo]:
+    return pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
 
 
 def main() -> int:
