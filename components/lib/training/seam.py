@@ -330,8 +330,11 @@ def corrupted(windows: Tensor, known: Tensor) -> Tensor:
     tokenizer never makes are not.
     """
     draw = torch.Generator().manual_seed(0)
-    distinct = known.unique()
-    others = distinct[torch.randint(len(distinct), windows.shape, generator=draw)]
+    tokens = known.flatten().sort().values
+    # The number of each token among the different ones; unlike `unique`, its shape does not depend on the values.
+    numbers = (tokens.diff(prepend=tokens[:1]) != 0).cumsum(0)
+    drawn = (torch.rand(windows.shape, generator=draw) * (numbers[-1] + 1)).long()
+    others = tokens[torch.searchsorted(numbers, drawn)]
     replaced = torch.rand(windows.shape, generator=draw) < CORRUPTED
     replaced[:, 0] = False
     return torch.where(replaced, others, windows)
