@@ -132,7 +132,7 @@ def test_the_text_model_loses_channels_that_the_projector_does_not_write(wrapped
     "wrapped", [one for one in WRAPPED if row_of(one.model_type, None).experts], ids=str, indirect=True
 )
 def test_the_text_model_loses_experts(wrapped: Wrapped, tmp_path: Path) -> None:
-    """Bit for bit, for an image too."""
+    """For an image too. To rounding: a processor may sum the product of a router with fewer rows in another order."""
     source = released(wrapped, tmp_path / "release")
     model, checkpoint = load_model(source), PrunableCheckpoint.open(source)
     check_channels(checkpoint, {"experts": 0.5}, None)
@@ -143,7 +143,8 @@ def test_the_text_model_loses_experts(wrapped: Wrapped, tmp_path: Path) -> None:
     assert (plain - expected).abs().max() > 0.01
     cut_checkpoint(source, tmp_path / "cut", channels=channels)
     verify_cut(source, tmp_path / "cut", channels=channels)
-    assert torch.equal(seen(load_model(tmp_path / "cut"), wrapped), expected)
+    found = seen(load_model(tmp_path / "cut"), wrapped)
+    assert (found - expected).abs().max() < 1e-6 * expected.abs().max()
 
 
 def test_layers_behind_which_the_image_is_added_stay(tmp_path: Path) -> None:
