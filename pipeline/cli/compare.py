@@ -12,7 +12,7 @@ from rich.table import Table
 
 from components.lib.errors import Refusal
 from components.register.format import ABSENT, times
-from pipeline.cli.options import ERROR, HOME, PASS, Cluster, Home, Image, Mutable, Place, console, runner_on
+from pipeline.cli.options import ERROR, HOME, PASS, Cluster, Home, Image, Mutable, Place, Release, console, runner_on
 
 if TYPE_CHECKING:
     from pipeline.compare.comparison import Comparison, Row
@@ -22,12 +22,7 @@ T = TypeVar("T")
 
 def compare(
     recipes: Annotated[list[str], typer.Argument(help="Recipes' files, or shipped recipes' names such as trsp.")],
-    model: Annotated[
-        str,
-        typer.Option(
-            help="A folder, a GGUF file, an s3:// prefix, a Hub id with an optional @revision, or models:/name@alias."
-        ),
-    ],
+    model: Release,
     ratios: Annotated[
         str, typer.Option(help="The ratio of every method, such as 0.1,0.25,0.5; each recipe's own when absent.")
     ] = "",

@@ -26,6 +26,7 @@ from pipeline.cli.options import (
     Image,
     Mutable,
     Place,
+    Release,
     console,
     runner_on,
     write_or_print,
@@ -77,12 +78,7 @@ app.command()(gc)
 @app.command()
 def run(
     recipe: Annotated[str, typer.Argument(help="A recipe's file, or a shipped recipe's name such as trsp.")],
-    model: Annotated[
-        str,
-        typer.Option(
-            help="A folder, a GGUF file, an s3:// prefix, a Hub id with an optional @revision, or models:/name@alias."
-        ),
-    ],
+    model: Release,
     name: Annotated[str, typer.Option(help="The registered model's name.")],
     set_: Annotated[
         list[str] | None,

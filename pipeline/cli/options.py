@@ -22,6 +22,12 @@ HOME = Path(".espalier")
 
 console = Console()
 
+Release = Annotated[
+    str,
+    typer.Option(
+        help="A folder, a GGUF file, an s3:// prefix, a Hub id with an optional @revision, or models:/name@alias."
+    ),
+]
 Place = Annotated[
     Literal["local", "docker", "kubeflow"],
     typer.Option(help="Where the stages run: processes here, containers here, or a cluster."),

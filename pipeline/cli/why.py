@@ -8,17 +8,12 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.cli.options import HOME, Home, connected, console
+from pipeline.cli.options import HOME, Home, Release, connected, console
 
 
 def why(
     recipe: Annotated[str, typer.Argument(help="A recipe's file, or a shipped recipe's name such as trsp.")],
-    model: Annotated[
-        str,
-        typer.Option(
-            help="A folder, a GGUF file, an s3:// prefix, a Hub id with an optional @revision, or models:/name@alias."
-        ),
-    ],
+    model: Release,
     name: Annotated[str, typer.Option(help="The registered model's name.")],
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another value for a field of the recipe.")

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, TypeVar
 from components.lib.errors import Refusal, Unavailable
 from components.lib.recipe.schema import Text
 from components.lib.store.store import Store
-from components.lib.transformer.checkpoint import Checkpoint, checked
+from components.lib.transformer.checkpoint import LICENCES, Checkpoint, checked
 from components.lib.transformer.families import full_precision
 
 if TYPE_CHECKING:
     from components.lib.tracking.registry import Version
 
-_CARD = ("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
+_CARD = ("README.md", *LICENCES)
 
 CHECKPOINT_FILES = (
     "*.safetensors",

@@ -98,13 +98,9 @@ class Claims:
         if late or not self._is_first(name, key, run):
             self.drop(name, key, run)
             return None
-        self.renew(name, key, run)
+        self._write(name, key, run, Claim(state="working", until=self._store.clock() + self.lease))
         leave_item(run, item or key, self._store)
         return run
-
-    def renew(self, name: str, key: str, run: str) -> None:
-        """Record that the run is at work, for one more lease."""
-        self._write(name, key, run, Claim(state="working", until=self._store.clock() + self.lease))
 
     def keep(self, name: str, key: str, run: str) -> bool:
         """Renew the claim of a run that works. Return False if it is no longer this run's.

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+"""The files with the terms of a release, which every copy of it carries."""
 
 # Constants that old releases stored beside the parameters (causal masks, rotary frequencies). transformers ignores them.
 _CONSTANTS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")

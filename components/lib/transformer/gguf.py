@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.lib.errors import Refusal
-from components.lib.transformer.checkpoint import INDEX, WEIGHTS, PrunableCheckpoint, Stored
+from components.lib.transformer.checkpoint import INDEX, LICENCES, WEIGHTS, PrunableCheckpoint, Stored
 from components.lib.transformer.families import family_of
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def gguf_of(release: Path) -> Path | None:
 
 @dataclass(frozen=True)
 class Promise:
-    """What a GGUF file holds, before a weight is read."""
+    """The contents of a GGUF file, before a weight is read."""
 
     checkpoint: PrunableCheckpoint
     """The checkpoint that `unpack` writes: its config, and the names and shapes of its tensors, which cannot be read."""
@@ -188,7 +188,7 @@ def unpack(release: Path, out: Path) -> None:
     model.save_pretrained(out, max_shard_size="5GB")
     tokenizer.save_pretrained(out)
     if release.is_dir():
-        for pattern in ("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"):
+        for pattern in ("README.md", *LICENCES):
             for path in release.glob(pattern):
                 shutil.copyfile(path, out / path.name)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.lib.errors import Refusal
 from components.lib.transformer.channels import cut_widths, kept_rows, layout_of
-from components.lib.transformer.checkpoint import INDEX, WEIGHTS, PrunableCheckpoint, Stored, resolved_text
+from components.lib.transformer.checkpoint import INDEX, LICENCES, WEIGHTS, PrunableCheckpoint, Stored, resolved_text
 from components.lib.transformer.experts import experts_of, kept_experts, without_expert
 from components.lib.transformer.families import FAMILIES, Config, Family, cut_config, family_of, kept_layers
 from components.lib.transformer.layout import text_part, with_text
@@ -44,9 +44,7 @@ _COMPANIONS = (
     "*processor_config.json",
     "additional_chat_templates",
     "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
+    *LICENCES,
 )
 
 
