@@ -83,13 +83,13 @@ def measure(step: str, source: Path, out: Path) -> dict[str, float]:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     torch.set_num_threads(1)
-    before = _peak()
+    before = peak()
     start = time.perf_counter()
     STEPS[step](source, out)
-    return {"seconds": time.perf_counter() - start, "bytes": _peak() - before}
+    return {"seconds": time.perf_counter() - start, "bytes": peak() - before}
 
 
-def _peak() -> int:
+def peak() -> int:
     """The most memory this process has had resident, in bytes (Linux).
 
     Not ru_maxrss: a process inherits that from the one that started it.

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.memory import _peak
+from benchmarks.memory import peak
 from components.lib.recipe.loading import parse_recipe
 from components.lib.recipe.schema import Recipe
 from components.lib.recipe.training import Regularize
@@ -149,9 +149,9 @@ def measure(case: str, kind: str) -> int:
     if kind == "resident":
         with counted("cpu") as memory:  # loads every library
             work(config, settings, memory)
-        before = _peak()
+        before = peak()
         work(config, settings, Memory())
-        return _peak() - before
+        return peak() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         work(config, settings, Memory())
     events = [one for one in recorded.profiler.kineto_results.events() if one.name() == "[memory]"]

@@ -21,7 +21,14 @@ def work(inputs: Inputs, recipe: Recipe, job: Job) -> None:
     """Draw the windows."""
     from components.calibrate.windows import calibrate
 
-    calibrate(inputs.release, inputs.text, calibration=recipe.calibration, out=job.out, journal=job.journal)
+    calibrate(
+        inputs.release,
+        inputs.text,
+        calibration=recipe.calibration,
+        out=job.out,
+        journal=job.journal,
+        send=job.send,
+    )
 
 
 def _with_text(given: References, recipe: Recipe) -> References:

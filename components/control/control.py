@@ -9,6 +9,7 @@ from components.lib.training import ranks
 from components.lib.training import regularize as training
 from components.lib.training.journal import Journal, SeveralCheckpoints
 from components.lib.training.recover import recover as fine_tune
+from components.lib.training.windows import Fetch, training_windows
 from components.lib.transformer.checkpoint import load_model
 from components.lib.transformer.export import save_model
 from components.lib.transformer.selection import NOTHING, Selection
@@ -27,6 +28,7 @@ def control(
     out: Path,
     journal: Journal,
     checkpoints: SeveralCheckpoints,
+    fetch: Fetch | None = None,
 ) -> None:
     """Leave the control in `out/model`: the candidate's tokens, steps and trainable parameters, nothing regularised or transferred.
 
@@ -40,8 +42,10 @@ def control(
         out: the folder to fill.
         journal: takes the losses.
         checkpoints: stores the checkpoints of both trainings.
+        fetch: gives a file of the calibration windows that is not in their folder; None if all are.
     """
-    data, start, chosen = load_windows(windows), release / "model", NOTHING
+    drawn, start, chosen = load_windows(windows), release / "model", NOTHING
+    training_data = training_windows(windows, drawn, fetch)
     pruned_first = kind == "pruned-first"
     with ranks.shared_folder(out.parent) as scratch:
         if pruned_first:
@@ -54,7 +58,7 @@ def control(
         model = training.regularize(
             model,
             teacher,
-            data,
+            training_data,
             chosen,
             regularize,
             already_cut=pruned_first,
@@ -62,6 +66,13 @@ def control(
             journal=journal,
         )
         if recover.enabled:
-            model = fine_tune(model, data, recover, checkpoints=checkpoints.scoped("recover"), journal=journal)
+            model = fine_tune(
+                model,
+                drawn,
+                recover,
+                training=training_data,
+                checkpoints=checkpoints.scoped("recover"),
+                journal=journal,
+            )
         if ranks.first():
             save_model(model, start, out / "model")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from components.lib.recipe.schema import Recipe
-from components.lib.stage.declaration import CHECKPOINT, Job, Stage, reads
+from components.lib.stage.declaration import CHECKPOINT, Job, Stage, reads, reads_windows
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Inputs:
     """The dense model, the calibration windows and the selection."""
 
     release: Path = reads(*CHECKPOINT)
-    windows: Path = reads("windows.safetensors")
+    windows: Path = reads_windows()
     selection: Path = reads("selection.json")
 
 
@@ -32,6 +32,7 @@ def work(inputs: Inputs, recipe: Recipe, job: Job) -> None:
         out=job.out,
         journal=job.journal,
         checkpoints=job.checkpoints,
+        fetch=job.fetch("windows"),
     )
 
 

@@ -8,6 +8,7 @@ from components.lib.recipe.training import Recover
 from components.lib.training import ranks
 from components.lib.training.journal import Checkpoints, Journal
 from components.lib.training.recover import recover as fine_tune
+from components.lib.training.windows import Fetch, training_windows
 from components.lib.transformer.checkpoint import load_model
 from components.lib.transformer.device import best_device
 from components.lib.transformer.export import answers, save_model, verify_export
@@ -15,7 +16,14 @@ from components.lib.transformer.text import load_windows
 
 
 def lora_rft(
-    model: Path, windows: Path, *, recover: Recover, out: Path, journal: Journal, checkpoints: Checkpoints
+    model: Path,
+    windows: Path,
+    *,
+    recover: Recover,
+    out: Path,
+    journal: Journal,
+    checkpoints: Checkpoints,
+    fetch: Fetch | None = None,
 ) -> None:
     """Leave the fine-tuned model with the pruned model's card in `out/model`, and `verification.json`.
 
@@ -29,14 +37,17 @@ def lora_rft(
         out: the folder to fill.
         journal: takes the losses.
         checkpoints: stores the training's checkpoints.
+        fetch: gives a file of the calibration windows that is not in their folder; None if all are.
 
     Raises:
         VerificationError: the exported checkpoint gives other outputs than the trained model.
     """
+    drawn = load_windows(windows)
     tuned = fine_tune(
         load_model(model / "model"),
-        load_windows(windows),
+        drawn,
         recover,
+        training=training_windows(windows, drawn, fetch),
         checkpoints=checkpoints,
         journal=journal,
         adapter=out / "adapter" if recover.keep_adapter else None,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from components.lib.recipe.schema import Recipe
-from components.lib.stage.declaration import Job, Stage, reads
+from components.lib.stage.declaration import Job, Stage, reads, reads_windows
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Inputs:
     """The pruned model and the calibration windows."""
 
     model: Path = reads("model/*")
-    windows: Path = reads("windows.safetensors")
+    windows: Path = reads_windows()
 
 
 def work(inputs: Inputs, recipe: Recipe, job: Job) -> None:
@@ -28,6 +28,7 @@ def work(inputs: Inputs, recipe: Recipe, job: Job) -> None:
         out=job.out,
         journal=job.journal,
         checkpoints=job.checkpoints,
+        fetch=job.fetch("windows"),
     )
 
 

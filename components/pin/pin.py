@@ -9,8 +9,9 @@ from pathlib import Path
 
 from components.lib.checks import check_finite, check_release
 from components.lib.errors import Refusal
-from components.lib.recipe.schema import Recipe, Text
+from components.lib.recipe.schema import Corpus, Recipe, Text
 from components.lib.sources.resolve import Resolved, checkpoint_files, resolve_release, resolve_text
+from components.lib.sources.shards import SHARDS, list_shards
 from components.lib.store.artifacts import Manifest, describe
 from components.lib.store.store import Reference, Store
 from components.lib.transformer.checkpoint import PrunableCheckpoint
@@ -109,13 +110,16 @@ def _origin(folder: Path) -> dict[str, str]:
 
 
 def pin_text(text: Text, store: Store) -> Reference:
-    """Put a text into the store as an artifact of one file, `text` with its suffix.
+    """Put a text into the store as an artifact of one file, `text` with its suffix; of a streamed one the list of its files.
 
     Raises:
         Refusal: it cannot be found, or its kind is not known.
     """
     if text.path and "@sha256:" in text.path:
         return Reference.parse(text.path)
+    if isinstance(text, Corpus) and text.stream:
+        with _listed(text, store) as listing:
+            return store.put_content(listing, "texts", {"source": text.hub or text.path})
     if text.path and not text.path.startswith("s3://"):
         file = check_text(text.path)
         with _linked({f"text{file.suffix}": file}) as artifact:
@@ -145,6 +149,14 @@ def pin_files(recipe: Recipe, store: Store, wanted: Callable[[str | None], bool]
     return recipe.with_texts(texts).with_tasks(tasks)
 
 
+@contextmanager
+def _listed(text: Corpus, store: Store) -> Iterator[Path]:
+    """Yield a folder with the list of a streamed text's files."""
+    with tempfile.TemporaryDirectory(prefix="espalier-pin-") as scratch:
+        (Path(scratch) / SHARDS).write_text(list_shards(text, store).model_dump_json(indent=1))
+        yield Path(scratch)
+
+
 def find_release(release: str, recipe: Recipe, store: Store) -> Reference | None:
     """Return the reference that pinning the release would give, if its snapshot is in the store; nothing is fetched or stored.
 
@@ -168,6 +180,9 @@ def find_text(text: Text, store: Store) -> Reference | None:
     """Return the reference that pinning the text would give, if it is in the store; nothing is fetched or stored."""
     if text.path and "@sha256:" in text.path:
         return Reference.parse(text.path)
+    if isinstance(text, Corpus) and text.stream:
+        with _listed(text, store) as listing:
+            return store.find(f"texts/{Manifest.of(listing).digest}")
     if text.path and not text.path.startswith("s3://"):
         file = check_text(text.path)
         return store.find(f"texts/{digest_of({f'text{file.suffix}': file})}")
@@ -208,7 +223,9 @@ def _text_files(folder: Path, source: str) -> dict[str, Path]:
     """Return the one file of a fetched text, by its name in the artifact."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     if len(files) != 1:
-        raise Refusal(f"the text {source} holds {len(files)} files: name one of them")
+        raise Refusal(
+            f"the text {source} holds {len(files)} files: name one of them, or set stream to true to calibrate on a folder of parquet files"
+        )
     return {f"text{files[0].suffix}": _of_known_kind(files[0], source)}
 
 

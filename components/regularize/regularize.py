@@ -8,6 +8,7 @@ from components.lib.recipe.training import Regularize
 from components.lib.training import ranks
 from components.lib.training import regularize as training
 from components.lib.training.journal import Checkpoints, Journal
+from components.lib.training.windows import Fetch, training_windows
 from components.lib.transformer.checkpoint import load_model
 from components.lib.transformer.export import save_model
 from components.lib.transformer.selection import Selection
@@ -23,6 +24,7 @@ def regularize(
     out: Path,
     journal: Journal,
     checkpoints: Checkpoints,
+    fetch: Fetch | None = None,
 ) -> None:
     """Transfer in closed form, train, and leave the regularised model, as large as the release, in `out/model`.
 
@@ -34,6 +36,7 @@ def regularize(
         out: the folder to fill.
         journal: takes the loss and its parts.
         checkpoints: stores the training's checkpoints.
+        fetch: gives a file of the calibration windows that is not in their folder; None if all are.
 
     Raises:
         Refusal: the loss is not finite.
@@ -46,7 +49,7 @@ def regularize(
     trained = training.regularize(
         model,
         teacher,
-        data,
+        training_windows(windows, data, fetch),
         chosen,
         regularize,
         checkpoints=checkpoints,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from components.lib.plugins import module_of
 from components.lib.recipe.schema import Recipe
-from components.lib.stage.declaration import CHECKPOINT, Job, Stage, reads
+from components.lib.stage.declaration import CHECKPOINT, Job, Stage, reads, reads_windows
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Inputs:
     """The dense model, the calibration windows and the selection."""
 
     release: Path = reads(*CHECKPOINT)
-    windows: Path = reads("windows.safetensors")
+    windows: Path = reads_windows()
     selection: Path = reads("selection.json")
 
 
@@ -31,6 +31,7 @@ def work(inputs: Inputs, recipe: Recipe, job: Job) -> None:
         out=job.out,
         journal=job.journal,
         checkpoints=job.checkpoints,
+        fetch=job.fetch("windows"),
     )
 
 

@@ -159,14 +159,15 @@ def _trained(tokenizer: PreTrainedTokenizerFast, windows: Tensor, seed: int, jou
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from components.lib.training.loop import Order, computes_in_bf16, learning_rate
+    from components.lib.training.loop import computes_in_bf16, learning_rate
+    from components.lib.training.windows import Order
 
     special = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL.items()}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlamaForCausalLM(LlamaConfig(**SHAPE, **special)).train()
     optimizers = _optimizers(model)
-    order = Order(len(windows), TRAINING.batch_size, seed)
+    order = Order(windows, TRAINING.batch_size, seed)
     bf16 = torch.autocast("cpu", torch.bfloat16, enabled=computes_in_bf16(torch.device("cpu")))
     for step in range(TRAINING.steps):
         with bf16:

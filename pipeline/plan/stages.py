@@ -368,12 +368,14 @@ def _training(
     transferred: Peak = NOTHING_HELD,
 ) -> Need:
     checkpoints = (settings.steps - 1) // settings.checkpoint_every
+    further = min(case.recipe.calibration.training_samples or 0, settings.steps * settings.batch_size)
+    streamed = 4 * further * case.recipe.calibration.length  # never on the disk at once
     return Need(
         task,
         _largest([transferred, *peaks]),
         held,
         scratch=read + case.text + written + (state if checkpoints else 0),
-        moved=read + case.text + written + checkpoints * state,
+        moved=read + case.text + streamed + written + checkpoints * state,
         section=section,
         trained=tuple(peaks),
         transferred=transferred.total,

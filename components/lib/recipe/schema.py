@@ -44,11 +44,34 @@ class Text(Section):
         return self
 
 
+class Corpus(Text):
+    """A text that may be too large to copy."""
+
+    stream: bool = Field(
+        False,
+        description="Read the text where it lies, part by part, instead of copying it into the store: a folder of parquet files on S3 (path: s3://bucket/folder), or a Hub data set kept in parquet files.",
+    )
+
+    @model_validator(mode="after")
+    def _streamed_from_afar(self) -> Corpus:
+        if self.stream and self.path is not None and not self.path.startswith("s3://"):
+            raise ValueError(
+                f"stream is true, and path {self.path!r} is on this machine: name an s3:// folder of parquet files or a Hub data set, or set stream to false"
+            )
+        return self
+
+
 class Calibration(Section):
     """The text on which layers and channels are chosen and models are trained."""
 
-    data: Text = Field(description="The text the windows are drawn from.")
-    samples: Count = Field(128, description="How many windows are drawn.")
+    data: Corpus = Field(description="The text the windows are drawn from.")
+    samples: Count = Field(
+        128, description="How many windows are drawn, on which layers and channels are chosen and transfers are fitted."
+    )
+    training_samples: Count | None = Field(
+        None,
+        description="How many further windows are drawn for the trainings alone, kept in files that are read one after the other. When absent the trainings read the samples.",
+    )
     length: Annotated[int, Field(ge=8)] = Field(2048, description="Tokens in one window.")
     seed: int = Field(0, description="Seed of the draw.")
 

@@ -92,7 +92,7 @@ def release_config(source: str) -> str:
         raise Refusal(
             f"{source} is a GGUF file, whose settings are read when it is fetched: fetch it, and name its path"
         )
-    path = _ask_hub(lambda: hf_hub_download(repository, "config.json", revision=revision or None), source, "release")
+    path = ask_hub(lambda: hf_hub_download(repository, "config.json", revision=revision or None), source, "release")
     return Path(path).read_text()
 
 
@@ -157,23 +157,23 @@ def _hub_model(source: str) -> Resolved:
 
     named, _, revision = source.partition("@")
     repository, file = gguf_on_hub(named) or (named, None)
-    commit = str(_ask_hub(lambda: HfApi().model_info(repository, revision=revision or None).sha, source, "release"))
+    commit = str(ask_hub(lambda: HfApi().model_info(repository, revision=revision or None).sha, source, "release"))
 
     def fetch(folder: Path) -> Path:
         """Download the checkpoint's files."""
         if file:
-            _ask_hub(
+            ask_hub(
                 lambda: snapshot_download(repository, revision=commit, local_dir=folder, allow_patterns=[file, *_CARD]),
                 source,
                 "release",
             )
             return _of_gguf(folder, file)
         # Fetch the configuration first: an unknown family is refused before gigabytes are downloaded.
-        config = _ask_hub(
+        config = ask_hub(
             lambda: hf_hub_download(repository, "config.json", revision=commit, local_dir=folder), source, "release"
         )
         checked(full_precision(json.loads(Path(config).read_text())))
-        _ask_hub(
+        ask_hub(
             lambda: snapshot_download(
                 repository,
                 revision=commit,
@@ -208,16 +208,21 @@ def _of_gguf(folder: Path, file: str) -> Path:
     return folder
 
 
-def _hub_text(name: str, text: Text) -> Resolved:
+def data_set_commit(name: str, revision: str | None) -> str:
+    """Return the commit of a Hub data set's revision, the newest if it is None."""
     from huggingface_hub import HfApi
 
-    commit = str(_ask_hub(lambda: HfApi().dataset_info(name, revision=text.revision).sha, name, "data set"))
+    return str(ask_hub(lambda: HfApi().dataset_info(name, revision=revision).sha, name, "data set"))
+
+
+def _hub_text(name: str, text: Text) -> Resolved:
+    commit = data_set_commit(name, text.revision)
 
     def fetch(folder: Path) -> Path:
         """Download the data set, and keep its column of text."""
         from datasets import load_dataset
 
-        data = _ask_hub(lambda: load_dataset(name, text.config, split=text.split, revision=commit), name, "data set")
+        data = ask_hub(lambda: load_dataset(name, text.config, split=text.split, revision=commit), name, "data set")
         if text.field not in data.column_names:
             raise Refusal(
                 f"the data set {name} has no column {text.field!r}: set field to one of {', '.join(data.column_names)}"
@@ -230,7 +235,7 @@ def _hub_text(name: str, text: Text) -> Resolved:
     return Resolved(source, commit, fetch)
 
 
-def _ask_hub(question: Callable[[], T], name: str, kind: str) -> T:
+def ask_hub(question: Callable[[], T], name: str, kind: str) -> T:
     """Return the Hub's answer; turn its errors into refusals of one sentence."""
     import httpx2
     from huggingface_hub import errors

@@ -21,14 +21,18 @@ from __future__ import annotations
 
 import fnmatch
 import importlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from components.lib.recipe.schema import Recipe
+from components.lib.settings import StoreSettings
 from components.lib.stage.code import ROOT, Code, code_of
-from components.lib.store.artifacts import Manifest
+from components.lib.store.artifacts import Manifest, Reference
 from components.lib.training.journal import Journal, SeveralCheckpoints
 
 WHOLE = ("*",)
@@ -56,14 +60,33 @@ class Declared(Protocol):
 I = TypeVar("I", bound=Declared)
 
 
-def reads(*patterns: str, headers: bool = False) -> Any:
+def reads(*patterns: str, headers: bool = False, later: tuple[str, ...] = ()) -> Any:
     """Declare an input and the files of it that the work reads: no other file is fetched, or changes the key.
 
     Args:
         patterns: names with wildcards; one that begins with ! excludes.
         headers: whether only the headers of safetensors files are read: the tensors are not fetched.
+        later: names with wildcards of files that the work fetches itself, one by one, by `Job.fetch`.
     """
-    return field(metadata={"reads": patterns or WHOLE, "headers": headers}, kw_only=True)
+    return field(metadata={"reads": patterns or WHOLE, "headers": headers, "later": later}, kw_only=True)
+
+
+def reads_windows() -> Any:
+    """Declare the calibration windows as a training reads them: those in files for trainings alone are fetched when it comes to them."""
+    return reads("windows.safetensors", "training.json", later=("training-*.safetensors",))
+
+
+@contextmanager
+def _one_file(reference: Reference, name: str) -> Iterator[Path]:
+    """Fetch one file of an artifact, yield its path, and delete it."""
+    from components.lib.store.store import Store
+
+    with TemporaryDirectory(prefix="espalier-", dir=StoreSettings().scratch) as scratch:
+        yield Store.from_environment().get(reference, Path(scratch) / "fetched", [name]) / name
+
+
+def stays(path: Path) -> None:
+    """Leave a file in its folder, to be stored with the others."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +102,14 @@ class Job:
     """The manifest of each input, with all its files."""
     digests: Mapping[str, Mapping[str, str]]
     """For each input of several artifacts, the digest of the files that are read of each."""
+    references: Mapping[str, Reference] = field(default_factory=dict)
+    """The reference of each input."""
+    send: Callable[[Path], None] = stays
+    """Stores a finished file of `out` at once and deletes it here, for outputs that are larger than the disk."""
+
+    def fetch(self, name: str) -> Callable[[str], AbstractContextManager[Path]]:
+        """Return the function that fetches one file of an input, yields its path, and deletes it."""
+        return partial(_one_file, self.references[name])
 
 
 def _as_given(references: References, recipe: Recipe) -> References:
@@ -145,6 +176,10 @@ class Stage(Generic[I]):
     def reads_of(self, name: str) -> tuple[str, ...]:
         """Return the patterns of the files that are read of an input."""
         return self._field(name)["reads"]
+
+    def later_of(self, name: str) -> tuple[str, ...]:
+        """Return the patterns of the files of an input that the work fetches itself."""
+        return self._field(name)["later"]
 
     def reads_headers_of(self, name: str) -> bool:
         """Return whether only the headers of an input's safetensors files are read."""

@@ -25,9 +25,9 @@ from components.lib.errors import StageFailed
 from components.lib.recipe.loading import parse_recipe
 from components.lib.recipe.schema import Recipe
 from components.lib.settings import NodeSettings, ProcessSettings, StoreSettings, TrainJobSettings
-from components.lib.stage.declaration import I, Job, References, Stage, read_files
+from components.lib.stage.declaration import I, Job, References, Stage, read_files, stays
 from components.lib.stage.events import StageEvents, reported
-from components.lib.store.artifacts import Manifest, Reference
+from components.lib.store.artifacts import File, Manifest, Reference
 from components.lib.store.runs import leave_uses
 from components.lib.store.store import PrefixCheckpoints, Store
 from components.lib.training.journal import NoCheckpoints, Silent
@@ -109,7 +109,7 @@ class Opened(Generic[I]):
     def read(self) -> dict[str, Manifest]:
         """The manifest of the files that are read of each input."""
         return {
-            name: read_files(manifest, self.stage.reads_of(name.partition("/")[0]))
+            name: read_files(manifest, [*self.stage.reads_of(_input(name)), *self.stage.later_of(_input(name))])
             for name, manifest in self.manifests.items()
         }
 
@@ -162,7 +162,9 @@ class Opened(Generic[I]):
             inputs = self._fetch(Path(scratch) / "inputs")
             out = Path(scratch) / "out"
             out.mkdir()
-            alone = Job(out, Silent(), NoCheckpoints(), self.variant, self.manifests, self._several())
+            alone = Job(
+                out, Silent(), NoCheckpoints(), self.variant, self.manifests, self._several(), references=self.flat
+            )
             if self.stage.shared and NodeSettings().node_rank:
                 self._work(inputs, alone, "", checkpoints)
                 return ""
@@ -171,12 +173,16 @@ class Opened(Generic[I]):
             with stage_run(
                 self.run, self.stage.name, self.variant, tags, self.settings, out, report.emit, self._texts()
             ) as journal:
-                job = replace(alone, journal=journal, checkpoints=StageCheckpoints(self.store, checkpoints, out))
+                sent = Sent(self.store, self.prefix, out)
+                job = replace(
+                    alone, journal=journal, checkpoints=StageCheckpoints(self.store, checkpoints, out), send=sent
+                )
                 began = time.perf_counter()
                 self._work(inputs, job, journal.run_id, checkpoints)
                 seconds = time.perf_counter() - began
                 journal.flush()
-                reference = str(self.store.put(out, self.prefix, self._described(seconds, journal.run_id)))
+                described = self._described(seconds, journal.run_id)
+                reference = str(self.store.put(out, self.prefix, described, sent.files))
                 journal.leave(out, reference, seconds)
         if self.stage.resumes:
             self.store.delete(checkpoints)
@@ -216,15 +222,15 @@ class Opened(Generic[I]):
         from components.lib.training.ranks import launch
 
         label = f"{self.stage.name} {self.variant}".strip()
-        alone = replace(job, journal=Silent(), checkpoints=NoCheckpoints())
+        alone = replace(job, journal=Silent(), checkpoints=NoCheckpoints(), send=stays)
         launch(processes, _work_in_one_of_several, self.stage.work, inputs, recipe, alone, label, run_id, prefix)
 
     def _fetch(self, folder: Path) -> I:
         """Fetch the files that are read of each input, and return the inputs as the work takes them."""
         folders: dict[str, Path] = {}
         for name, reference in self.flat.items():
-            names = [file.name for file in self.read[name].files]
-            headers = self.stage.reads_headers_of(name.partition("/")[0])
+            names = [file.name for file in read_files(self.manifests[name], self.stage.reads_of(_input(name))).files]
+            headers = self.stage.reads_headers_of(_input(name))
             get = self.store.get_headers if headers else self.store.get
             folders[name] = get(reference, folder / name, names) if names else _empty(folder / name)
         given: dict[str, Any] = {one.name: None for one in fields(self.stage.inputs)}
@@ -296,6 +302,19 @@ def _work_in_one_of_several(
     journal.flush()
 
 
+class Sent:
+    """Stores files of an output before the work has ended, and remembers them for the manifest."""
+
+    def __init__(self, store: Store, prefix: str, out: Path) -> None:
+        self.files: list[File] = []
+        self._store, self._prefix, self._out = store, prefix, out
+
+    def __call__(self, path: Path) -> None:
+        """Store a file of the output, and delete it here."""
+        self.files.append(self._store.send(self._out, self._prefix, path.relative_to(self._out).as_posix()))
+        path.unlink()
+
+
 class StageCheckpoints:
     """A stage's checkpoints in the store. Each holds the curves recorded so far, so that they are complete after a resume."""
 
@@ -321,6 +340,11 @@ class StageCheckpoints:
     def scoped(self, name: str) -> StageCheckpoints:
         """Return the checkpoints of one of several trainings; they are kept apart, and deleted together."""
         return StageCheckpoints(self._store, f"{self.prefix}/{name}", self._curves.parent)
+
+
+def _input(name: str) -> str:
+    """Return the input of a flat name: `models` of `models/champion`."""
+    return name.partition("/")[0]
 
 
 def _show(reference: str, artifact: Any) -> None:

@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -95,16 +95,42 @@ class Store:
 
     # Artifacts
 
-    def put(self, folder: Path, prefix: str, metadata: Mapping[str, Any] | None = None) -> Reference:
+    def put(
+        self, folder: Path, prefix: str, metadata: Mapping[str, Any] | None = None, sent: Sequence[File] = ()
+    ) -> Reference:
         """Upload the folder's files, then the manifest, and return the reference.
 
         The prefix is a key of the content, so a complete artifact that is there already is returned. After an interrupted upload
         the files that arrived are not sent again.
 
+        Args:
+            folder: the files.
+            prefix: their place.
+            metadata: of the manifest.
+            sent: files that `send` uploaded there before, and that are not in the folder.
+
         Raises:
             Refusal: the folder holds no file, or S3 does not take them.
         """
-        return self.find(prefix) or self._upload(folder, prefix, Manifest.of(folder, metadata))
+        found = self.find(prefix)
+        if found:
+            return found
+        manifest = Manifest.of(folder, metadata)
+        return self._upload(folder, prefix, manifest.model_copy(update={"files": (*manifest.files, *sent)}))
+
+    def send(self, folder: Path, prefix: str, name: str) -> File:
+        """Upload one file of the folder below `prefix`, and return its description for `put`.
+
+        Raises:
+            Unavailable: S3 does not keep it.
+        """
+        file = describe(folder / name, name)
+        uri = self.uri(prefix)
+        for _ in range(_SENDINGS):
+            if self._has(uri, file):
+                return file
+            self._send(folder, uri, [file])
+        raise Unavailable(f"S3 takes {uri}/{name} and does not keep it: check the server, and start again")
 
     def put_content(self, folder: Path, kind: str, metadata: Mapping[str, Any] | None = None) -> Reference:
         """Put the folder at `kind/<its digest>`: the same content is uploaded once."""
@@ -122,6 +148,9 @@ class Store:
         for _ in range(_SENDINGS):
             left = self._absent(uri, manifest.files)
             if left:
+                lost = next((file.name for file in left if not (folder / file.name).exists()), None)
+                if lost:
+                    raise Unavailable(f"S3 lost {uri}/{lost}, which it had taken: check the server, and start again")
                 self._send(folder, uri, left)
                 continue
             self._write(f"{uri}/{MANIFEST}", manifest.sealed())
@@ -258,8 +287,8 @@ class Store:
         """Return the header of a safetensors file of `size` bytes, with its length before it."""
         seen: set[bytes] = set()
         for _ in range(2 * _READINGS):
-            length = int.from_bytes(self._range(uri, 0, 8), "little")
-            header = self._range(uri, 0, min(8 + min(length, _LONGEST_HEADER), size))
+            length = int.from_bytes(self.range_of(uri, 0, 8), "little")
+            header = self.range_of(uri, 0, min(8 + min(length, _LONGEST_HEADER), size))
             if header in seen:
                 return header
             seen.add(header)
@@ -278,7 +307,7 @@ class Store:
         # A concurrent download into something that cannot seek blocks for ever when it is ten parts ahead.
         sha256 = hashlib.sha256()
         for start in range(0, size, PART):
-            sha256.update(self._range(f"{uri}/{name}", start, min(start + PART, size)))
+            sha256.update(self.range_of(f"{uri}/{name}", start, min(start + PART, size)))
         return File(name=name, size=size, sha256=sha256.hexdigest())
 
     def strangers(self, reference: Reference) -> list[str]:
@@ -389,10 +418,8 @@ class Store:
         return folder
 
     def listing(self, uri: str) -> list[tuple[str, int, str]]:
-        """Return key, bytes and ETag (the time of the last change if S3 gives none) of each object that `fetch` would download."""
-        return [
-            (found["Key"], found["Size"], found["ETag"] or str(found["LastModified"])) for found in self._objects(uri)
-        ]
+        """Return key, bytes and ETag (the second of the last change if S3 gives none) of each object that `fetch` would download."""
+        return [(found["Key"], found["Size"], _etag(found)) for found in self._objects(uri)]
 
     def _objects(self, uri: str) -> list[dict[str, Any]]:
         """List the object at `uri`, or those below it as a folder. Raises Refusal if there is neither."""
@@ -405,6 +432,29 @@ class Store:
         if not found:
             raise Unavailable(f"{uri} names no object and no prefix with objects: check the address")
         return found
+
+    def range_of(self, uri: str, start: int, end: int, etag: str | None = None) -> bytes:
+        """Return the bytes of an object anywhere on S3 from `start` to before `end`.
+
+        Raises:
+            Unavailable: it cannot be read, or is no longer the object that `listing` gave this ETag.
+        """
+        bucket, key = split(uri)
+        if start >= end:
+            return b""
+        for left in reversed(range(_READINGS)):
+            with explained(uri):
+                try:
+                    answer = self._client.get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}")
+                    content = answer["Body"].read()
+                except UNFINISHED:
+                    if not left:
+                        raise
+                    continue
+            if etag not in {None, _etag(answer)}:
+                raise Unavailable(f"{uri} was changed after it was listed: start a new run")
+            return content
+        raise AssertionError("the last reading returns or raises")
 
     def read_uri(self, uri: str) -> str | None:
         """Return the text of one small object anywhere on S3, or None if there is none."""
@@ -425,21 +475,6 @@ class Store:
             with explained(uri), contextlib.suppress(ValueError):
                 return list(paginator.paginate(Bucket=bucket, Prefix=key, **options))
         raise Unavailable(f"S3 lists {uri} in a way that cannot be read: check the server, and start again")
-
-    def _range(self, uri: str, start: int, end: int) -> bytes:
-        """Return the bytes of an object from `start` to before `end`."""
-        bucket, key = split(uri)
-        if start >= end:
-            return b""
-        for left in reversed(range(_READINGS)):
-            with explained(uri):
-                try:
-                    answer = self._client.get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}")
-                    return answer["Body"].read()
-                except UNFINISHED:
-                    if not left:
-                        raise
-        raise AssertionError("the last reading returns or raises")
 
     def _write(self, uri: str, text: str) -> None:
         bucket, key = split(uri)
@@ -502,6 +537,11 @@ class PrefixCheckpoints:
         """Return the steps of which any file is there, newest first."""
         found = (re.fullmatch(r"step-(\d+)", name) for name in self._store.folders(self._prefix))
         return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def _etag(found: Mapping[str, Any]) -> str:
+    """Return the ETag in an answer about an object; rclone's server gives none, and a header of HTTP counts whole seconds."""
+    return found.get("ETag", "").strip('"') or found["LastModified"].astimezone(UTC).isoformat(timespec="seconds")
 
 
 def _make_bucket(probe: Any, bucket: str) -> None:

@@ -36,6 +36,7 @@ from components.lib.recipe.training import Optimisation
 from components.lib.training import ranks
 from components.lib.training.journal import Checkpoints, Journal
 from components.lib.training.micro import most_windows
+from components.lib.training.windows import Order, Windows
 from components.lib.transformer.device import reused_memory
 
 Loss = Callable[[nn.Module, Tensor, int], AbstractContextManager[Mapping[str, Tensor]]]
@@ -62,7 +63,7 @@ class Callback(Protocol):
 
 def train(
     model: nn.Module,
-    windows: Tensor,
+    windows: Tensor | Windows,
     loss: Loss,
     settings: Optimisation,
     *,
@@ -78,7 +79,7 @@ def train(
 
     Args:
         model: the model to train; frozen parameters do not change.
-        windows: token ids (windows, length).
+        windows: token ids (windows, length), in memory or in files.
         loss: the loss of a step.
         settings: optimizer, batches, precision and checkpoints.
         section: the recipe's section that the settings come from, named in a refusal.
@@ -93,7 +94,7 @@ def train(
     types = [(weight, weight.dtype) for weight in model.parameters()]
     loop = _Loop(model, settings, section, callback, divided)
     first = loop.resume(checkpoints)
-    order = Order(len(windows), settings.batch_size, settings.seed)
+    order = Order(windows, settings.batch_size, settings.seed)
     if callback and first == 0:
         callback.after(0, loop.model)
     loop.model.train()
@@ -119,25 +120,6 @@ def train(
     if settings.gradient_checkpointing:
         model.activation_checkpointing_disable()
     model.eval()
-
-
-class Order:
-    """The windows of each step: shuffled again each epoch, and cut into batches that may span two epochs."""
-
-    def __init__(self, windows: int, batch_size: int, seed: int) -> None:
-        self.windows, self.batch_size, self.seed = windows, batch_size, seed
-
-    def batch(self, step: int) -> Tensor:
-        """Return the indices (batch_size,) of the windows of a step, counted from 0."""
-        first = step * self.batch_size
-        last = first + self.batch_size - 1
-        epochs = range(first // self.windows, last // self.windows + 1)
-        start = first - epochs[0] * self.windows
-        return torch.cat([self._epoch(epoch) for epoch in epochs])[start : start + self.batch_size]
-
-    def _epoch(self, epoch: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return torch.randperm(self.windows, generator=generator)
 
 
 def learning_rate(step: int, settings: Optimisation) -> float:

@@ -17,6 +17,7 @@ from components.lib.recipe.training import Recover
 from components.lib.training import loop, lora, ranks
 from components.lib.training.journal import Checkpoints, Journal, NoCheckpoints, Silent
 from components.lib.training.objective import lm_loss
+from components.lib.training.windows import Windows
 from components.lib.transformer.perplexity import perplexity
 
 
@@ -25,6 +26,7 @@ def recover(
     windows: Tensor,
     settings: Recover,
     *,
+    training: Tensor | Windows | None = None,
     checkpoints: Checkpoints | None = None,
     journal: Journal | None = None,
     adapter: Path | None = None,
@@ -35,8 +37,9 @@ def recover(
 
     Args:
         model: the pruned model, changed in place.
-        windows: token ids (windows, length).
+        windows: token ids (windows, length), a part of which is held out.
         settings: adapters, optimisation and early stopping.
+        training: other windows to train on; None or `windows` itself to train on the part that is not held out.
         checkpoints: stores the training's checkpoints.
         journal: takes the loss, and the held-out perplexity as `validation`.
         adapter: the folder to write the best adapters into, in peft's form; not written if it is None.
@@ -45,13 +48,13 @@ def recover(
         Refusal: there are too few windows to hold some out, or the loss is not finite.
     """
     settings = loop.with_learning_rate(settings, width=None)
-    training, held_out = split(windows, settings)
+    rest, held_out = split(windows, settings)
     journal = journal or Silent()
     trained = lora.adapted(model, settings.lora, settings.seed)
     stopping = EarlyStopping(trained, held_out, settings, journal)
     loop.train(
         trained,
-        training,
+        rest if training is None or training is windows else training,
         _loss,
         settings,
         section="recover",

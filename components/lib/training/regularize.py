@@ -19,6 +19,7 @@ from components.lib.recipe.training import Regularize
 from components.lib.training import loop, lora, objective, penalty, ranks
 from components.lib.training.journal import Checkpoints, Journal, NoCheckpoints, Silent
 from components.lib.training.schedule import annealed_part
+from components.lib.training.windows import Windows
 from components.lib.transformer.gates import final_state, text_config, thawed, watched
 from components.lib.transformer.narrow import narrowed
 from components.lib.transformer.selection import NO_CHANNELS, Selection
@@ -37,7 +38,7 @@ def needs_teacher(settings: Regularize, already_cut: bool = False) -> bool:
 def regularize(
     model: PreTrainedModel,
     teacher: PreTrainedModel | None,
-    windows: Tensor,
+    windows: Tensor | Windows,
     selection: Selection,
     settings: Regularize,
     *,

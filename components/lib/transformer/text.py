@@ -101,8 +101,8 @@ def _json_document(path: Path, number: int, line: str, field: str) -> str:
         raise Refusal(f"the text {path} has no JSON on line {number} ({said}): put one object on each line") from None
     if not isinstance(row, dict):
         raise Refusal(f"the text {path} has a {type(row).__name__} on line {number}: put one object on each line")
-    _require_column(path, field, row)
-    return _require_text(path, number, field, row[field])
+    require_column(path, field, row)
+    return require_text(path, number, field, row[field])
 
 
 def _read_parquet(path: Path, field: str) -> list[str]:
@@ -111,12 +111,12 @@ def _read_parquet(path: Path, field: str) -> list[str]:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        _require_column(path, field, file.schema_arrow.names)
+        require_column(path, field, file.schema_arrow.names)
         column = _unpacked(path, file, field)
     except pyarrow.ArrowException as error:
         reason = str(error).splitlines()[0]
         raise Refusal(f"the text {path} cannot be read as parquet ({reason}): write the file anew") from None
-    return [_require_text(path, number, field, value) for number, value in enumerate(column, 1)]
+    return [require_text(path, number, field, value) for number, value in enumerate(column, 1)]
 
 
 def _unpacked(path: Path, file: ParquetFile, field: str) -> list[Any]:
@@ -135,14 +135,16 @@ def _unpacked(path: Path, file: ParquetFile, field: str) -> list[Any]:
     return column
 
 
-def _require_column(path: Path, field: str, columns: Iterable[str]) -> None:
+def require_column(path: Path | str, field: str, columns: Iterable[str]) -> None:
+    """Raise Refusal if a text has no column of that name."""
     if field not in columns:
         names = list(columns)
         there = ", ".join(names[:10]) + (" …" if len(names) > 10 else "") or "none"
         raise Refusal(f"the text {path} has no column {field!r}: set 'field' to one of its columns ({there})")
 
 
-def _require_text(path: Path, number: int, field: str, value: Any) -> str:
+def require_text(path: Path | str, number: int, field: str, value: Any) -> str:
+    """Return the value of a row, counted from 1. Raises Refusal if it is no text that UTF-8 can encode."""
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
         raise Refusal(f"the text {path} has {kind} in column {field!r} of row {number}: leave rows without text out")
@@ -272,7 +274,7 @@ def draw_windows(stream: Tensor, samples: int, length: int, seed: int) -> Tensor
     possible = windows_possible(stream, length)
     if possible < samples:
         raise Refusal(
-            f"calibration.samples asks for {samples} windows of {length} tokens and the text's {len(stream)} tokens give "
+            f"calibration asks for {samples} windows of {length} tokens and the text's {len(stream)} tokens give "
             f"{possible}: lower calibration.samples or calibration.length, or name a longer text"
         )
     generator = random.Random(seed)

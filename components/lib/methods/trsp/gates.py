@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from components.lib.errors import Refusal
-from components.lib.training.loop import Order
 from components.lib.training.objective import lm_loss
+from components.lib.training.windows import Order
 from components.lib.transformer.gates import blocks, gated, skipped
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def learn_gates(
     left = torch.tensor([layer not in removed for layer in range(len(blocks(model)))])
     gates = torch.where(left, start, 0.0).float().requires_grad_()
     optimizer = torch.optim.Adam([gates], lr=settings.learning_rate)
-    order = Order(len(windows), settings.batch_size, settings.seed)
+    order = Order(windows, settings.batch_size, settings.seed)
     with _frozen(model):
         for step in range(first, first + steps):
             batch = windows[order.batch(step)].long().to(model.device)

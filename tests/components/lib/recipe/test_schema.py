@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from components.lib.methods import known_methods
 from components.lib.recipe.loading import parse_recipe
-from components.lib.recipe.schema import Text
+from components.lib.recipe.schema import Corpus, Text
 from components.lib.recipe.target import LIMIT
 from tests.components.lib.recipe.smallest import REFERENCE, recipe, refusal
 
@@ -188,8 +188,16 @@ class TestAText:
     def test_is_replaced_by_its_reference_and_keeps_its_field(self) -> None:
         data = {"hub": "owner/web", "split": "test", "field": "body"}
         made = recipe(calibration__data=data).with_texts({"calibration.data": REFERENCE})
-        assert made.calibration.data == Text(path=REFERENCE, field="body")
+        assert made.calibration.data == Corpus(path=REFERENCE, field="body")
         assert made.evaluate.perplexity["test"] == Text(path="test.txt")
+
+    def test_of_this_machine_is_not_streamed(self) -> None:
+        with pytest.raises(ValidationError, match=r"path 'web.parquet' is on this machine: name an s3:// folder"):
+            Corpus(path="web.parquet", stream=True)
+
+    def test_is_streamed_for_the_calibration_alone(self) -> None:
+        with pytest.raises(ValidationError, match="stream"):
+            Text(path="s3://bucket/web", stream=True)  # type: ignore[call-arg]
 
     @given(
         st.dictionaries(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,9}", fullmatch=True), st.just("a.txt"), min_size=1)

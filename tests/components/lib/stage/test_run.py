@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -251,6 +252,61 @@ class TestRunning:
         found, digests = json.loads((left / "found.json").read_text())
         assert found == {"one": "1", "other": "2"}
         assert digests["others"] == {"one": one[-64:], "other": other[-64:]}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """An input of which one file is fetched when the work comes to it."""
+
+    model: Path = reads("notes.json", later=("part-*",))
+
+
+class TestFilesThatAreFetchedLater:
+    """An input that is larger than the disk, and an output."""
+
+    @pytest.fixture
+    def parts(self, environment: dict[str, str], tmp_path: Path) -> str:
+        return put(tmp_path / "parts", notes__json="{}", **{"part-0": "zero", "part-1": "one"})
+
+    def test_are_fetched_by_the_work_one_by_one_and_deleted(self, parts: str, tmp_path: Path) -> None:
+        paths = list[Path]()
+
+        def work(inputs: Parts, recipe: Recipe, job: Job) -> None:
+            assert [path.name for path in inputs.model.iterdir()] == ["notes.json"]
+            fetch = pickle.loads(pickle.dumps(job.fetch("model")))  # as a process of its own is given it
+            with fetch("part-1") as path:
+                paths.append(path)
+                (job.out / "copy").write_text(path.read_text())
+
+        made = Stage("prune", Parts, work).run("one", recipe(), model=parts)
+        assert (Store.from_environment().get(Reference.parse(made), tmp_path / "left") / "copy").read_text() == "one"
+        assert not paths[0].exists()
+
+    def test_change_the_key(self, parts: str, tmp_path: Path) -> None:
+        def key(model: str) -> str:
+            stage = Stage("prune", Parts, copy_notes)  # type: ignore[arg-type]
+            return Opened(stage, "one", parse_recipe(recipe()), "", {"model": model}, Store.from_environment()).key
+
+        other = put(tmp_path / "other", notes__json="{}", **{"part-0": "zero", "part-1": "two"})
+        assert key(parts) != key(other)
+
+    def test_files_that_the_work_sends_belong_to_the_output_and_leave_the_disk(
+        self, parts: str, tmp_path: Path
+    ) -> None:
+        def work(inputs: Parts, recipe: Recipe, job: Job) -> None:
+            for number in range(2):
+                (job.out / f"made-{number}").write_text(str(number))
+                job.send(job.out / f"made-{number}")
+                assert not (job.out / f"made-{number}").exists()
+            (job.out / "index").write_text("2")
+
+        made = Stage("prune", Parts, work).run("one", recipe(), model=parts)
+        left = Store.from_environment().get(Reference.parse(made), tmp_path / "left")
+        assert {name: (left / name).read_text() for name in ("made-0", "made-1", "index")} == {
+            "made-0": "0",
+            "made-1": "1",
+            "index": "2",
+        }
 
 
 def share_notes(inputs: Inputs, recipe: Recipe, job: Job) -> None:

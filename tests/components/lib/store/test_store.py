@@ -154,6 +154,26 @@ class TestPutAndGet:
         assert (behind / "prune/key/model/weights").stat().st_ino == arrived
         assert (behind / "prune/key/notes.json").read_text() == "changed"
 
+    def test_files_that_were_sent_before_belong_to_the_artifact(
+        self, store: Store, folder: Path, tmp_path: Path
+    ) -> None:
+        sent = store.send(folder, "prune/key", "notes.json")
+        (folder / "notes.json").unlink()
+        assert store.find("prune/key") is None
+        reference = store.put(folder, "prune/key", sent=[sent])
+        copy = store.get(reference, tmp_path / "copy")
+        assert (copy / "notes.json").read_text() == "{}"
+        assert (copy / "model/weights").is_file()
+
+    def test_a_file_that_was_sent_and_is_lost_is_named(self, store: Store, folder: Path, behind: Path) -> None:
+        sent = store.send(folder, "prune/key", "notes.json")
+        (folder / "notes.json").unlink()
+        (behind / "prune/key/notes.json").unlink()
+        time.sleep(1)  # the embedded server lists folders again after a second
+        with pytest.raises(Unavailable, match=r"S3 lost .*prune/key/notes.json, which it had taken"):
+            store.put(folder, "prune/key", sent=[sent])
+        assert store.find("prune/key") is None
+
     def test_without_a_manifest_nothing_is_there(
         self, store: Store, folder: Path, behind: Path, tmp_path: Path
     ) -> None:

@@ -15,7 +15,7 @@ from components.lib.errors import Refusal
 from components.lib.recipe.training import Optimisation
 from components.lib.training import loop, micro
 from components.lib.training.journal import NoCheckpoints, Silent
-from components.lib.training.loop import Order, learning_rate, train, with_learning_rate
+from components.lib.training.loop import learning_rate, train, with_learning_rate
 from components.lib.training.objective import lm_loss
 from components.lib.transformer.gates import gated
 from tests.components.lib.training.tiny import Kept, Killed, Written, counting, llama, same, weights
@@ -37,27 +37,6 @@ def fit(model: nn.Module, loss: Any = lm, section: str = "regularize", **fields:
     }
     train(model, counting(), loss, settings(**fields), **how)
     return journal
-
-
-class TestOrder:
-    def test_an_epoch_sees_every_window_once_and_the_next_one_in_another_order(self) -> None:
-        order = Order(windows=10, batch_size=4, seed=0)
-        seen = torch.cat([order.batch(step) for step in range(5)]).tolist()
-        assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
-        assert seen[:10] != seen[10:]
-
-    def test_a_batch_may_hold_several_epochs(self) -> None:
-        batch = Order(windows=3, batch_size=8, seed=0).batch(1)
-        assert len(batch) == 8
-        assert set(batch.tolist()) == {0, 1, 2}
-
-    def test_a_step_sees_the_same_whatever_was_asked_before(self) -> None:
-        late = Order(windows=10, batch_size=4, seed=3).batch(7)
-        order = Order(windows=10, batch_size=4, seed=3)
-        assert [order.batch(step) for step in range(8)][-1].tolist() == late.tolist()
-
-    def test_another_seed_gives_another_order(self) -> None:
-        assert Order(50, 8, seed=0).batch(0).tolist() != Order(50, 8, seed=1).batch(0).tolist()
 
 
 class TestLearningRate:
