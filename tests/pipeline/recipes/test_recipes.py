@@ -39,7 +39,7 @@ def leaves(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]
             continue
         if isinstance(annotation, type) and issubclass(annotation, ChosenTransfer):
             yield f"{prefix}{name}", "none"
-        elif isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation is not Text:
+        elif isinstance(annotation, type) and issubclass(annotation, BaseModel) and not issubclass(annotation, Text):
             yield from leaves(annotation, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", ... if field.is_required() else field.default
