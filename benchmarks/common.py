@@ -23,6 +23,7 @@ from components.lib.recipe.loading import parse_recipe
 from components.lib.recipe.schema import Recipe
 from components.lib.training.journal import Silent
 from components.lib.transformer.checkpoint import PrunableCheckpoint, load_model, load_tokenizer
+from components.lib.transformer.device import raise_weights
 from components.lib.transformer.gates import bypassed
 from components.lib.transformer.narrow import narrowed
 from components.lib.transformer.perplexity import perplexity
@@ -47,6 +48,13 @@ def parser(description: str) -> argparse.ArgumentParser:
     return arguments
 
 
+def _loaded(folder: Path) -> PreTrainedModel:
+    """Load a model as the stages compute with it."""
+    model = load_model(folder)
+    raise_weights(model)
+    return model
+
+
 @dataclass
 class Bench:
     """One benchmark's inputs, opened."""
@@ -67,7 +75,7 @@ class Bench:
 
     def model(self) -> PreTrainedModel:
         """Load the dense model."""
-        return load_model(self.arguments.model)
+        return _loaded(self.arguments.model)
 
     def count(self, ratio: float) -> int:
         """Return how many layers a ratio removes."""
@@ -86,7 +94,7 @@ class Bench:
         """Load the dense model without what was selected."""
         with tempfile.TemporaryDirectory() as folder:
             cut_checkpoint(self.arguments.model, Path(folder), selection.removed, selection.channels)
-            return load_model(Path(folder))
+            return _loaded(Path(folder))
 
     def perplexities(self, model: PreTrainedModel, without: Selection = NOTHING) -> dict[str, float]:
         """Return the model's perplexity on every test text, computed as it will be once `without` is cut."""

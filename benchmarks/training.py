@@ -27,9 +27,8 @@ from components.lib.recipe.loading import parse_recipe
 from components.lib.recipe.training import Regularize
 from components.lib.training import regularize as training
 from components.lib.training.journal import Silent
-from components.lib.training.loop import computes_in_bf16
 from components.lib.transformer.checkpoint import load_model
-from components.lib.transformer.device import best_device
+from components.lib.transformer.device import best_device, computes_in_bf16
 from components.lib.transformer.gates import blocks, text_config
 from components.lib.transformer.selection import Selection
 

@@ -32,7 +32,7 @@ from components.lib.recipe.schema import Evaluate
 from components.lib.tasks.load import Loaded, load_tasks
 from components.lib.training.journal import Journal
 from components.lib.transformer.checkpoint import Checkpoint, load_model, load_tokenizer, require_loadable
-from components.lib.transformer.device import best_device
+from components.lib.transformer.device import best_device, raise_weights
 from components.lib.transformer.perplexity import perplexity
 from components.lib.transformer.text import (
     SEPARATOR,
@@ -222,6 +222,7 @@ def _quality(
 ) -> dict[str, Any]:
     """Measure everything of a model but its speed."""
     model = evaluated.load()
+    raise_weights(model)  # the speed is measured later, in the types that are stored
     perplexities, notes = _perplexities(evaluated, model, tokenized, evaluate.batch_size, progress)
     scores = _scores(evaluated, model, tasks, evaluate, progress.journal)
     progress.advance(len(tasks["tasks"]) * sum(text.windows.numel() for text in tokenized.values()))

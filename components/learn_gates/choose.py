@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from components.lib.methods import Method
 from components.lib.training.journal import Journal
 from components.lib.transformer.checkpoint import load_model
-from components.lib.transformer.device import best_device, reused_memory
+from components.lib.transformer.device import best_device, raise_weights, reused_memory
 from components.lib.transformer.selection import NOTHING, Selection
 from components.lib.transformer.text import load_windows
 
@@ -27,6 +27,7 @@ def choose(release: Path, windows: Path, *, methods: Sequence[Method], out: Path
         journal: takes the progress.
     """
     model = load_model(release / "model", device=best_device())
+    raise_weights(model)
     select(model, load_windows(windows), methods, out, journal)
 
 

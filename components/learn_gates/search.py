@@ -25,7 +25,7 @@ from components.lib.methods import MEASURED_TOKENS, Method
 from components.lib.recipe.target import Target
 from components.lib.training.journal import Journal
 from components.lib.transformer.checkpoint import PrunableCheckpoint, load_model
-from components.lib.transformer.device import best_device
+from components.lib.transformer.device import best_device, raise_weights
 from components.lib.transformer.gates import bypassed
 from components.lib.transformer.narrow import narrowed
 from components.lib.transformer.perplexity import perplexity
@@ -130,7 +130,7 @@ class _Trials:
     measured: int = 0
 
     def __post_init__(self) -> None:
-        self.dense = load_model(self.model, device=best_device())
+        self.dense = _loaded(self.model)
         self.base = self._quality(self.dense) if self.target.of_quality else 1.0
 
     def folder(self, depth: Depth) -> Path:
@@ -159,7 +159,7 @@ class _Trials:
         """Return the quality without the selection, after the transfer."""
         transfer, model = self.target.transfer.chosen, self.dense
         if transfer:
-            model = load_model(self.model, device=best_device())
+            model = _loaded(self.model)
             transfer.apply(model, self.windows, selection, journal=self.journal)
         with bypassed(model, selection.removed), narrowed(model, selection.channels):
             return self._quality(model)
@@ -172,11 +172,17 @@ class _Trials:
         """Return the time of a pass of the dense model over that of the cut one, which take turns. The transfer changes no shape."""
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
             cut_checkpoint(self.model, Path(folder) / "model", selection.removed, selection.channels)
-            cut = load_model(Path(folder) / "model", device=best_device())
+            cut = _loaded(Path(folder) / "model")
         models = (self.dense, cut)
         times = [[_seconds(model, self.held[:BATCH]) for model in models] for _ in range(1 + REPEATS)][1:]
         dense, pruned = (statistics.median(column) for column in zip(*times, strict=True))
         return dense / pruned
+
+
+def _loaded(folder: Path) -> PreTrainedModel:
+    model = load_model(folder, device=best_device())
+    raise_weights(model)
+    return model
 
 
 @torch.inference_mode()

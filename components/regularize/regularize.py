@@ -10,6 +10,7 @@ from components.lib.training import regularize as training
 from components.lib.training.journal import Checkpoints, Journal
 from components.lib.training.windows import Fetch, training_windows
 from components.lib.transformer.checkpoint import load_model
+from components.lib.transformer.device import computable
 from components.lib.transformer.export import save_model
 from components.lib.transformer.selection import Selection
 from components.lib.transformer.text import load_windows
@@ -44,7 +45,8 @@ def regularize(
     model = load_model(release / "model")
     data, chosen = load_windows(windows), Selection.load(selection)
     if regularize.transfer.chosen:
-        regularize.transfer.chosen.apply(model, data, chosen, journal=journal)
+        with computable(model):
+            regularize.transfer.chosen.apply(model, data, chosen, journal=journal)
     teacher = load_model(release / "model") if training.needs_teacher(regularize) else None
     trained = training.regularize(
         model,

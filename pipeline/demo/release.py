@@ -159,8 +159,9 @@ def _trained(tokenizer: PreTrainedTokenizerFast, windows: Tensor, seed: int, jou
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from components.lib.training.loop import computes_in_bf16, learning_rate
+    from components.lib.training.loop import learning_rate
     from components.lib.training.windows import Order
+    from components.lib.transformer.device import computes_in_bf16
 
     special = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL.items()}
     with torch.random.fork_rng():

@@ -28,7 +28,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from components.lib.recipe.training import Optimisation
 from components.lib.training import loop, objective
 from components.lib.training.micro import LiveBytes
-from components.lib.transformer import perplexity
+from components.lib.transformer import device, perplexity
 
 Kind = Literal["cpu", "cuda"]
 
@@ -172,6 +172,7 @@ def _patches(kind: Kind) -> Iterator[Any]:
         yield mock.patch.object(module, "few_rows", lambda logits: islice(few_rows(logits), ALIKE))
     if kind == "cuda":
         yield mock.patch.object(loop, "computes_in_bf16", return_value=True)
+        yield mock.patch.object(device, "computes_in_bf16", return_value=True)
     yield mock.patch.object(loop, "_optimizer", _optimizer)
     # In inference mode operations arrive whole, so that what they are made of would not be counted.
     yield mock.patch.multiple(torch.inference_mode, __enter__=_without_gradients, __exit__=_with_gradients)

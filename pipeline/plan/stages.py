@@ -24,6 +24,7 @@ from components.lib.training.reconstruct import sites
 from components.lib.training.recover import recover
 from components.lib.training.refit import runs_of
 from components.lib.transformer.channels import channels_to_remove, cut_widths
+from components.lib.transformer.device import computable, raise_weights
 from components.lib.transformer.export import answers
 from components.lib.transformer.families import WRAPPERS, cut_config, family_of
 from components.lib.transformer.layout import text_part
@@ -195,6 +196,7 @@ def _learn_gates(case: _Case) -> Need:
             update: dict[str, Any] = {"ratio": 1 / case.release.layers()} if method.removes == "layers" else {}
             update |= {"steps": 2} if "steps" in type(method).model_fields else {}
             windows = case.windows(_windows(method, case.recipe.calibration.length))
+            raise_weights(model)
             method.model_copy(update=update).choose(model, windows, NOTHING, journal=Silent(), out=None)
     read = case.release.bytes + case.text
     return Need("learn-gates", memory.peak, scratch=read, moved=read, section="methods")
@@ -216,7 +218,8 @@ def _regularize(case: _Case) -> Need | None:
         quick = transfer.model_copy(update={"steps": 2} if "steps" in type(transfer).model_fields else {})
         with counted(case.kind) as memory:
             model = case.release.model(memory)
-            quick.apply(model, case.windows(WINDOWS), case.selection, journal=Silent())
+            with computable(model):
+                quick.apply(model, case.windows(WINDOWS), case.selection, journal=Silent())
         transferred = memory.peak
         waiting = transferred.total + _states(case)
     if settings.schedule != "none":
@@ -296,7 +299,10 @@ def _evaluate(case: _Case) -> Need:
     evaluate = case.recipe.evaluate
     with counted(case.kind) as memory:
         model = case.release.model(memory)
-        perplexity(model, torch.zeros(evaluate.batch_size, evaluate.length or 0, dtype=torch.long), evaluate.batch_size)
+        with computable(model):
+            perplexity(
+                model, torch.zeros(evaluate.batch_size, evaluate.length or 0, dtype=torch.long), evaluate.batch_size
+            )
         if evaluate.speed.enabled:
             # A larger batch that does not fit is left out by the stage.
             time_generation(model, torch.zeros(min(evaluate.speed.batches), evaluate.speed.prompt, dtype=torch.long), 1)

@@ -37,7 +37,7 @@ from components.lib.training import ranks
 from components.lib.training.journal import Checkpoints, Journal
 from components.lib.training.micro import most_windows
 from components.lib.training.windows import Order, Windows
-from components.lib.transformer.device import reused_memory
+from components.lib.transformer.device import computes_in_bf16, reused_memory
 
 Loss = Callable[[nn.Module, Tensor, int], AbstractContextManager[Mapping[str, Tensor]]]
 """The loss of a step: in `with loss(model, batch, step) as parts`, `parts["loss"]` is minimised and every part is
@@ -145,13 +145,6 @@ def with_learning_rate(settings: Settings, width: int | None) -> Settings:
     if settings.learning_rate is not None:
         return settings
     return settings.model_copy(update={"learning_rate": 1e-4 if width is None else 0.08 / width})
-
-
-def computes_in_bf16(device: torch.device) -> bool:
-    """Return True if the device computes in bf16 natively; emulated bf16 is slower than fp32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
 
 
 class _Loop:

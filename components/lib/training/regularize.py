@@ -20,6 +20,7 @@ from components.lib.training import loop, lora, objective, penalty, ranks
 from components.lib.training.journal import Checkpoints, Journal, NoCheckpoints, Silent
 from components.lib.training.schedule import annealed_part
 from components.lib.training.windows import Windows
+from components.lib.transformer.device import computable
 from components.lib.transformer.gates import final_state, text_config, thawed, watched
 from components.lib.transformer.narrow import narrowed
 from components.lib.transformer.selection import NO_CHANNELS, Selection
@@ -79,16 +80,17 @@ def regularize(
     if teacher is not None:
         teacher.eval().requires_grad_(False)
         teacher = ranks.divided(teacher, device) if divided else teacher.to(device)
-    loop.train(
-        trained,
-        windows,
-        _Loss(trained, teacher, selection, already_cut, settings),
-        settings,
-        section=section,
-        checkpoints=checkpoints or NoCheckpoints(),
-        journal=journal or Silent(),
-        divided=divided,
-    )
+    with computable(teacher):
+        loop.train(
+            trained,
+            windows,
+            _Loss(trained, teacher, selection, already_cut, settings),
+            settings,
+            section=section,
+            checkpoints=checkpoints or NoCheckpoints(),
+            journal=journal or Silent(),
+            divided=divided,
+        )
     return lora.merged(trained) if isinstance(trained, PeftModel) else model
 
 

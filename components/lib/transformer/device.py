@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
 """Parameters of mallopt(3)."""
@@ -18,6 +19,42 @@ _blocks = 0
 def best_device() -> torch.device:
     """Return the accelerator of this machine, or its processor if it has none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Return True if the device computes in bf16 natively; emulated bf16 is slower than fp32, on a processor ten times and more."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+
+
+def raise_weights(model: nn.Module) -> list[tuple[nn.Parameter, torch.dtype]]:
+    """Raise a model's weights to fp32 if it is on a processor that computes in their type by emulation only; return them with that type.
+
+    fp16 counts as emulated on every processor.
+    """
+    native = {torch.float32, torch.float64}
+    if computes_in_bf16(torch.device("cpu")):
+        native.add(torch.bfloat16)
+    raised = [
+        (weight, weight.dtype)
+        for weight in model.parameters()
+        if weight.device.type == "cpu" and weight.is_floating_point() and weight.dtype not in native
+    ]
+    for weight, _ in raised:
+        weight.data = weight.data.float()
+    return raised
+
+
+@contextmanager
+def computable(model: nn.Module | None) -> Iterator[None]:
+    """Hold a model's weights as `raise_weights` does within the block, and in their own types again behind it; None is no model."""
+    raised = raise_weights(model) if model else []
+    try:
+        yield
+    finally:
+        for weight, dtype in raised:
+            weight.data = weight.data.to(dtype)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from components.lib.stage.declaration import Job
 from components.lib.tasks.files import collect
 from components.lib.training.journal import Silent
 from components.lib.transformer.checkpoint import Checkpoint, load_model
+from components.lib.transformer.device import computable
 from components.lib.transformer.perplexity import perplexity
 from components.lib.transformer.selection import Channels
 from components.lib.transformer.surgery import cut_checkpoint
@@ -108,7 +109,8 @@ def test_every_model_is_measured_on_every_text_at_every_batch(models: dict, text
         assert this["dtype"] == "bfloat16"
         for text, folder in texts.items():
             stream = token_stream(read_documents(folder / "a.txt"), zoo.tokenizer())
-            expected = perplexity(model, consecutive_windows(stream, LENGTH))
+            with computable(model):
+                expected = perplexity(model, consecutive_windows(stream, LENGTH))
             assert this["perplexity"][text] == pytest.approx(expected, rel=1e-6)
             assert journal.values[f"{name}.perplexity.{text}"] == this["perplexity"][text]
         for phase in ("prefill", "decode"):
