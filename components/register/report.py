@@ -34,6 +34,8 @@ class Release(BaseModel):
     """The commit or version it was pinned to; None if the source has none (a folder)."""
     digest: str
     """sha256 of the snapshot's manifest."""
+    changed: tuple[str, ...] = ()
+    """What was changed of the source when it was pinned, in words; empty if its tensors are the source's."""
 
 
 class Registered(BaseModel):
@@ -132,7 +134,7 @@ def build(
     """Assemble the report, the verdict judged anew from the evaluation.
 
     Args:
-        release: `source`, `revision` and `digest`.
+        release: `source`, `revision`, `digest` and `changed`.
         recipe: the recipe of the run.
         selection: the folder of `selection.json`.
         evaluation: the folder of `evaluation.json`.

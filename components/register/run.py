@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,21 @@ def _release(reference: Reference, manifest: Manifest) -> dict[str, Any]:
         "source": manifest.metadata["source"],
         "revision": manifest.metadata["revision"],
         "digest": reference.digest,
+        "changed": tuple(_changed(manifest.metadata)),
     }
+
+
+def _changed(snapshot: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what was changed of a release when it was pinned."""
+    if "gguf" in snapshot:
+        yield f"unpacked from a GGUF file with weights in {snapshot['gguf']}"
+    if "heads" in snapshot:
+        count = len(snapshot["heads"])
+        yield f"without its heads for multi-token prediction ({count} tensor{'s' if count > 1 else ''})"
+    if "dequantised" in snapshot:
+        yield f"dequantised from {snapshot['dequantised'].upper()} to bf16"
+    if "taken_out_of" in snapshot:
+        yield f"the text model alone of a {snapshot['taken_out_of']}"
 
 
 def _made_by_stages(manifests: Mapping[str, Manifest]) -> dict[str, dict[str, Any]]:

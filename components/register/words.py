@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 MODELS = {
-    "dense": "the release as it came",
+    "dense": "the release, nothing removed",
     "candidate": "the pruned model this report is about",
     "champion": "the model in service now",
     "pruned-first": "control: the same cut made first, without a transfer, then trained as the candidate was",

@@ -115,6 +115,13 @@ def test_without_rules_the_page_says_that_none_were_asked_for(run: Path) -> None
     assert "every candidate passes" in text
 
 
+def test_what_was_changed_of_the_release_when_it_was_pinned_stands_with_its_source(report: Report) -> None:
+    release = report.release.model_copy(update={"changed": ("dequantised from FP8 to bf16", "the text model alone")})
+    text = page_of(report.model_copy(update={"release": release})).text
+    assert "Pinned dequantised from FP8 to bf16; the text model alone Digest" in text
+    assert "Pinned" not in page_of(report).text
+
+
 def test_the_layers_that_went_are_marked_with_their_place(report: Report) -> None:
     html = render(report, Curves())
     assert html.count('class="gone"') == 3

@@ -14,7 +14,7 @@ from components.lib.tracking import registry, runs
 from components.lib.tracking.client import client
 from components.register.description import PICTURE
 from components.register.report import Registered, Report
-from components.register.run import Made, _register, decision, removed
+from components.register.run import Made, _register, _release, decision, removed
 from tests.components.register.conftest import ENVIRONMENT, build_both, build_channels
 
 TEXTS = {f"evaluate.perplexity.{text}": f"s3://b/{text}@sha256:{'e' * 64}" for text in ("wikitext2", "technical")}
@@ -26,6 +26,29 @@ def test_layers_are_named_and_channels_counted(report: Report, tmp_path: Path) -
     assert removed(report) == "layers 4, 7, 9"
     assert removed(build_channels(tmp_path)) == "hidden 64 of 256; ffn 172 of 684"
     assert removed(build_both(tmp_path)) == "layers 4, 7, 9; ffn 172 of 684"
+
+
+@pytest.mark.parametrize(
+    ("snapshot", "told"),
+    [
+        ({}, ()),
+        ({"dequantised": "fp8"}, ("dequantised from FP8 to bf16",)),
+        ({"taken_out_of": "Gemma 3"}, ("the text model alone of a Gemma 3",)),
+        (
+            {"gguf": "Q8_0", "heads": ["blk.4.nextn.eh_proj.weight"]},
+            (
+                "unpacked from a GGUF file with weights in Q8_0",
+                "without its heads for multi-token prediction (1 tensor)",
+            ),
+        ),
+    ],
+)
+def test_what_was_changed_of_the_release_when_it_was_pinned_is_told(
+    snapshot: dict[str, object], told: tuple[str, ...]
+) -> None:
+    """The dense model is what was pinned, and its figures are not the source's if that was quantised."""
+    manifest = Manifest(files=(), metadata={"source": "a/b", "revision": None, **snapshot})
+    assert _release(Reference("s3://b/releases/x", "a" * 64), manifest)["changed"] == told
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,8 @@ def test_it_is_inert(comparison: Comparison, page: Text) -> None:
 
 
 def test_each_row_has_the_median_its_ratio_to_dense_and_the_range(page: Text) -> None:
-    assert line(page, "dense the release as it came 6") == (
-        "dense the release as it came 6 of 8 1.000 k 2.000 kB 10.00 100.5 100.0 to 101.0"
+    assert line(page, "dense the release, nothing removed 6") == (
+        "dense the release, nothing removed 6 of 8 1.000 k 2.000 kB 10.00 100.5 100.0 to 101.0"
     )
     assert "22.00 2.200× 2.000× to 2.400×" in line(page, "trsp 0.5")
     assert "control: the same cut made first" in page.text
