@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from components.lib.checks import check_finite, check_release
 from components.lib.errors import Refusal
@@ -41,7 +42,11 @@ def pin_release(release: str, recipe: Recipe, store: Store) -> Reference:
         return _checked(found, recipe, store)
     with tempfile.TemporaryDirectory(prefix="espalier-pin-") as scratch:
         return _fetch(
-            resolved, prefix, store, lambda folder: _release_files(folder, recipe, Path(scratch) / "made"), _origin
+            resolved,
+            prefix,
+            store,
+            lambda folder: _release_files(folder, recipe, Path(scratch) / "made"),
+            lambda folder: _origin(folder, recipe),
         )
 
 
@@ -97,16 +102,22 @@ def pin_folder(folder: Path, recipe: Recipe, store: Store) -> Reference:
         tempfile.TemporaryDirectory(prefix="espalier-pin-") as scratch,
         _linked(_release_files(folder, recipe, Path(scratch) / "made")) as artifact,
     ):
-        return store.put_content(artifact, "releases", {"source": str(folder), "revision": None, **_origin(folder)})
+        return store.put_content(
+            artifact, "releases", {"source": str(folder), "revision": None, **_origin(folder, recipe)}
+        )
 
 
-def _origin(folder: Path) -> dict[str, str]:
-    """Return what the release's lineage says of a folder whose weights were unpacked."""
+def _origin(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """Return what the release's lineage says of a folder that is not stored as it is."""
     file = gguf_of(folder)
     if file is not None:
-        return {"gguf": promised(file).types}
-    found = packing(folder)
-    return {"dequantised": found} if found else {}
+        promise = promised(file)
+        return {"gguf": promise.types, **({"heads": list(promise.heads)} if promise.heads else {})}
+    found, family = packing(folder), opened(folder).family
+    return {
+        **({"dequantised": found} if found else {}),
+        **({"taken_out_of": family.title} if recipe.text_only and family.wraps else {}),
+    }
 
 
 def pin_text(text: Text, store: Store) -> Reference:
@@ -234,7 +245,7 @@ def _fetch(
     prefix: str,
     store: Store,
     files: Callable[[Path], dict[str, Path]],
-    said: Callable[[Path], dict[str, str]] = lambda folder: {},
+    said: Callable[[Path], dict[str, Any]] = lambda folder: {},
 ) -> Reference:
     """Fetch a snapshot and store the files of its folder that `files` chooses, with what `said` adds to its lineage."""
     with tempfile.TemporaryDirectory(prefix="espalier-pin-") as scratch:

@@ -27,6 +27,7 @@ def model_card(
     selection: Selection,
     widths: Widths | None,
     verification: Mapping[str, Any],
+    wraps: bool = False,
     release_card: str = "",
     parts: Sequence[Part] = (),
 ) -> str:
@@ -34,19 +35,24 @@ def model_card(
 
     Args:
         release: `source`, `revision` (None if the source has none) and `digest` of the release; `dequantised` if its weights were stored
-            in fp8 or mxfp4; `gguf`, the types of its weights, if it is a GGUF file.
+            in fp8 or mxfp4; `gguf`, the types of its weights, if it is a GGUF file; `taken_out_of`, the name of the wrapper, if only the text
+            model of it was pinned.
         recipe: the recipe's sections that made this checkpoint, as plain data.
         selection: the removed layers and channels.
         widths: of the model before the cut; None if they are not known, and only layers were removed.
         verification: the content of `verification.json`: the number of remaining `layers`, the `channels` of
             each axis that was cut, and the checked values.
+        wraps: whether the model wraps a text model with towers for other inputs.
         release_card: the release's own README.md; its licence and language are repeated.
         parts: what the methods add about their choice; sentences and tables are written, pictures are left out.
     """
     layers = int(verification["layers"]) + len(selection.removed)
     found = removals(selection, layers, widths)
     return _template().render(
-        front_matter=yaml.safe_dump(_front_matter(release, selection, found, release_card), sort_keys=False).strip(),
+        front_matter=yaml.safe_dump(
+            _front_matter(release, selection, found, wraps, release_card), sort_keys=False
+        ).strip(),
+        wraps=wraps,
         release=release,
         selection=selection,
         removed=in_words(found),
@@ -77,7 +83,7 @@ def _shown(selection: Selection) -> str:
 
 
 def _front_matter(
-    release: Mapping[str, Any], selection: Selection, found: Sequence[Removal], release_card: str
+    release: Mapping[str, Any], selection: Selection, found: Sequence[Removal], wraps: bool, release_card: str
 ) -> dict[str, Any]:
     carried = front_matter(release_card)
     base = _hub_id(release)
@@ -85,7 +91,7 @@ def _front_matter(
         **{name: carried[name] for name in CARRIED if name in carried},
         **({"base_model": base} if base else {}),
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "image-text-to-text" if wraps else "text-generation",
         "tags": [
             "pruned",
             *(f"{removal.axis.removesuffix('s')}-pruning" for removal in found),

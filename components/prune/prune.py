@@ -32,8 +32,8 @@ def prune(
         release: a folder with the release's config.json, the headers of its weights and its model card, if it has one.
         model: the folder of the regularised model's artifact.
         selection: the folder of the selection.
-        lineage: the release's `source`, `revision` and `digest`; `dequantised` if its weights were stored in fp8 or mxfp4; `gguf`, the
-            types of its weights, if it is a GGUF file.
+        lineage: the release's `source`, `revision` and `digest`, and what `model_card` says of it; `heads`, the tensors of heads for
+            multi-token prediction that a GGUF file holds and its snapshot does not.
         made_by: the recipe's sections that made the checkpoint, as plain data, for its card.
         out: the folder to fill.
         journal: takes the progress.
@@ -45,14 +45,17 @@ def prune(
     cut_checkpoint(model / "model", out / "model", chosen.removed, chosen.channels)
     journal.progress(1, 2)
     proof = verify_cut(model / "model", out / "model", chosen.removed, chosen.channels, device=best_device())
-    # The regularised model may have been saved without them already.
-    verification = replace(proof, dropped=PrunableCheckpoint.open(release / "model").ignored)
+    # The regularised model may have been saved without them already, and a GGUF file was pinned without them.
+    dropped = (*PrunableCheckpoint.open(release / "model").ignored, *lineage.get("heads", ()))
+    verification = replace(proof, dropped=dropped)
     verification.save(out)
+    regularised = Checkpoint.open(model / "model")
     card = model_card(
         release=lineage,
         recipe=made_by,
         selection=chosen,
-        widths=Checkpoint.open(model / "model").widths,
+        widths=regularised.widths,
+        wraps=bool(regularised.family and regularised.family.wraps),
         verification=asdict(verification),
         release_card=_card(release),
     )

@@ -16,6 +16,7 @@ from components.lib.settings import ProcessSettings
 from components.lib.sources.resolve import release_config
 from components.lib.transformer.dequantise import opened
 from components.lib.transformer.families import family_of, full_precision
+from components.lib.transformer.gguf import gguf_of
 from components.lib.transformer.layout import text_part
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def shape_of(release: str) -> Shape:
     folder = Path(release).expanduser()
     if folder.exists():
         local = opened(folder)
-        return Shape(local.config, local.dtype)
+        return Shape(local.config, local.dtype, unpacked=gguf_of(folder) is not None)
     config = full_precision(json.loads(release_config(release)))
     family_of(config)
     return Shape(config, str(config.get("dtype") or config.get("torch_dtype") or "float32"))

@@ -87,6 +87,8 @@ class Shape:
     config: Mapping[str, Any]
     dtype: str
     """That of the stored weights, by torch's name."""
+    unpacked: bool = False
+    """Whether it is a GGUF file, which is unpacked in memory as a whole when it is pinned."""
 
     def model(self, memory: Memory | None = None) -> PreTrainedModel:
         """Make the model; inside `counted` it has no bytes."""
@@ -185,7 +187,8 @@ class _Case:
 
 
 def _pin(case: _Case) -> Need:
-    return Need("pin", scratch=case.release.bytes, moved=2 * case.release.bytes)
+    peak = Peak(weights=case.release.bytes) if case.release.unpacked else NOTHING_HELD
+    return Need("pin", peak, scratch=case.release.bytes, moved=2 * case.release.bytes)
 
 
 def _learn_gates(case: _Case) -> Need:

@@ -102,7 +102,10 @@ def _config_on_s3(source: str, store: Store) -> str:
         text = store.read_uri(f"{place}/{name}")
         if text is not None:
             return text
-    raise Refusal(f"{source} has no config.json: name the prefix of a Hugging Face checkpoint")
+    raise Refusal(
+        f"{source} has no config.json: name the prefix of a Hugging Face checkpoint; of a GGUF file, whose settings are read when it is fetched, name "
+        "a local copy"
+    )
 
 
 def checkpoint_files(checkpoint: Checkpoint) -> dict[str, Path]:

@@ -1,8 +1,8 @@
 """A release in a GGUF file, turned into the plain checkpoint that transformers makes of it.
 
 A GGUF file holds weights, settings and tokenizer. transformers reads some architectures, and passes over a tensor or a setting that it does
-not know, such as the factors of Llama 3's rotary frequencies: the model would compute something else without a warning. So every tensor and
-every setting of a file is compared with the model that transformers makes, and one that is not in it is refused by its name.
+not know: the model would compute something else without a warning. So every tensor and every setting of a file is compared with the model
+that transformers makes (`gguf_checks.py`).
 
 The whole model is in memory when it is unpacked.
 """
@@ -10,59 +10,28 @@ The whole model is in memory when it is unpacked.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from math import isclose
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.lib.errors import Refusal
 from components.lib.transformer.checkpoint import INDEX, LICENCES, WEIGHTS, PrunableCheckpoint, Stored
 from components.lib.transformer.families import family_of
+from components.lib.transformer.gguf_checks import FACTORS, check_settings, heads_of, with_factors
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
     from torch import Tensor
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 _PLAIN = {"BF16": ("bfloat16", 2), "F16": ("float16", 2), "F32": ("float32", 4)}
 """The types of tensors that are not quantised: torch's name and the bytes of an element. Norms are in F32 beside any of them."""
-
-_SHAPES = frozenset(
-    (
-        "block_count",
-        "context_length",
-        "embedding_length",
-        "expert_count",
-        "expert_shared_feed_forward_length",
-        "feed_forward_length",
-        "ssm.conv_kernel",
-        "ssm.inner_size",
-        "ssm.state_size",
-        "ssm.time_step_rank",
-        "tensor_data_layout",
-        "vocab_size",
-    )
-)
-"""Settings that the shapes of tensors show, so that a model that lacks one does not load, and two that change no number."""
-
-_FIELDS: Mapping[str, tuple[str, ...]] = {
-    "attention.head_count": ("num_attention_heads",),
-    "attention.head_count_kv": ("num_key_value_heads", "num_attention_heads"),
-    "attention.layer_norm_epsilon": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
-    "attention.layer_norm_rms_epsilon": ("rms_norm_eps", "norm_eps", "layer_norm_epsilon"),
-    "attention.sliding_window": ("sliding_window",),
-    "attn_logit_softcapping": ("attn_logit_softcapping",),
-    "expert_feed_forward_length": ("moe_intermediate_size",),
-    "expert_used_count": ("num_experts_per_tok",),
-    "final_logit_softcapping": ("final_logit_softcapping",),
-    "use_parallel_residual": ("use_parallel_residual",),
-}
-"""Settings, each with the names of the config's field that has to have its value; the first that the config has."""
 
 
 def gguf_of(release: Path) -> Path | None:
@@ -89,6 +58,8 @@ class Promise:
 
     checkpoint: PrunableCheckpoint
     """The checkpoint that `unpack` writes: its config, and the names and shapes of its tensors, which cannot be read."""
+    heads: tuple[str, ...]
+    """The names of tensors that are left out: heads for multi-token prediction, of which transformers has no class."""
     types: str
     """The types that matrices are stored in, the one with the most bytes first, such as `Q4_K, Q6_K`."""
     cure: str
@@ -119,23 +90,32 @@ def _promised(file: Path, size: int, changed: int) -> Promise:
         raise Refusal(
             f"{file} is of the architecture {settings['general.architecture']!r}, of which transformers makes no model ({_said(error)}): {cure}"
         ) from None
+    factors = next((tensor for tensor in reader.tensors if tensor.name == FACTORS), None)
+    if factors is not None:
+        config = with_factors(file, torch.tensor(factors.data), config, cure)
     dtype, width = _PLAIN[_target(reader)]
     stated = json.loads(config.to_json_string()) | {"dtype": dtype}
     family = family_of(stated)
-    _check_settings(file, settings, config, cure)
+    numbers = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
+    check_settings(file, settings, tuple(numbers), config, cure)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    _check_tensors(file, settings, reader, model, cure)
+    state = _state(model)
+    numbers.pop(FACTORS, None)
+    heads: tuple[str, ...] = ()
+    # Numbers first, since it takes seconds to find the names.
+    if sum(numbers.values()) != sum(tensor.numel() for tensor in state.values()):
+        heads = heads_of(file, settings["general.architecture"], numbers, model, family, cure)
     tensors = {
         name: Stored(file, _target(reader), tuple(tensor.shape), 0, width * tensor.numel())
-        for name, tensor in _state(model).items()
+        for name, tensor in state.items()
     }
     sizes: dict[str, int] = {}
     for tensor in reader.tensors:
         if len(tensor.shape) > 1:
             sizes[tensor.tensor_type.name] = sizes.get(tensor.tensor_type.name, 0) + int(tensor.n_bytes)
     types = ", ".join(sorted(sizes, key=lambda name: -sizes[name]))
-    return Promise(PrunableCheckpoint.of(file.parent, stated, family, tensors), types, cure)
+    return Promise(PrunableCheckpoint.of(file.parent, stated, family, tensors), heads, types, cure)
 
 
 def _state(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -154,7 +134,7 @@ def unpack(release: Path, out: Path) -> None:
         Refusal: as `promised`; or the weights or the tokenizer cannot be read.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     file = gguf_of(release)
     assert file is not None, "the release is a GGUF file"
@@ -169,6 +149,7 @@ def unpack(release: Path, out: Path) -> None:
         model, loading = AutoModelForCausalLM.from_pretrained(
             file.parent,
             gguf_file=file.name,
+            config=AutoConfig.for_model(**promise.checkpoint.config),
             dtype=getattr(torch, promise.checkpoint.dtype),
             quantization_config=GgufConfig(gguf_file=file.name, dequantize=True),
             ignore_mismatched_sizes=True,  # so that they are reported, and refused below
@@ -183,6 +164,13 @@ def unpack(release: Path, out: Path) -> None:
         raise Refusal(
             f"{file} does not hold the model that its settings describe: {len(wrong)} tensors are missing, left over or of another shape, such "
             f"as {wrong[0]}: get the release again"
+        )
+    if promise.heads:
+        logging.getLogger(__name__).warning(
+            "%s: %d tensors of heads for multi-token prediction, such as %s, are dropped: transformers does not load them",
+            file,
+            len(promise.heads),
+            promise.heads[0],
         )
     model.config.__dict__.pop("quantization_config", None)  # it is quantised no longer
     model.save_pretrained(out, max_shard_size="5GB")
@@ -227,68 +215,6 @@ def _target(reader: GGUFReader) -> str:
     """Return the type that the weights get: that of the file's matrices, or BF16 if they are quantised."""
     types = {tensor.tensor_type.name for tensor in reader.tensors}
     return next((name for name in _PLAIN if name in types), "BF16") if types <= _PLAIN.keys() else "BF16"
-
-
-def _check_settings(file: Path, settings: Mapping[str, Any], config: PreTrainedConfig, cure: str) -> None:
-    """Refuse a setting of the architecture that the config does not have with the same value."""
-    from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
-
-    if settings["general.architecture"] in GGUF_CONFIG_ARCHS:  # made from all its settings, by a function of its own
-        return
-    prefix = f"{settings['general.architecture']}."
-    for name, value in settings.items():
-        setting = name.removeprefix(prefix)
-        if setting == name or setting in _SHAPES or not value or value == "none":
-            continue
-        if not any(_same(found, value) for found in _in_config(setting, config)):
-            raise Refusal(
-                f"{file} sets {name} to {value!r}, which transformers does not read, so that the model would compute something else: {cure}"
-            )
-
-
-def _same(found: object, value: object) -> bool:
-    """Compare two settings: a file holds numbers in fp32."""
-    numbers = isinstance(found, int | float) and isinstance(value, int | float)
-    return isclose(found, value, rel_tol=1e-5) if numbers else found == value  # type: ignore[arg-type]
-
-
-def _in_config(setting: str, config: PreTrainedConfig) -> Iterator[Any]:
-    """Yield the values that a config has for a setting."""
-    if setting == "rope.freq_base":
-        # One for all layers, or one for each type of layers.
-        rope = getattr(config, "rope_parameters", None) or {}
-        yield from (
-            part["rope_theta"] for part in (rope, *rope.values()) if isinstance(part, Mapping) and "rope_theta" in part
-        )
-    elif setting in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        rope = getattr(config, "rope_parameters", None) or {}
-        part = rope.get("partial_rotary_factor", 1) if setting == "rope.dimension_count" else 1
-        yield head * part
-    else:
-        yield next((getattr(config, name) for name in _FIELDS.get(setting, ()) if hasattr(config, name)), None)
-
-
-def _check_tensors(
-    file: Path, settings: Mapping[str, Any], reader: GGUFReader, model: PreTrainedModel, cure: str
-) -> None:
-    """Refuse a tensor that nothing of the model is made of; a tensor that the file lacks is found when it is loaded."""
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
-
-    # Numbers first, since it takes seconds to find the names.
-    if sum(int(tensor.n_elements) for tensor in reader.tensors) == sum(
-        tensor.numel() for tensor in _state(model).values()
-    ):
-        return
-    processor = TENSOR_PROCESSORS.get(settings["general.architecture"], TensorProcessor)(config={})
-    known = get_gguf_hf_weights_map(model, processor)
-    names = [tensor.name for tensor in reader.tensors]
-    unread = [name for name in names if name not in known and name.removesuffix(".weight") not in known]
-    if unread:
-        raise Refusal(
-            f"{file} holds the tensor {unread[0]}, which transformers does not read (and {len(unread) - 1} more), so that the model would "
-            f"compute something else: {cure}"
-        )
 
 
 def _cure(settings: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from components.lib.store.store import Reference, Store
 from components.lib.transformer.checkpoint import Checkpoint, PrunableCheckpoint
 from components.pin import pin
 from components.pin.pin import check_checkpoint, check_text, find_release, pin_folder, pin_release, pin_text
-from tests.components.lib.transformer import zoo
+from tests.components.lib.transformer import qwen35, zoo
 from tests.components.lib.transformer.test_dequantise import in_fp8
 from tests.components.lib.transformer.test_gguf import specimen, write_gguf
 from tests.components.lib.transformer.wrapped import WRAPPED
@@ -40,6 +40,8 @@ def test_the_text_model_alone_is_pinned_if_the_recipe_asks_for_it(tmp_path: Path
     folder = zoo.release(gemma.model(6), tmp_path / "release")
     whole, alone = pin_folder(folder, recipe(), store), pin_folder(folder, recipe(text_only=True), store)
     assert whole != alone
+    assert store.manifest(alone).metadata["taken_out_of"] == "Gemma 3"
+    assert "taken_out_of" not in store.manifest(whole).metadata
     assert find_release(str(folder), recipe(text_only=True), store) == alone
     config = json.loads((store.get(alone, tmp_path / "text") / "model" / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("gemma3_text", ["Gemma3ForCausalLM"])
@@ -111,6 +113,13 @@ def test_a_release_in_a_gguf_file_is_pinned_as_a_plain_checkpoint(named: str, tm
     assert (copy / "tokenizer.json").is_file()
     assert not list(copy.glob("*.gguf"))
     assert find_release(str(source), recipe(), store) == reference
+
+
+def test_heads_that_a_gguf_file_loses_are_named_in_the_lineage(tmp_path: Path, store: Store) -> None:
+    model = specimen("qwen3_5").model(4)
+    file = write_gguf(model, tmp_path / "model.gguf", tensors=qwen35.head(model))
+    made = store.manifest(pin_folder(file, recipe(), store)).metadata
+    assert made["heads"] == ["blk.4.nextn.eh_proj.weight", "blk.4.attn_q.weight"]
 
 
 def test_a_gguf_file_is_checked_before_it_is_unpacked(tmp_path: Path, store: Store) -> None:

@@ -136,6 +136,24 @@ def test_a_release_that_is_a_gguf_file_is_told() -> None:
     assert "GGUF" not in card()
 
 
+def test_a_wrapper_is_loaded_by_its_own_class() -> None:
+    """The class for text does not load every wrapper, and the processor makes tokens of an image."""
+    told = card(wraps=True)
+    assert "AutoModelForImageTextToText.from_pretrained(PATH" in told
+    assert "AutoProcessor.from_pretrained(PATH)" in told
+    assert "AutoModelForCausalLM" not in told
+    assert front_matter(told)["pipeline_tag"] == "image-text-to-text"
+    assert "how well it\nanswers about images was not measured" in told
+    assert "AutoModelForCausalLM.from_pretrained(PATH" in card()
+    assert "images" not in card()
+
+
+def test_a_text_model_that_was_taken_out_of_a_wrapper_is_told() -> None:
+    told = card(release={**RELEASE, "taken_out_of": "Qwen3.5"})
+    assert "The release is a Qwen3.5, which takes images too. This model is made from its text model alone" in told
+    assert "AutoModelForCausalLM.from_pretrained(PATH" in told
+
+
 def test_experts_are_told_by_the_layer() -> None:
     experts = Selection(method="dress", channels=Channels(experts=((), (0, 2))))
     told = card(selection=experts, widths=Widths(32, 48, 4, 2, 8, experts=8))

@@ -33,14 +33,14 @@ def narrowing(tmp_path_factory: pytest.TempPathFactory) -> Given:
     return Given.lay(tmp_path_factory.mktemp("run"), CHANNELS)
 
 
-def work(given: Given, out: Path, release: Path | None = None) -> Written:
+def work(given: Given, out: Path, release: Path | None = None, **lineage: object) -> Written:
     out.mkdir()
     journal = Written()
     prune(
         release or given.release,
         given.release,
         given.selection,
-        lineage=LINEAGE,
+        lineage=LINEAGE | lineage,
         made_by={"methods": {"sleb": {"ratio": 0.25}}},
         out=out,
         journal=journal,
@@ -95,6 +95,15 @@ def test_heads_of_the_release_that_are_dropped_are_told(given: Given, tmp_path: 
     assert verification["dropped"] == ["mtp.fc.weight"]
     card = (tmp_path / "out/model/README.md").read_text()
     assert "1 tensor of heads for multi-token prediction, such as `mtp.fc.weight`" in card
+
+
+def test_heads_that_a_gguf_file_was_pinned_without_are_told(given: Given, tmp_path: Path) -> None:
+    """The snapshot has none of them: the release's lineage names them."""
+    work(given, tmp_path / "out", gguf="Q8_0", heads=["blk.4.nextn.eh_proj.weight", "blk.4.attn_q.weight"])
+    verification = json.loads((tmp_path / "out/verification.json").read_text())
+    assert verification["dropped"] == ["blk.4.nextn.eh_proj.weight", "blk.4.attn_q.weight"]
+    card = (tmp_path / "out/model/README.md").read_text()
+    assert "2 tensors of heads for multi-token prediction, such as `blk.4.nextn.eh_proj.weight`" in card
 
 
 def test_the_card_tells_release_licence_and_recipe(given: Given, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pipeline.kubeflow.profile import Profile
 from pipeline.plan import plan
 from pipeline.plan.plan import Device, device_of, require_memory, rough, shape_of
 from pipeline.plan.stages import Shape, needs
+from tests.components.lib.transformer.test_gguf import specimen, write_gguf
 from tests.pipeline.plan.shapes import TINY
 from tests.pipeline.plan.test_stages import recipe
 
@@ -55,6 +56,15 @@ def test_a_config_on_s3_is_enough(store: Store) -> None:
     assert shape_of(store.uri("somewhere")) == Shape(TINY | {"dtype": "bfloat16"}, "bfloat16")
     with pytest.raises(Refusal, match="nowhere has no config"):
         shape_of(store.uri("nowhere"))
+
+
+def test_a_gguf_file_is_in_memory_as_a_whole_when_it_is_pinned(tmp_path: Path) -> None:
+    """A folder of tensors is copied piece by piece."""
+    shape = shape_of(str(write_gguf(specimen("llama").model(2), tmp_path / "model.gguf", quantised=True)))
+    (pin,) = needs(recipe(), shape, "cpu", only=["pin"])
+    assert pin.peak.total == shape.bytes > 0
+    (pin,) = needs(recipe(), Shape(TINY, "bfloat16"), "cpu", only=["pin"])
+    assert pin.peak.total == 0
 
 
 def test_the_rough_bound_is_above_every_stage() -> None:

@@ -20,12 +20,13 @@ from components.lib.transformer.dequantise import opened
 from components.lib.transformer.export import verify_cut
 from components.lib.transformer.gguf import gguf_of, promised, unpack
 from components.lib.transformer.surgery import cut_checkpoint
-from tests.components.lib.transformer.zoo import MODERN, SPECIMENS, VOCABULARY, Specimen, logits
+from tests.components.lib.transformer import qwen35
+from tests.components.lib.transformer.zoo import LINEAR, MODERN, SPECIMENS, VOCABULARY, Specimen, logits
 
 WIDE = {"intermediate_size": 64}  # whole blocks of 32
 BY_NAME = {specimen.name: specimen for specimen in (*SPECIMENS, *MODERN)}
-NAMES = ("llama", "qwen2", "qwen3", "gemma2", "qwen3_moe")
-ARCHITECTURES = {"qwen3_moe": "qwen3moe"}
+NAMES = ("llama", "qwen2", "qwen3", "gemma2", "qwen3_moe", "qwen3_5")
+ARCHITECTURES = {"qwen3_moe": "qwen3moe", "qwen3_5_text": "qwen35"}
 
 
 def specimen(name: str) -> Specimen:
@@ -39,6 +40,8 @@ def specimen(name: str) -> Specimen:
             "head_dim": 8,
             "norm_topk_prob": True,
         }
+    if name == "qwen3_5":
+        settings = {**LINEAR, "head_dim": 32}
     if name == "qwen3":
         settings = {"head_dim": 128}  # transformers reads no other from a GGUF file of this architecture
     return Specimen(name, BY_NAME[name].model_type, WIDE | settings)
@@ -78,8 +81,11 @@ def write_gguf(
     if kind == "qwen3moe":
         stated |= {"expert_count": config.num_experts, "expert_used_count": config.num_experts_per_tok}
         stated["expert_feed_forward_length"] = config.moe_intermediate_size
+    if kind == "qwen35":
+        stated |= qwen35.settings(model, heads=int(any("nextn" in name for name in tensors)))
     for name, value in (stated | dict(settings)).items():
         add: dict[type, Callable[..., None]] = {
+            list: writer.add_array,
             int: writer.add_uint32,
             float: writer.add_float32,
             str: writer.add_string,
@@ -111,6 +117,8 @@ def write_gguf(
 
 
 def _renamed(model: PreTrainedModel, kind: str) -> dict[str, Tensor]:
+    if kind == "qwen35":
+        return qwen35.renamed(model)
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
     names = gguf.get_tensor_name_map(architecture, model.config.num_hidden_layers)
     found: dict[str, Tensor] = {}
@@ -150,6 +158,59 @@ def test_a_file_becomes_the_model_that_it_was_written_from(name: str, tmp_path: 
     assert (out / "chat_template.jinja").is_file()
     cut_checkpoint(out, tmp_path / "cut", (1,))
     assert verify_cut(out, tmp_path / "cut", (1,)).max_difference == 0
+
+
+def test_heads_for_multi_token_prediction_are_left_out_by_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are a block beyond the model's layers; the model without them is the one that was written."""
+    model = specimen("qwen3_5").model(3)
+    file = write_gguf(model, tmp_path / "model.gguf", tensors=qwen35.head(model))
+    assert promised(file).heads == ("blk.3.nextn.eh_proj.weight", "blk.3.attn_q.weight")
+    assert promised(file).checkpoint.layers == 3
+    unpack(file, tmp_path / "plain")
+    torch.testing.assert_close(logits(load_model(tmp_path / "plain")), logits(model), rtol=1e-4, atol=1e-5)
+    assert (
+        "2 tensors of heads for multi-token prediction, such as blk.3.nextn.eh_proj.weight, are dropped" in caplog.text
+    )
+
+
+def llama3(**other: float) -> PreTrainedModel:
+    """Make a Llama with the rotary frequencies of Llama 3.1, some of which are divided by numbers between 1 and 8."""
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    return Specimen("llama3", "llama", {**WIDE, "head_dim": 64, "rope_parameters": rope | other}).model(2)
+
+
+def rotary_factors(model: PreTrainedModel) -> Tensor:
+    """Return what llama.cpp writes: by what the frequencies are divided, as its converter computes it."""
+    rope = model.config.rope_parameters
+    found = []
+    for frequency in 1.0 / (rope["rope_theta"] ** (torch.arange(0, 64, 2).float() / 64)):
+        turns = rope["original_max_position_embeddings"] * frequency / (2 * torch.pi)
+        between = (turns - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
+        smooth = between.clamp(0, 1)
+        found.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_the_rotary_frequencies_of_llama_3_are_recovered(factor: float, tmp_path: Path) -> None:
+    """A file holds the factors alone. Those of 3.1 and 3.2 are given by settings that are known."""
+    model = llama3(factor=factor)
+    factors = rotary_factors(model)
+    assert len({round(float(number), 3) for number in factors}) > 3  # some are between 1 and the largest
+    file = write_gguf(model, tmp_path / "model.gguf", tensors={"rope_freqs.weight": factors})
+    unpack(file, tmp_path / "plain")
+    plain = load_model(tmp_path / "plain")
+    assert plain.config.rope_parameters == model.config.rope_parameters
+    assert torch.equal(logits(plain), logits(model))
 
 
 def test_quantised_weights_become_bf16(tmp_path: Path) -> None:
@@ -228,9 +289,30 @@ class TestAFileIsRefused:
         said = refused(model=specimen("gemma2").model(2), settings={"final_logit_softcapping": 20.0})
         assert "sets gemma2.final_logit_softcapping to 20.0" in said
 
-    def test_with_a_tensor_that_the_model_lacks(self, refused: Callable[..., str]) -> None:
-        said = refused(tensors={"rope_freqs.weight": torch.full((4,), 8.0)})
-        assert "holds the tensor rope_freqs.weight, which transformers does not read" in said
+    def test_with_a_setting_that_the_function_for_its_architecture_passes_over(
+        self, refused: Callable[..., str]
+    ) -> None:
+        said = refused(model=specimen("qwen3_5").model(3), settings={"rope.scaling.type": "yarn"})
+        assert "sets qwen35.rope.scaling.type to 'yarn', which transformers does not read" in said
+
+    @pytest.mark.parametrize("name", ["llama", "qwen3_5"])
+    def test_with_a_tensor_that_the_model_lacks(self, name: str, refused: Callable[..., str]) -> None:
+        said = refused(model=specimen(name).model(3), tensors={"blk.0.attn_sinks.weight": torch.ones(4)})
+        assert "holds the tensor blk.0.attn_sinks.weight, which transformers does not read" in said
+
+    def test_with_a_second_block_for_multi_token_prediction(self, refused: Callable[..., str]) -> None:
+        """transformers takes one block for such a head, and the second one for a layer."""
+        model = specimen("qwen3_5").model(3)
+        second = {"blk.4.nextn.eh_proj.weight": torch.ones(32, 64)}
+        assert "blk.4.nextn.eh_proj.weight, which transformers does not read" in refused(
+            model=model, tensors={**qwen35.head(model), **second}
+        )
+
+    @pytest.mark.parametrize("other", [{"low_freq_factor": 2.0}, {"original_max_position_embeddings": 4096}])
+    def test_with_rotary_factors_that_no_llama_3_has(self, other: dict[str, Any], refused: Callable[..., str]) -> None:
+        model = llama3(**other)
+        said = refused(model=model, tensors={"rope_freqs.weight": rotary_factors(model)})
+        assert "rope_freqs.weight, whose factors of the rotary frequencies are not those of Llama 3.1 to 3.3" in said
 
     def test_that_is_one_of_several_parts(self, refused: Callable[..., str]) -> None:
         assert "is one of 3 parts of a model: join them" in refused(settings={"split.count": 3})
