@@ -63,12 +63,23 @@ _PATTERN = MappingProxyType({"sliding_window_pattern": spelled_out, "_sliding_wi
 _SWA = MappingProxyType({"layer_types": one_each, "layer_rope_theta": one_each})
 _SPARSE = MappingProxyType({"mlp_layer_types": one_each})
 _DENSE_FIRST = MappingProxyType({"first_k_dense_replace": leading, "moe_layer_freq": unchanged, HEADS: no_heads})
+_INDEXED = MappingProxyType({**_DENSE_FIRST, **_SPARSE, **_TYPED, "first_k_dense_replace": spelled_out})
 _EVERY_LAYER = MappingProxyType(
     {"moe_layer_freq": (1, "makes every n-th layer sparse, and a cut leaves no such period")}
 )
 _QWEN_MOE = MappingProxyType({**_WINDOWED, "mlp_only_layers": dense_layers, "decoder_sparse_step": every_layer})
 _LINEAR = MappingProxyType(
     {"layer_types": one_each, "full_attention_interval": spelled_out, "mtp_num_hidden_layers": no_heads}
+)
+_GLM4 = Layout(
+    {
+        **ATTENTION,
+        **FUSED,
+        **NORMS,
+        "post_self_attn_layernorm": "hidden",
+        "post_mlp_layernorm": "hidden",
+        **ENDS,
+    }
 )
 _LFM2 = MappingProxyType({"layer_types": one_each, "full_attn_idxs": indices})
 _GEMMA4 = MappingProxyType(
@@ -285,20 +296,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             ),
             Family("gemma", "Gemma", layout=replace(LLAMA, scaled_embedding=True)),
             Family("glm", "GLM-4 (2024)", layout=Layout({**ATTENTION, **FUSED, **NORMS, **ENDS})),
-            Family(
-                "glm4",
-                "GLM-4 (0414)",
-                layout=Layout(
-                    {
-                        **ATTENTION,
-                        **FUSED,
-                        **NORMS,
-                        "post_self_attn_layernorm": "hidden",
-                        "post_mlp_layernorm": "hidden",
-                        **ENDS,
-                    }
-                ),
-            ),
+            Family("glm4", "GLM-4 (0414)", layout=_GLM4),
             Family("helium", "Helium"),
             Family(
                 "hunyuan_v1_dense",
@@ -372,20 +370,10 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _of_like_experts(
                 "axk1", "A.X K1", per_layer={**_SPARSE, "first_k_dense_replace": spelled_out, HEADS: no_heads}
             ),
+            _of_like_experts("axk2", "A.X K2", per_layer=_INDEXED, required=_EVERY_LAYER),
             _of_like_experts("deepseek_v2", "DeepSeek V2", per_layer=_DENSE_FIRST, required=_EVERY_LAYER),
             _of_like_experts("deepseek_v3", "DeepSeek V3 and R1", per_layer=_DENSE_FIRST, required=_EVERY_LAYER),
-            _of_like_experts(
-                "deepseek_v32",
-                "DeepSeek V3.2",
-                per_layer={
-                    **_SPARSE,
-                    **_TYPED,
-                    "first_k_dense_replace": spelled_out,
-                    "moe_layer_freq": unchanged,
-                    HEADS: no_heads,
-                },
-                required=_EVERY_LAYER,
-            ),
+            _of_like_experts("deepseek_v32", "DeepSeek V3.2", per_layer=_INDEXED, required=_EVERY_LAYER),
             _of_like_experts("dots1", "dots.llm1", per_layer={**_DENSE_FIRST, **_WINDOWED}, required=_EVERY_LAYER),
             _of_like_experts(
                 "ernie4_5_moe",
@@ -537,6 +525,9 @@ TOWERS: Mapping[str, Family] = MappingProxyType(
                 "Qwen3-VL (text, experts)",
                 per_layer={"mlp_only_layers": dense_layers, "decoder_sparse_step": every_layer},
             ),
+            Family("glm4v_text", "GLM-4.1V (text)", layout=replace(_GLM4, head=None)),
+            _of_like_experts("glm4v_moe_text", "GLM-4.5V (text)", per_layer=_DENSE_FIRST, required=_EVERY_LAYER),
+            _of_like_experts("mistral4", "Mistral 4 (text)", per_layer={"first_k_dense_replace": leading}),
         )
     }
 )

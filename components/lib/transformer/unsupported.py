@@ -34,13 +34,13 @@ _REASONS: Mapping[str, str] = {
         musicgen_melody
     """,
     _WRAPPER: """
-        aria blip blip-2 chameleon cohere_compass cosmos3_edge cosmos3_omni deepseek_ocr2 deepseek_vl_hybrid diffusion_gemma
-        dots3_note emu3 ernie4_5_vl_moe evolla fast_vlm florence2 fuyu gemma3n gemma4_unified git glm46v glm4v glm4v_moe
-        glm5_next glm_ocr glmga granite4_vision granite_docling hunyuan_vl idefics inkling2 inkling_mm_model kimi_k25 instructblip
-        instructblipvideo kosmos-2 kosmos-2.5 llava_next_video minicpm_ocr minicpmv4_6 minicpmv4_7 minimax_m3_vl
-        mistral_large4 mllama molmo2 moshi moss_transcribe_diarize muse_glimmer muse_spark nemotron_h_omni ovis2 paddleocr_vl
-        perception_lm phi4_multimodal pi0 pix2struct pp_chart2table pp_formulanet qianfan_ocr qwen2_5_omni_thinker
-        qwen3_omni_moe_thinker qwen4_exp shieldgemma2 step3p7 t5gemma2 udop unlimited_ocr video_llama_3 video_llava
+        blip blip-2 chameleon cohere_compass cosmos3_edge cosmos3_omni deepseek_ocr2 deepseek_vl_hybrid diffusion_gemma
+        dots3_note emu3 ernie4_5_vl_moe evolla fast_vlm florence2 fuyu gemma3n git
+        glm5_next glm_ocr glmga granite4_vision granite_docling hunyuan_vl idefics inkling2 inkling_mm_model instructblip
+        instructblipvideo kosmos-2 kosmos-2.5 minicpm_ocr minicpmv4_7 minimax_m3_vl
+        mistral_large4 mllama molmo2 moshi moss_transcribe_diarize muse_glimmer muse_spark nemotron_h_omni paddleocr_vl
+        perception_lm phi4_multimodal pi0 pix2struct pp_chart2table pp_formulanet qwen2_5_omni_thinker
+        qwen3_omni_moe_thinker qwen4_exp shieldgemma2 step3p7 t5gemma2 udop unlimited_ocr video_llava
         vision-encoder-decoder
     """,
     _DRAFT: "gemma4_assistant gemma4_unified_assistant",
@@ -52,8 +52,10 @@ _REASONS: Mapping[str, str] = {
     _RECURRENT: "blt hrm_text reformer",
     _OLD: "cpmant ctrl dbrx gpt_neo longcat_flash openai-gpt rwkv xlnet xlstm",
     _NEW: """
-        axk2 cohere_compass_text deepseek_v4 dots3_note_text inkling_text minimax_m3_vl_text mistral4 qwen4_exp_text
+        cohere_compass_text deepseek_v4 dots3_note_text inkling_text minimax_m3_vl_text qwen4_exp_text
     """,
+    "is written by transformers under other names than its release has, so that no other server loads the result": "kimi_k25 qianfan_ocr",
+    "is the text model of a mistral3 release, which is pruned whole, and transformers does not load it alone": "mistral4",
     "is GPT-2 under an older name: set model_type to gpt2 in a copy of its config.json": "gpt-sw3",
 }
 

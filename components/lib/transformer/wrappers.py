@@ -103,6 +103,15 @@ WRAPPERS: Mapping[str, Wrapper] = MappingProxyType(
             Wrapper("deepseek_vl", "DeepSeek-VL", "llama"),
             Wrapper("janus", "Janus", "llama"),
             Wrapper("vipllava", "ViP-LLaVA", "llama", stored=_OLD),
+            Wrapper("glm4v", "GLM-4.1V", "glm4v_text"),
+            Wrapper("glm46v", "GLM-4.6V Flash", "glm4v_text"),
+            Wrapper("glm4v_moe", "GLM-4.5V and 4.6V", "glm4v_moe_text"),
+            Wrapper("gemma4_unified", "Gemma 4 unified", "gemma4_unified_text"),
+            Wrapper("minicpmv4_6", "MiniCPM-V 4.6", "qwen3_5_text"),
+            Wrapper("video_llama_3", "VideoLLaMA 3", "qwen2"),
+            Wrapper("aria", "Aria", "aria_text", stored=_OLD),
+            Wrapper("ovis2", "Ovis 2", "qwen2"),
+            Wrapper("llava_next_video", "LLaVA-NeXT-Video", "llama", stored=_OLD),
             Wrapper("hyperclovax_vision_v2", "HyperCLOVA X Vision 2", "hyperclovax"),
         )
     }

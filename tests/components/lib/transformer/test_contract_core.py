@@ -82,10 +82,11 @@ def test_channels_and_layers_go_together(source: Path, dense: PreTrainedModel, t
     assert (logits(load_model(tmp_path)) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-def test_deepseek_v32_is_held_for_texts_of_which_every_token_is_selected(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["deepseek_v32", "axk2"])
+def test_an_indexer_is_held_for_texts_of_which_every_token_is_selected(name: str, tmp_path: Path) -> None:
     """In longer ones the dense model itself generates other text with its cache: when transformers mends that, docs/families.md can say so."""
-    specimen = next(specimen for specimen in MODERN if specimen.name == "deepseek_v32")
-    model = replace(specimen, settings=specimen.settings | {"index_topk": 8}).model(2)
+    specimen = next(specimen for specimen in MODERN if specimen.name == name)
+    model = replace(specimen, settings=specimen.settings | {"index_topk": 8}).model()
     release(model, tmp_path)
     with pytest.raises(VerificationError, match="generates other text with its key-value cache than without"):
         verify_export(answers(model), tmp_path)

@@ -21,7 +21,7 @@ from components.lib.training.regularize import regularize
 from components.lib.transformer.channels import channels_to_remove, check_channels
 from components.lib.transformer.checkpoint import WEIGHTS, PrunableCheckpoint, load_model
 from components.lib.transformer.export import save_model, verify_cut
-from components.lib.transformer.families import FAMILIES, TOWERS, row_of
+from components.lib.transformer.families import FAMILIES, TOWERS
 from components.lib.transformer.gates import bypassed, family_in, removable, skipped
 from components.lib.transformer.narrow import mixtures, narrowed
 from components.lib.transformer.selection import Channels, Selection
@@ -102,7 +102,7 @@ def test_the_other_towers_and_the_processor_travel_as_they_are(tmp_path: Path) -
     assert config["vision_config"] == json.loads((source / "config.json").read_text())["vision_config"]
 
 
-NARROW = [one for one in WRAPPED if row_of(one.model_type, None).layout]
+NARROW = [one for one in WRAPPED if one.family.layout]
 
 
 @pytest.mark.parametrize("wrapped", NARROW, ids=str, indirect=True)
@@ -128,9 +128,7 @@ def test_the_text_model_loses_channels_that_the_projector_does_not_write(wrapped
         channels_to_remove(checkpoint.family, checkpoint.config, {"hidden": 0.5}, None)
 
 
-@pytest.mark.parametrize(
-    "wrapped", [one for one in WRAPPED if row_of(one.model_type, None).experts], ids=str, indirect=True
-)
+@pytest.mark.parametrize("wrapped", [one for one in WRAPPED if one.family.experts], ids=str, indirect=True)
 def test_the_text_model_loses_experts(wrapped: Wrapped, tmp_path: Path) -> None:
     """For an image too. To rounding: a processor may sum the product of a router with fewer rows in another order."""
     source = released(wrapped, tmp_path / "release")
@@ -190,7 +188,7 @@ def test_a_config_may_leave_widths_to_its_class(tmp_path: Path) -> None:
     assert PrunableCheckpoint.open(source).layers == LAYERS
 
 
-ALONE = [one for one in WRAPPED if WRAPPERS[one.model_type].text in FAMILIES and WRAPPERS[one.model_type].alone]
+ALONE = [one for one in WRAPPED if one.family.wraps in FAMILIES and WRAPPERS[one.model_type].alone]
 
 
 @pytest.mark.parametrize("wrapped", ALONE, ids=str, indirect=True)
@@ -199,7 +197,7 @@ def test_the_text_model_taken_out_computes_what_it_computes_in_the_wrapper(wrapp
     write(text_alone(PrunableCheckpoint.open(source)), tmp_path / "text")
     model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "text", output_loading_info=True)
     assert not any(loading.values()), loading
-    assert PrunableCheckpoint.open(tmp_path / "text").family is FAMILIES[WRAPPERS[wrapped.model_type].text]
+    assert PrunableCheckpoint.open(tmp_path / "text").family is FAMILIES[wrapped.family.wraps]
     # Words alone: some wrappers read the tokens that stand for an image as padding.
     words = torch.randint(3, 80, (2, 12), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

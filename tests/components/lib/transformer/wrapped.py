@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from tests.components.lib.transformer.zoo import EXPERTS, LINEAR, VOCABULARY, WINDOW
+from components.lib.transformer.families import row_of
+from components.lib.transformer.family import Family
+from tests.components.lib.transformer.zoo import EXPERTS, LATENT, LINEAR, ROUTED, VOCABULARY, WINDOW
 
 IMAGE, START, END, VIDEO = 90, 91, 92, 93
 """The tokens that stand for a patch of an image, for its begin and end, and for a patch of a video."""
@@ -45,6 +47,13 @@ DEPTH = {
     "out_hidden_size": 32,
 }
 SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+GLM_TOKENS = {
+    "video_token_id": VIDEO,
+    "image_start_token_id": START,
+    "image_end_token_id": END,
+    "video_start_token_id": 94,
+    "video_end_token_id": 95,
+}
 TOKENS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
 
 
@@ -74,6 +83,11 @@ class Wrapped:
 
     def __str__(self) -> str:
         return self.model_type
+
+    @property
+    def family(self) -> Family:
+        """The row of the text model in the wrapper."""
+        return row_of(self.model_type, self.text_type)
 
     def model(self, layers: int = 6, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """Make the model, every parameter random."""
@@ -378,4 +392,85 @@ WRAPPED = (
         text_type="hyperclovax",
     ),
     Wrapped("deepseek_vl", pixels(1, 3, 16, 16), 16, text_type="llama"),
+    Wrapped(
+        "mistral3",
+        lambda: pixels(1, 3, 16, 16)() | {"image_sizes": torch.tensor([[16, 16]])},
+        4,
+        text={**ROUTED, **LATENT, "first_k_dense_replace": 2},
+        vision={**VISION, "model_type": "pixtral", "head_dim": 8, "hidden_act": "gelu"},
+        text_type="mistral4",
+    ),
+    *(
+        Wrapped(
+            name,
+            patches,
+            4,
+            text={"rope_parameters": {**SECTIONS, "partial_rotary_factor": 1.0}, **text},
+            vision={**DEPTH, "image_size": 16},
+            settings=GLM_TOKENS,
+        )
+        for name, text in (
+            ("glm4v", {}),
+            ("glm46v", {"model_type": "glm4v_text"}),
+            ("glm4v_moe", {**ROUTED, "head_dim": 8, "first_k_dense_replace": 2}),
+        )
+    ),
+    Wrapped(
+        "gemma4_unified",
+        lambda: pixels(1, 4, 192)() | {"image_position_ids": torch.tensor([[[0, 0], [1, 0], [0, 1], [1, 1]]])},
+        4,
+        text={**WINDOW, "head_dim": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 0, "layer_types": MIXED},
+        vision={
+            "patch_size": 4,
+            "pooling_kernel_size": 2,
+            "mm_embed_dim": 16,
+            "mm_posemb_size": 16,
+            "output_proj_dims": 16,
+        },
+        text_type="gemma4_unified_text",
+    ),
+    Wrapped(
+        "minicpmv4_6",
+        lambda: pixels(1, 3, 4, 256)() | {"target_sizes": torch.tensor([[8, 8]])},
+        4,
+        text={**LINEAR, "head_dim": 8},
+        vision={**VISION, "image_size": 32, "insert_layer_id": 0},
+        settings={"insert_layer_id": 0},
+        text_type="qwen3_5_text",
+    ),
+    Wrapped(
+        "video_llama_3",
+        lambda: patches() | {"image_merge_sizes": torch.tensor([2])},
+        4,
+        text_type="qwen2",
+    ),
+    Wrapped(
+        "aria",
+        pixels(1, 3, 16, 16),
+        4,
+        text={"moe_num_experts": 4, "moe_topk": 2},
+        vision={**VISION, "model_type": "idefics3_vision"},
+        settings={"image_token_index": IMAGE, "projector_patch_to_query_dict": {16: 4}},
+        text_type="aria_text",
+    ),
+    Wrapped(
+        "ovis2",
+        pixels(1, 3, 16, 16),
+        16,
+        vision={**VISION, "vocab_size": 24},
+        settings={
+            "visual_indicator_token_ids": [START, END, 85, 86, 87],
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+        },
+        text_type="qwen2",
+    ),
+    Wrapped(
+        "llava_next_video",
+        lambda: pixels(1, 2, 3, 16, 16)() | {"image_sizes": torch.tensor([[16, 16]])},
+        36,
+        vision={**VISION, "model_type": "clip_vision_model"},
+        settings={"image_token_index": IMAGE, "image_grid_pinpoints": [[16, 16]]},
+        text_type="llama",
+    ),
 )

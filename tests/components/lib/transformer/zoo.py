@@ -424,6 +424,19 @@ MODERN = (
     Specimen("recurrent_gemma", "recurrent_gemma", {"lru_width": 32, "attention_window_size": 4, "head_dim": 8}),
     Specimen("axk1", "axk1", {**ROUTED, **LATENT, "mlp_layer_types": DENSE_AND_SPARSE}),
     Specimen(
+        "axk2",
+        "axk2",
+        {
+            **ROUTED,
+            **LATENT,
+            "mlp_layer_types": DENSE_AND_SPARSE,
+            "index_topk": 64,
+            "index_head_dim": 16,
+            "index_n_heads": 2,
+            "gated_norm_rank": 4,
+        },
+    ),
+    Specimen(
         "flint",
         "flint",
         {
