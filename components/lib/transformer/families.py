@@ -526,6 +526,8 @@ TOWERS: Mapping[str, Family] = MappingProxyType(
                 per_layer={"mlp_only_layers": dense_layers, "decoder_sparse_step": every_layer},
             ),
             Family("glm4v_text", "GLM-4.1V (text)", layout=replace(_GLM4, head=None)),
+            Family("glm_ocr_text", "GLM-OCR (text)", per_layer={HEADS: no_heads}, layout=_GLM4),
+            Family("paddleocr_vl_text", "PaddleOCR-VL (text)"),
             _of_like_experts("glm4v_moe_text", "GLM-4.5V (text)", per_layer=_DENSE_FIRST, required=_EVERY_LAYER),
             _of_like_experts("mistral4", "Mistral 4 (text)", per_layer={"first_k_dense_replace": leading}),
         )

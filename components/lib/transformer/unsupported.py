@@ -36,10 +36,10 @@ _REASONS: Mapping[str, str] = {
     _WRAPPER: """
         blip blip-2 chameleon cohere_compass cosmos3_edge cosmos3_omni deepseek_ocr2 deepseek_vl_hybrid diffusion_gemma
         dots3_note emu3 ernie4_5_vl_moe evolla fast_vlm florence2 fuyu gemma3n git
-        glm5_next glm_ocr glmga granite4_vision granite_docling hunyuan_vl idefics inkling2 inkling_mm_model instructblip
-        instructblipvideo kosmos-2 kosmos-2.5 minicpm_ocr minicpmv4_7 minimax_m3_vl
-        mistral_large4 mllama molmo2 moshi moss_transcribe_diarize muse_glimmer muse_spark nemotron_h_omni paddleocr_vl
-        perception_lm phi4_multimodal pi0 pix2struct pp_chart2table pp_formulanet qwen2_5_omni_thinker
+        glm5_next glmga granite4_vision granite_docling hunyuan_vl idefics inkling2 inkling_mm_model instructblip
+        instructblipvideo kosmos-2 kosmos-2.5 minicpm_ocr minimax_m3_vl
+        mistral_large4 mllama molmo2 moshi moss_transcribe_diarize muse_glimmer muse_spark nemotron_h_omni
+        perception_lm phi4_multimodal pi0 pix2struct pp_formulanet qwen2_5_omni_thinker
         qwen3_omni_moe_thinker qwen4_exp shieldgemma2 step3p7 t5gemma2 udop unlimited_ocr video_llava
         vision-encoder-decoder
     """,

@@ -136,6 +136,12 @@ def test_a_release_that_is_a_gguf_file_is_told() -> None:
     assert "GGUF" not in card()
 
 
+def test_one_layer_is_not_told_as_several() -> None:
+    one = Selection(method="sleb", removed=(1,), order=(1,))
+    assert "\nLayer 1 of the release.\n" in card(selection=one, verification={**VERIFICATION, "removed": [1]})
+    assert "\nLayers 3, 1 of the release, in this order.\n" in card()
+
+
 def test_a_wrapper_is_loaded_by_its_own_class() -> None:
     """The class for text does not load every wrapper, and the processor makes tokens of an image."""
     told = card(wraps=True)

@@ -117,7 +117,11 @@ class Wrapped:
         tokens = [*words[:5], START, *[IMAGE] * self.length, END, *words[5:]]
         kinds = torch.tensor([[int(token == IMAGE) for token in tokens]])
         found = {"input_ids": torch.tensor([tokens]), "attention_mask": torch.ones(1, len(tokens)).long()}
-        return found | self.image() | ({"mm_token_type_ids": kinds} if "image_grid_thw" in self.image() else {})
+        return (
+            found
+            | self.image()
+            | ({"mm_token_type_ids": kinds} if {"image_grid_thw", "target_sizes"} & self.image().keys() else {})
+        )
 
 
 MIXED = ["sliding_attention", "full_attention"] * 3
@@ -301,20 +305,23 @@ WRAPPED = (
         vision={**VISION, "model_type": "pixtral", "head_dim": 8, "hidden_act": "gelu"},
         text_type="qwen3",
     ),
-    Wrapped(
-        "got_ocr2",
-        pixels(1, 3, 64, 64),
-        16,
-        vision={
-            **VISION,
-            "output_channels": 8,
-            "image_size": 64,
-            "window_size": 2,
-            "global_attn_indexes": [1],
-            "mlp_dim": 24,
-        },
-        settings={"image_token_index": IMAGE},
-        text_type="qwen2",
+    *(
+        Wrapped(
+            name,
+            pixels(1, 3, 64, 64),
+            16,
+            vision={
+                **VISION,
+                "output_channels": 8,
+                "image_size": 64,
+                "window_size": 2,
+                "global_attn_indexes": [1],
+                "mlp_dim": 24,
+            },
+            settings={"image_token_index": IMAGE},
+            text_type="qwen2",
+        )
+        for name in ("got_ocr2", "pp_chart2table")
     ),
     Wrapped(
         "llava_onevision",
@@ -412,6 +419,7 @@ WRAPPED = (
         for name, text in (
             ("glm4v", {}),
             ("glm46v", {"model_type": "glm4v_text"}),
+            ("glm_ocr", {"head_dim": 8}),
             ("glm4v_moe", {**ROUTED, "head_dim": 8, "first_k_dense_replace": 2}),
         )
     ),
@@ -429,14 +437,24 @@ WRAPPED = (
         },
         text_type="gemma4_unified_text",
     ),
+    *(
+        Wrapped(
+            name,
+            lambda: pixels(1, 3, 4, 256)() | {"target_sizes": torch.tensor([[8, 8]])},
+            4,
+            text={**LINEAR, "head_dim": 8},
+            vision={**VISION, "image_size": 32, "insert_layer_id": 0},
+            settings={"insert_layer_id": 0},
+            text_type="qwen3_5_text",
+        )
+        for name in ("minicpmv4_6", "minicpmv4_7")
+    ),
     Wrapped(
-        "minicpmv4_6",
-        lambda: pixels(1, 3, 4, 256)() | {"target_sizes": torch.tensor([[8, 8]])},
+        "paddleocr_vl",
+        lambda: pixels(16, 3, 4, 4)() | {"image_grid_thw": torch.tensor([[1, 4, 4]])},
         4,
-        text={**LINEAR, "head_dim": 8},
-        vision={**VISION, "image_size": 32, "insert_layer_id": 0},
-        settings={"insert_layer_id": 0},
-        text_type="qwen3_5_text",
+        text={"head_dim": 8, "rope_parameters": SECTIONS},
+        settings=TOKENS,
     ),
     Wrapped(
         "video_llama_3",
