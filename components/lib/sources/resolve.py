@@ -258,7 +258,11 @@ def ask_hub(question: Callable[[], T], name: str, kind: str) -> T:
             f"the Hub has no {kind} {name}: check the spelling, or set HF_TOKEN if it is private"
         ) from None
     except errors.EntryNotFoundError as error:
-        raise Refusal(f"the {kind} {name} lacks a file that is needed: {' '.join(str(error).split())[:200]}") from None
+        cure = "name a Hugging Face checkpoint, or a GGUF file in it as owner/name/FILE.gguf"
+        raise Refusal(
+            f"the {kind} {name} lacks a file that is needed ({' '.join(str(error).split())[:200]}): "
+            f"{cure if kind == 'release' else 'name another one'}"
+        ) from None
     except (errors.HfHubHTTPError, httpx2.HTTPError, OSError) as error:
         raise Unavailable(
             f"the Hub did not answer for the {kind} {name} ({type(error).__name__}): check the connection, or name a folder or file"

@@ -341,6 +341,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         if (folder / "adapter_config.json").is_file():
             raise Refusal(f"{folder} holds adapters and no config.json: merge them into their base model first")
+        if not folder.exists():
+            raise Refusal(f"{folder} does not exist: name the folder of a Hugging Face checkpoint, or a GGUF file")
         raise Refusal(f"{folder} has no config.json: name the folder of a Hugging Face checkpoint")
     return _read_json(path)
 

@@ -122,7 +122,7 @@ class TestBadInput:
         assert refusal() == f"{release} has no config.json: name the folder of a Hugging Face checkpoint"
 
     def test_a_folder_that_is_not_there(self, refusal: Callable[..., str]) -> None:
-        assert refusal(model="./nothing").startswith("nothing has no config.json")
+        assert refusal(model="./nothing").startswith("nothing does not exist: name the folder")
 
     def test_a_checkpoint_that_is_pickled_only(self, release: Path, refusal: Callable[..., str]) -> None:
         (release / "model.safetensors").rename(release / "pytorch_model.bin")
@@ -326,7 +326,7 @@ class TestACompare:
         assert refusal("--ratios", "0.95,0.99").startswith("methods.trsp.ratio 0.95 removes 4 of the model's 4 layers")
 
     def test_of_no_release(self, refusal: Callable[..., str]) -> None:
-        assert refusal(model="./nothing").startswith("nothing has no config.json")
+        assert refusal(model="./nothing").startswith("nothing does not exist: name the folder")
 
     def test_with_seeds_that_are_no_numbers(self, refusal: Callable[..., str]) -> None:
         said = refusal("--seeds", "0,1.5")

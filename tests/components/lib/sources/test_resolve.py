@@ -238,7 +238,11 @@ def _answered(error: Callable[..., Exception], status: int = 404) -> Exception:
         (_answered(errors.GatedRepoError, 403), True, "is gated: accept its terms on the Hub and set HF_TOKEN"),
         (_answered(errors.RevisionNotFoundError), False, "has no such revision: name a branch, a tag or a commit"),
         (_answered(errors.RepositoryNotFoundError), True, "the Hub has no release owner/model@v1: check the spelling"),
-        (_answered(errors.RemoteEntryNotFoundError), False, "lacks a file that is needed: said"),
+        (
+            _answered(errors.RemoteEntryNotFoundError),
+            False,
+            r"needed \(said\): name a .* checkpoint, or a GGUF file in it as owner/name/FILE\.gguf",
+        ),
         (_answered(errors.HfHubHTTPError, 500), True, "the Hub did not answer for the release owner/model@v1"),
         (httpx2.ConnectError("said"), True, r"\(ConnectError\): check the connection, or name a folder or file"),
         (TimeoutError(), True, r"\(TimeoutError\): check the connection"),
