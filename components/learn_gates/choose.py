@@ -12,6 +12,7 @@ from components.lib.methods import Method
 from components.lib.training.journal import Journal
 from components.lib.transformer.checkpoint import load_model
 from components.lib.transformer.device import best_device, raise_weights, reused_memory
+from components.lib.transformer.families import check_attention
 from components.lib.transformer.selection import NOTHING, Selection
 from components.lib.transformer.text import load_windows
 
@@ -42,10 +43,14 @@ def select(
         methods: in their order; each gets the selection of those before it.
         out: an existing folder.
         journal: takes the progress.
+
+    Raises:
+        Refusal: no layer of attention would stay of a hybrid.
     """
     selection = NOTHING
     with reused_memory(model.device):
         for method in methods:
             selection = method.choose(model, windows, selection, journal=journal, out=out)
+    check_attention(model.config.to_dict(), selection.removed)
     selection.save(out)
     return selection

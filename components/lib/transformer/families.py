@@ -638,6 +638,26 @@ def cut_config(config: Config, family: Family, layers: Sequence[int]) -> dict[st
     return with_text(whole, cut)
 
 
+def check_attention(config: Config, removed: Sequence[int]) -> None:
+    """Check that a layer of attention stays, if the model has such layers: transformers counts the tokens of a cache there.
+
+    Args:
+        config: a config with its per-layer lists written out.
+        removed: indices of the layers to remove.
+
+    Raises:
+        Refusal: layers of linear attention, convolutions or states alone would stay, and the result could not generate.
+    """
+    config = text_part(config)
+    kinds = config.get("layer_types") or config.get("layers_block_type") or ()
+    attention = {n for n, kind in enumerate(kinds) if str(kind).endswith("attention") and kind != "linear_attention"}
+    if attention and attention <= set(removed):
+        raise Refusal(
+            f"the layers that were chosen, {', '.join(map(str, sorted(removed)))}, hold every layer of attention of the model, and transformers does not "
+            "generate without one: lower the ratio, or name another method"
+        )
+
+
 def kept_layers(count: int, removed: Sequence[int]) -> list[int]:
     """Return the indices of the layers that stay, ascending. Raises Refusal for an index out of range, or when none stays."""
     foreign = sorted(layer for layer in set(removed) if not 0 <= layer < count)

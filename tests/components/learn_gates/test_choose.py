@@ -6,15 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from components.learn_gates.choose import choose
+from components.learn_gates.choose import choose, select
 from components.lib.errors import Refusal
 from components.lib.methods import LayerMethod, Method, known_methods
 from components.lib.methods.dress import Dress
+from components.lib.methods.last import Last
 from components.lib.methods.shortgpt import ShortGPT
 from components.lib.methods.trsp import Trsp
 from components.lib.transformer.selection import AXES, Selection
+from components.lib.transformer.text import load_windows
 from tests.components.given import Given, digest
 from tests.components.lib.training.tiny import Written
+from tests.components.lib.transformer.zoo import MODERN
 
 OF_LAYERS = [name for name, method in known_methods().items() if issubclass(method, LayerMethod)]
 QUICK = {"steps": 2, "shortlist": 2}
@@ -45,6 +48,13 @@ def test_every_method_of_layers_leaves_a_selection(method: str, given: Given, tm
     assert all(len(scores) == 4 for scores in selection.scores.values())
     assert not selection.channels
     assert digest(given.release) == before
+
+
+def test_a_hybrid_whose_layers_of_attention_are_all_chosen_is_refused(given: Given, tmp_path: Path) -> None:
+    """Before the training: a model without one cannot generate with its cache, as the check of the cut would find after it."""
+    hybrid = next(specimen for specimen in MODERN if specimen.name == "qwen3_5").model(4)
+    with pytest.raises(Refusal, match=r"the layers that were chosen, 2, hold every layer of attention"):
+        select(hybrid, load_windows(given.windows), [Last(ratio=0.25)], tmp_path, Written())
 
 
 def test_dress_leaves_a_selection_of_channels(given: Given, tmp_path: Path) -> None:

@@ -10,7 +10,14 @@ import pytest
 from transformers import CONFIG_MAPPING
 
 from components.lib.errors import Refusal
-from components.lib.transformer.families import FAMILIES, cut_config, family_named, family_of, kept_layers
+from components.lib.transformer.families import (
+    FAMILIES,
+    check_attention,
+    cut_config,
+    family_named,
+    family_of,
+    kept_layers,
+)
 
 LLAMA = {"model_type": "llama", "num_hidden_layers": 4}
 
@@ -29,6 +36,18 @@ def test_every_field_of_a_supported_config_is_known(model_type: str) -> None:
 def test_lists_with_one_entry_a_layer_lose_the_removed_layers_entries() -> None:
     config = cut("gemma2", (1, 2), num_hidden_layers=4, layer_types=["a", "b", "c", "d"])
     assert config == {"model_type": "gemma2", "num_hidden_layers": 2, "layer_types": ["a", "d"]}
+
+
+@pytest.mark.parametrize("field", ["layer_types", "layers_block_type"])
+def test_a_hybrid_keeps_a_layer_of_attention(field: str) -> None:
+    kinds = ["linear_attention", "full_attention", "conv", "full_attention", "moe"]
+    with pytest.raises(
+        Refusal, match=r"chosen, 1, 3, 4, hold every layer of attention of the model, .*: lower the ratio"
+    ):
+        check_attention({field: kinds}, (1, 3, 4))
+    check_attention({"text_config": {field: kinds}}, (0, 1, 2))
+    check_attention({field: ["linear_attention"] * 2}, (0,))  # has none, and generates without
+    check_attention({}, (0, 1))
 
 
 def test_a_count_of_leading_layers_counts_those_that_stay() -> None:
