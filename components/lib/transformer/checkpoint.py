@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -314,7 +314,7 @@ def _check_loading(folder: Path, loading: Mapping[str, Any]) -> None:
     checkpoint = Checkpoint.open(folder)
     family = checkpoint.family
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = sorted(str(name) for name in loading[kind])
+        names = sorted(map(tensor_told, loading[kind]))
         if kind == "unexpected_keys" and family:
             names = [name for name in names if not family.ignores(name, checkpoint.config)]
         if names:
@@ -322,6 +322,14 @@ def _check_loading(folder: Path, loading: Mapping[str, Any]) -> None:
                 f"{folder} does not hold the model its config.json describes: {len(names)} {kind.replace('_', ' ')}, such as "
                 f"{', '.join(names[:3])}: get the release again"
             )
+
+
+def tensor_told(key: str | tuple[str, Sequence[int], Sequence[int]]) -> str:
+    """Return the name of a tensor that transformers did not load; of one of another shape, with both shapes."""
+    if isinstance(key, str):
+        return key
+    name, stored, wanted = key
+    return f"{name} (stored {list(stored)}, the model has {list(wanted)})"
 
 
 def load_tokenizer(folder: Path, remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.lib.errors import Refusal
-from components.lib.transformer.checkpoint import INDEX, LICENCES, WEIGHTS, PrunableCheckpoint, Stored
+from components.lib.transformer.checkpoint import INDEX, LICENCES, WEIGHTS, PrunableCheckpoint, Stored, tensor_told
 from components.lib.transformer.families import family_of
 from components.lib.transformer.gguf_checks import FACTORS, check_settings, heads_of, with_factors
 
@@ -158,7 +158,7 @@ def unpack(release: Path, out: Path) -> None:
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise Refusal(f"{file} cannot be read by transformers ({_said(error)}): {promise.cure}") from None
     wrong = sorted(
-        {str(name) for kind in ("missing_keys", "mismatched_keys", "unexpected_keys") for name in loading[kind]}
+        {tensor_told(key) for kind in ("missing_keys", "mismatched_keys", "unexpected_keys") for key in loading[kind]}
     )
     if wrong:
         raise Refusal(
