@@ -172,7 +172,8 @@ def _patches(kind: Kind) -> Iterator[Any]:
         yield mock.patch.object(module, "few_rows", lambda logits: islice(few_rows(logits), ALIKE))
     if kind == "cuda":
         yield mock.patch.object(loop, "computes_in_bf16", return_value=True)
-        yield mock.patch.object(device, "computes_in_bf16", return_value=True)
+        # Fake weights are on the processor.
+        yield mock.patch.object(device, "emulated_types", return_value=set())
     yield mock.patch.object(loop, "_optimizer", _optimizer)
     # In inference mode operations arrive whole, so that what they are made of would not be counted.
     yield mock.patch.multiple(torch.inference_mode, __enter__=_without_gradients, __exit__=_with_gradients)

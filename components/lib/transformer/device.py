@@ -28,19 +28,16 @@ def computes_in_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
 
 
-def raise_weights(model: nn.Module) -> list[tuple[nn.Parameter, torch.dtype]]:
-    """Raise a model's weights to fp32 if it is on a processor that computes in their type by emulation only; return them with that type.
+def emulated_types(device: torch.device) -> set[torch.dtype]:
+    """Return the types of 16 bits in which a processor computes by emulation only."""
+    if device.type != "cpu":
+        return set()
+    return {torch.float16} if computes_in_bf16(device) else {torch.float16, torch.bfloat16}
 
-    fp16 counts as emulated on every processor.
-    """
-    native = {torch.float32, torch.float64}
-    if computes_in_bf16(torch.device("cpu")):
-        native.add(torch.bfloat16)
-    raised = [
-        (weight, weight.dtype)
-        for weight in model.parameters()
-        if weight.device.type == "cpu" and weight.is_floating_point() and weight.dtype not in native
-    ]
+
+def raise_weights(model: nn.Module) -> list[tuple[nn.Parameter, torch.dtype]]:
+    """Raise a model's weights to fp32 if it is on a processor that computes in their type by emulation only; return them with that type."""
+    raised = [(weight, weight.dtype) for weight in model.parameters() if weight.dtype in emulated_types(weight.device)]
     for weight, _ in raised:
         weight.data = weight.data.float()
     return raised
