@@ -51,10 +51,16 @@ class Optimisation(Section):
     weight_decay: Weight = Field(0.0, description="AdamW's weight decay.")
     clip: Rate = Field(1.0, description="Gradients are scaled down to this norm.")
     optimizer: Literal["adamw", "adamw-8bit"] = Field(
-        "adamw", description="adamw-8bit (bitsandbytes, CUDA) keeps the optimizer's state in a quarter of the memory."
+        "adamw",
+        description="adamw-8bit keeps the optimizer's states in 8 bits: a quarter of the memory. It cannot step weights that FSDP divides.",
+    )
+    offload_optimizer: bool = Field(
+        False,
+        description="Keep the optimizer's states in the machine's memory, from which each step brings them to the GPU piece by piece: the same numbers, slower. On a processor it saves nothing.",
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="auto is bf16 if the hardware computes in it, else fp32."
+        "auto",
+        description="auto trains weights of fp32, and computes in bf16 if the hardware does. bf16 keeps the trained weights, gradients and states in bf16 as well: half the memory; steps are rounded at random, so that small ones are not lost.",
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: slower, far less memory."

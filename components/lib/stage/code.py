@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[3]
 """The folder that holds the package `components`."""
 
-NUMERIC = ("accelerate", "bitsandbytes", "lm_eval", "numpy", "peft", "safetensors", "torch", "transformers")
+NUMERIC = ("accelerate", "lm_eval", "numpy", "peft", "safetensors", "torch", "transformers")
 """Libraries that make numbers: another version of one that the work imports is another output."""
 
 INERT = (

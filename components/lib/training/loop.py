@@ -9,13 +9,12 @@ it is divided.
 
 Precision. A bf16 weight keeps 8 bits: a step of 1e-4 on a weight of 0.1 is lost in rounding. So `auto` trains fp32 weights
 and computes in bf16 by autocast if the hardware does; frozen weights keep their dtype. `bf16` keeps the trained
-weights and their gradients in bf16 too, half the memory, for models that would not fit otherwise, at a learning rate that
-bf16 can follow. `fp32` computes in fp32 whatever the hardware.
+weights, their gradients and the optimizer's states in bf16 too, half the memory, for models that would not fit otherwise: weights
+are rounded at random, so that on average no step is lost (`components.lib.training.adamw`). `fp32` computes in fp32 whatever the hardware.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +33,7 @@ from torch.distributed.tensor import DTensor
 from components.lib.errors import Refusal
 from components.lib.recipe.training import Optimisation
 from components.lib.training import ranks
+from components.lib.training.adamw import AdamW
 from components.lib.training.journal import Checkpoints, Journal
 from components.lib.training.micro import most_windows
 from components.lib.training.windows import Order, Windows
@@ -89,7 +89,7 @@ def train(
         divided: whether the processes divide the weights; the model must then be called through the loss's argument alone.
 
     Raises:
-        Refusal: the loss or its gradient is not finite, or the optimizer is not installed.
+        Refusal: the loss or its gradient is not finite, or the optimizer cannot step weights that the processes divide.
     """
     types = [(weight, weight.dtype) for weight in model.parameters()]
     loop = _Loop(model, settings, section, callback, divided)
@@ -200,6 +200,8 @@ class _Loop:
         whole = ranks.summed(torch.stack([part.float() for part in total.values()]))
         values = dict(zip(total, whole.tolist(), strict=True))
         self._refuse_unless_finite(values["loss"], norm, step)
+        # Every process rounds weights of bf16 alike, or copies of the model would drift apart.
+        torch.manual_seed(self.settings.seed * self.settings.steps + step)
         self.optimizer.step()
         self.optimizer.zero_grad()
         found = {"micro_batch_size": float(self.micro)} if self.settings.micro_batch_size == "auto" else {}
@@ -219,7 +221,8 @@ class _Loop:
             with self.autocast(), loss(model, batch[:windows].long().to(self.device), step) as parts:
                 parts["loss"].backward()
 
-        states = 0 if self.optimizer.state else _bytes_of_states(self.trained, self.settings)
+        elsewhere = self.optimizer.state or (self.settings.offload_optimizer and self.device.type == "cuda")
+        states = 0 if elsewhere else _bytes_of_states(self.trained, self.settings)
         found = most_windows(work, -(-len(batch) // ranks.count()), self.device, states)
         self.optimizer.zero_grad()
         self.micro = ranks.least(found)
@@ -363,14 +366,8 @@ def _optimizer(weights: list[nn.Parameter], settings: Optimisation, section: str
             f"{section}.optimizer is adamw-8bit, which cannot step weights that the processes divide: take adamw, or ESPALIER_PARALLEL=ddp"
         )
     arguments: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
-    if settings.optimizer == "adamw":
+    if settings.optimizer == "adamw" and not settings.offload_optimizer and weights[0].dtype != torch.bfloat16:
         # On a GPU torch would else step all weights at once, with a temporary copy of a whole state: a quarter more memory.
         return torch.optim.AdamW(weights, fused=weights[0].is_cuda or None, **arguments)
-    try:
-        bitsandbytes = importlib.import_module("bitsandbytes")
-    except ImportError:
-        raise Refusal(
-            f"{section}.optimizer is adamw-8bit, which bitsandbytes has, and it is not installed: "
-            "pip install bitsandbytes, or take adamw"
-        ) from None
-    return bitsandbytes.optim.AdamW8bit(weights, **arguments)
+    eight_bits = settings.optimizer == "adamw-8bit"
+    return AdamW(weights, eight_bits=eight_bits, offload=settings.offload_optimizer, **arguments)

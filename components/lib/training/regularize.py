@@ -62,7 +62,7 @@ def regularize(
         section: the recipe's section, named in a refusal.
 
     Raises:
-        Refusal: the loss is not finite, or the optimizer is not installed.
+        Refusal: the loss is not finite, or the optimizer cannot step weights that the processes divide.
         ValueError: the objective needs a teacher and there is none.
     """
     if settings.schedule == "none":
