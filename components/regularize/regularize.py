@@ -45,7 +45,7 @@ def regularize(
     model = load_model(release / "model")
     data, chosen = load_windows(windows), Selection.load(selection)
     if regularize.transfer.chosen:
-        with computable(model):
+        with ranks.on_device(model), computable(model):
             regularize.transfer.chosen.apply(model, data, chosen, journal=journal)
     teacher = load_model(release / "model") if training.needs_teacher(regularize) else None
     trained = training.regularize(

@@ -279,6 +279,24 @@ def _told_all(value: Value) -> list[Value]:
     return values
 
 
+@contextmanager
+def on_device(model: nn.Module) -> Iterator[None]:
+    """Hold the model on this process's device within the block, and put it back where it was at its end.
+
+    One whose weights take more than four fifths of a GPU stays where it is: the work needs room too.
+    """
+    device, before = join(), next(model.parameters()).device
+    size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    if device.type == "cuda" and size > 0.8 * torch.cuda.get_device_properties(device).total_memory:
+        yield
+        return
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(before)
+
+
 def replicated(model: nn.Module, device: torch.device) -> nn.Module:
     """Return the model such that the backward pass averages its gradients over the processes; it begins with the first one's weights."""
     model = model.to(device)

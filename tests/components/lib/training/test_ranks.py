@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -250,6 +251,30 @@ def test_no_process_listens_on_an_address_that_others_reach(tmp_path: Path) -> N
     ranks.launch(2, look, tmp_path)
     addresses = {address for rank in range(2) for address in (tmp_path / f"{rank}.txt").read_text().split()}
     assert addresses <= {"0100007F", "00000000000000000000000001000000"}  # 127.0.0.1 and ::1
+
+
+class Placed(nn.Linear):
+    """A layer that notes where it is put."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.places: list[str] = []
+
+    def to(self, device: Any) -> Any:
+        self.places.append(torch.device(device).type)
+        return self
+
+
+@pytest.mark.parametrize(("memory", "places"), [(361, ["cuda", "cpu"]), (359, [])])
+def test_a_model_is_put_on_the_device_and_back_unless_it_leaves_no_room(
+    monkeypatch: pytest.MonkeyPatch, memory: int, places: list[str]
+) -> None:
+    monkeypatch.setattr(ranks, "join", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory))
+    model = Placed()  # of 288 bytes
+    with ranks.on_device(model):
+        assert model.places == places[:1]
+    assert model.places == places
 
 
 def test_a_process_alone_is_the_first_of_one() -> None:
