@@ -195,7 +195,7 @@ def table(releases: Sequence[str]) -> None:
                 one.stage: one for one in needs(recipe, shape, "cuda", only=("learn-gates", "regularize", "evaluate"))
             }
             trained = found["regularize"]
-            several = (trained.peak.total, *(trained.divided(devices) for devices in (2, 8)))
+            several = [trained.peak.total, *(trained.divided(devices) for devices in (2, 8) if trained.trained)]
             others = (found[stage].peak.total for stage in ("learn-gates", "evaluate"))
             print(
                 f"| {name} | {said} | {', '.join(map(_told, several))} | {' | '.join(map(_told, others))} |", flush=True

@@ -9,6 +9,7 @@ from components.lib.training import ranks
 from components.lib.training import regularize as training
 from components.lib.training.journal import Journal, SeveralCheckpoints
 from components.lib.training.recover import recover as fine_tune
+from components.lib.training.teacher import keep
 from components.lib.training.windows import Fetch, training_windows
 from components.lib.transformer.checkpoint import load_model
 from components.lib.transformer.export import save_model
@@ -53,8 +54,11 @@ def control(
             if ranks.first_here():
                 cut_checkpoint(release / "model", start, chosen.removed, chosen.channels)
             ranks.wait()
+        keeps = training.keeps_teacher(regularize)
+        # The dense model is gone before the other is loaded.
+        kept = keep(load_model(release / "model"), training_data, regularize, scratch, journal) if keeps else None
         model = load_model(start)
-        teacher = load_model(release / "model") if training.needs_teacher(regularize, pruned_first) else None
+        teacher = load_model(release / "model") if training.needs_teacher(regularize, pruned_first) else kept
         model = training.regularize(
             model,
             teacher,

@@ -8,6 +8,7 @@ from components.lib.recipe.training import Regularize
 from components.lib.training import ranks
 from components.lib.training import regularize as training
 from components.lib.training.journal import Checkpoints, Journal
+from components.lib.training.teacher import keep
 from components.lib.training.windows import Fetch, training_windows
 from components.lib.transformer.checkpoint import load_model
 from components.lib.transformer.device import computable
@@ -44,18 +45,21 @@ def regularize(
     """
     model = load_model(release / "model")
     data, chosen = load_windows(windows), Selection.load(selection)
-    if regularize.transfer.chosen:
-        with ranks.on_device(model), computable(model):
-            regularize.transfer.chosen.apply(model, data, chosen, journal=journal)
-    teacher = load_model(release / "model") if training.needs_teacher(regularize) else None
-    trained = training.regularize(
-        model,
-        teacher,
-        training_windows(windows, data, fetch),
-        chosen,
-        regularize,
-        checkpoints=checkpoints,
-        journal=journal,
-    )
+    read = training_windows(windows, data, fetch)
+    with ranks.shared_folder(out.parent) as scratch:
+        kept = keep(model, read, regularize, scratch, journal) if training.keeps_teacher(regularize) else None
+        if regularize.transfer.chosen:
+            with ranks.on_device(model), computable(model):
+                regularize.transfer.chosen.apply(model, data, chosen, journal=journal)
+        teacher = load_model(release / "model") if training.needs_teacher(regularize) else kept
+        trained = training.regularize(
+            model,
+            teacher,
+            read,
+            chosen,
+            regularize,
+            checkpoints=checkpoints,
+            journal=journal,
+        )
     if ranks.first():
         save_model(trained, release / "model", out / "model")

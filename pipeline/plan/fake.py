@@ -25,17 +25,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from components.lib.recipe.training import Optimisation
-from components.lib.training import loop, objective
+from components.lib.training import loop, objective, teacher
+from components.lib.training.adamw import AdamW
 from components.lib.training.micro import LiveBytes
 from components.lib.transformer import device, perplexity
 
 Kind = Literal["cpu", "cuda"]
-
-QUANTISED = 4096
-"""Elements of the smallest tensor of which bitsandbytes keeps the state in 8 bits."""
-GROUP = 256
-"""Elements that share one scale there."""
 
 ALIKE = 3
 """Turns of a loop whose turns take the same memory: one, one that frees it, and one more."""
@@ -158,6 +153,8 @@ def counted(kind: Kind) -> Iterator[Memory]:
         yield memory
         counter.split()
         memory.peak = replace(memory.peak, activations=memory.peak.activations + counter.most - memory.peak.total)
+        if kind == "cuda" and isinstance(memory.optimizer, AdamW) and memory.optimizer.offload:
+            memory.peak = replace(memory.peak, optimizer=0)  # in the machine's memory
 
 
 def _patches(kind: Kind) -> Iterator[Any]:
@@ -168,38 +165,16 @@ def _patches(kind: Kind) -> Iterator[Any]:
     yield mock.patch.dict(perplexity.RAISED, cpu=perplexity.RAISED[kind])
     # All rows of the vocabulary take the same memory, a few at a time: more of them would take time alone.
     few_rows = perplexity.few_rows
-    for module in (perplexity, objective):
+    for module in (perplexity, objective, teacher):
         yield mock.patch.object(module, "few_rows", lambda logits: islice(few_rows(logits), ALIKE))
+    # A window of the kept outputs, as good as nothing beside the model; the files themselves are not in memory.
+    yield mock.patch.object(teacher, "_mapped", lambda path, shape, dtype: torch.empty(shape, dtype=dtype))
     if kind == "cuda":
         yield mock.patch.object(loop, "computes_in_bf16", return_value=True)
         # Fake weights are on the processor.
         yield mock.patch.object(device, "emulated_types", return_value=set())
-    yield mock.patch.object(loop, "_optimizer", _optimizer)
     # In inference mode operations arrive whole, so that what they are made of would not be counted.
     yield mock.patch.multiple(torch.inference_mode, __enter__=_without_gradients, __exit__=_with_gradients)
-
-
-class _AdamW8bit(torch.optim.Optimizer):
-    """The state of bitsandbytes' AdamW, which need not be installed where a run is planned: two bytes an element, and their scales."""
-
-    def __init__(self, weights: list[nn.Parameter]) -> None:
-        super().__init__(weights, {"lr": 0.0})
-
-    def step(self, closure: Any = None) -> None:
-        """Make the state that is missing."""
-        for weight in (weight for group in self.param_groups for weight in group["params"]):
-            state = self.state[weight]
-            if weight.grad is None or state:
-                continue
-            small = weight.numel() < QUANTISED
-            for name in ("state1", "state2"):
-                state[name] = torch.empty_like(weight, dtype=torch.float32 if small else torch.uint8)
-                if not small:
-                    state[f"absmax_{name}"] = torch.empty(-(-weight.numel() // GROUP))
-
-
-def _optimizer(weights: list[nn.Parameter], settings: Optimisation, section: str) -> torch.optim.Optimizer:
-    return _AdamW8bit(weights) if settings.optimizer == "adamw-8bit" else torch.optim.AdamW(weights)
 
 
 def _without_gradients(block: Any) -> None:

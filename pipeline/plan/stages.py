@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from components.lib.training.journal import Silent
 from components.lib.training.reconstruct import sites
 from components.lib.training.recover import recover
 from components.lib.training.refit import runs_of
+from components.lib.training.teacher import keep
+from components.lib.training.teacher import size as kept_size
 from components.lib.transformer.channels import channels_to_remove, cut_widths
 from components.lib.transformer.device import computable, raise_weights
 from components.lib.transformer.export import answers
@@ -57,7 +60,7 @@ class Need:
     section: str = ""
     """The section of the recipe whose settings decide the peak."""
     trained: tuple[Peak, ...] = ()
-    """The peaks of its trainings, which the processes of several devices can divide; what is before them is whole on each device."""
+    """The peaks of its trainings that the processes of several devices can divide; what is before them is whole on each device."""
     transferred: int = 0
     """Bytes of the transfer before them."""
     batch: int = 1
@@ -106,6 +109,17 @@ class Shape:
         """The bytes of the stored weights, a tied head once."""
         with counted("cpu"):
             return sum(weight.numel() * weight.element_size() for weight in self.model().parameters())
+
+    @property
+    def width(self) -> int:
+        """The width of the hidden state."""
+        text = text_part(self.config)
+        return text.get("hidden_size", text.get("n_embd", 0))
+
+    @property
+    def itemsize(self) -> int:
+        """The bytes of a stored number."""
+        return getattr(torch, self.dtype).itemsize
 
     def layers(self) -> int:
         """The number of layers."""
@@ -245,10 +259,8 @@ def _states(case: _Case) -> int:
     kept = max(len(targets), 4 if hasattr(transfer, "follow") and case.selection.channels.ffn else 0)
     windows = min(case.recipe.calibration.samples, getattr(transfer, "windows", 0))
     tokens = windows * case.recipe.calibration.length
-    text = text_part(case.release.config)
-    width = text.get("hidden_size", text.get("n_embd", 0))
     # Twice, while the batches of a layer are put together.
-    return 2 * kept * tokens * width * getattr(torch, case.release.dtype).itemsize
+    return 2 * kept * tokens * case.release.width * case.release.itemsize
 
 
 def _control(kind: str, task: str) -> Callable[[_Case], Need | None]:
@@ -331,17 +343,13 @@ def _trained(
     case: _Case, shape: Shape, settings: Regularize, selection: Selection, already_cut: bool = False
 ) -> Memory:
     with counted(case.kind) as memory:
+        windows, short, kept = case.windows(settings.batch_size), _short(settings), None
+        if training.keeps_teacher(settings):
+            kept = keep(case.release.model(memory), windows, short, Path())
         model = shape.model(memory)
         if training.needs_teacher(settings, already_cut):
             memory.teacher = case.release.model()
-        training.regularize(
-            model,
-            memory.teacher,
-            case.windows(settings.batch_size),
-            selection,
-            _short(settings),
-            already_cut=already_cut,
-        )
+        training.regularize(model, memory.teacher or kept, windows, selection, short, already_cut=already_cut)
     return memory
 
 
@@ -377,16 +385,20 @@ def _training(
     transferred: Peak = NOTHING_HELD,
 ) -> Need:
     checkpoints = (settings.steps - 1) // settings.checkpoint_every
-    further = min(case.recipe.calibration.training_samples or 0, settings.steps * settings.batch_size)
-    streamed = 4 * further * case.recipe.calibration.length  # never on the disk at once
+    calibration = case.recipe.calibration
+    further = min(calibration.training_samples or 0, settings.steps * settings.batch_size)
+    streamed = 4 * further * calibration.length  # never on the disk at once
+    samples = calibration.training_samples or calibration.samples
+    kept = kept_size(samples, calibration.length, case.release.width, case.release.itemsize, settings)
     return Need(
         task,
         _largest([transferred, *peaks]),
         held,
-        scratch=read + case.text + written + (state if checkpoints else 0),
+        scratch=read + case.text + written + kept + (state if checkpoints else 0),
         moved=read + case.text + streamed + written + checkpoints * state,
         section=section,
-        trained=tuple(peaks),
+        # States of 8 bits cannot be divided.
+        trained=() if settings.optimizer == "adamw-8bit" else tuple(peaks),
         transferred=transferred.total,
         batch=settings.batch_size,
         micro=settings.surely_fits,

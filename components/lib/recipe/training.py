@@ -108,10 +108,23 @@ class Regularize(Optimisation):
     objective: Objective = Field(
         Objective(), description="The weights of the losses that are minimised beside the penalty."
     )
+    teacher_top: Count | None = Field(
+        None,
+        description="Run the dense model once before the training instead of beside it, and keep in files: so many largest probabilities of each next-token distribution, the mass of the rest, and the final hidden state if the objective compares it. docs/memory.md has how exact that is. When absent both models are in memory.",
+    )
     trainable: Literal["all", "lora"] = Field(
         "all", description="Train every parameter, or adapters that are merged before the cut."
     )
     lora: Lora = Field(Lora(), description="The adapters, if trainable is lora.")
+
+    @model_validator(mode="after")
+    def _teacher_to_keep(self) -> Regularize:
+        if self.teacher_top and self.objective.kl + self.objective.state == 0:
+            raise ValueError(
+                f"teacher_top is {self.teacher_top}, but objective.kl and objective.state are 0, so there is no teacher: "
+                "leave teacher_top out, or give one of them a weight"
+            )
+        return self
 
 
 class Recover(Optimisation):

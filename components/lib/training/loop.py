@@ -147,6 +147,21 @@ def with_learning_rate(settings: Settings, width: int | None) -> Settings:
     return settings.model_copy(update={"learning_rate": 1e-4 if width is None else 0.08 / width})
 
 
+def autocast(device: torch.device, precision: str, cache: bool = True) -> AbstractContextManager[Any]:
+    """Return the context in which a model computes on the device as `precision` says: in bf16, or as its weights are.
+
+    Args:
+        device: of the model.
+        precision: that of a training.
+        cache: whether the weights that are cast are kept until the end of the context.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=_bf16(device, precision), cache_enabled=cache)
+
+
+def _bf16(device: torch.device, precision: str) -> bool:
+    return precision == "bf16" or (precision == "auto" and computes_in_bf16(device))
+
+
 class _Loop:
     """The parts of a loop that one step, a checkpoint and a resumption share."""
 
@@ -157,9 +172,7 @@ class _Loop:
         self.settings, self.section, self.callback, self.divided = settings, section, callback, divided
         bf16 = self._set_precision(model)
         # A block's gathered weights are freed when it is computed; autocast would keep what it casts of the others.
-        self.autocast = lambda: torch.autocast(
-            self.device.type, torch.bfloat16, enabled=bf16, cache_enabled=not divided
-        )
+        self.autocast = lambda: autocast(self.device, settings.precision, cache=not divided)
         if settings.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         if divided:
@@ -173,7 +186,7 @@ class _Loop:
     def _set_precision(self, model: nn.Module) -> bool:
         """Cast the weights to the dtypes of the precision, and return whether it computes in bf16."""
         device, precision = self.device, self.settings.precision
-        bf16 = precision == "bf16" or (precision == "auto" and computes_in_bf16(device))
+        bf16 = _bf16(device, precision)
         trained = torch.bfloat16 if precision == "bf16" else torch.float32
         for weight in model.parameters():
             if weight.requires_grad:

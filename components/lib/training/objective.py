@@ -4,6 +4,10 @@
 
 TRSP minimises L_LM alone (arXiv 2505.18232). The two other terms compare the student with the dense model on the same windows:
 its next-token distribution, and the hidden state h (after the final norm) from which the distribution is computed.
+
+Of the teacher's distribution its k largest probabilities and the mass of the rest may be known alone (`Top`). KL is then that of k + 1
+events: it is 0 where the student gives each the same mass, never more than the full KL, and its gradient is the full one of a
+teacher that divides the rest as the student does.
 """
 
 from __future__ import annotations
@@ -19,11 +23,39 @@ from components.lib.recipe.training import Objective
 from components.lib.transformer.gates import final_state
 from components.lib.transformer.perplexity import IGNORED, few_rows
 
+FAINT = -80.0
+"""The smallest log of the mass of the rest: below it, exp is no normal number of fp32."""
+
+
+class Top(NamedTuple):
+    """The largest probabilities of next-token distributions, and the mass of the rest."""
+
+    tokens: Tensor  # (…, k), whole numbers
+    logs: Tensor  # (…, k + 1): their log probabilities, then the log of the rest's mass; fp32
+
+    @classmethod
+    def of(cls, logits: Tensor, k: int) -> Top:
+        """Return those of logits (rows, vocabulary), with k at most the vocabulary."""
+        log = functional.log_softmax(logits.float(), dim=-1)
+        largest, tokens = log.topk(k, dim=-1)
+        rest = log.scatter(-1, tokens, -torch.inf).logsumexp(-1, keepdim=True).clamp(min=FAINT)
+        return cls(tokens, torch.cat([largest, rest], dim=-1))
+
+    def filled(self, student: Tensor) -> Tensor:
+        """Return log probabilities (rows, vocabulary) with these values, and the rest divided as the student divides it.
+
+        Args:
+            student: the student's log probabilities (rows, vocabulary).
+        """
+        tokens = self.tokens.long()
+        rest = student.scatter(-1, tokens, -torch.inf).logsumexp(-1, keepdim=True)
+        return (student + (self.logs[..., -1:] - rest)).scatter(-1, tokens, self.logs[..., :-1])
+
 
 class Targets(NamedTuple):
     """The teacher's outputs to compare with; None if the objective gives them no weight."""
 
-    logits: Tensor | None  # (batch, length, vocabulary)
+    logits: Tensor | Top | None  # (batch, length, vocabulary), or what is known of it
     state: Tensor | None  # (batch, length, hidden)
 
 
@@ -68,7 +100,7 @@ def lm_loss(logits: Tensor, batch: Tensor) -> Tensor:
 
 
 def next_token_losses(
-    logits: Tensor, batch: Tensor, teacher_logits: Tensor | None = None, lm: float = 1.0, kl: float = 0.0
+    logits: Tensor, batch: Tensor, teacher_logits: Tensor | Top | None = None, lm: float = 1.0, kl: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return lm · L_LM + kl · KL(teacher ‖ student), and both losses without a gradient, in nats.
 
@@ -82,12 +114,15 @@ def next_token_losses(
     Args:
         logits: the student's (batch, length, vocabulary).
         batch: token ids (batch, length).
-        teacher_logits: as `logits`; None if there is no teacher, and KL is then 0.
+        teacher_logits: as `logits`, or what is known of them; None if there is no teacher, and KL is then 0.
         lm: weight of the LM loss.
         kl: weight of the divergence.
     """
     following = functional.pad(batch[:, 1:], (0, 1), value=IGNORED).flatten()
-    teacher = None if teacher_logits is None else teacher_logits.flatten(0, 1)
+    if isinstance(teacher_logits, Top):
+        teacher: Tensor | Top | None = Top(*(part.flatten(0, 1) for part in teacher_logits))
+    else:
+        teacher = None if teacher_logits is None else teacher_logits.flatten(0, 1)
     loss, lm_part, kl_part = _NextToken.apply(logits.flatten(0, 1), following, teacher, lm, kl)
     return loss, lm_part, kl_part
 
@@ -97,7 +132,7 @@ class _NextToken(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, following: Tensor, teacher: Tensor | None, lm: float, kl: float
+        ctx: Any, logits: Tensor, following: Tensor, teacher: Tensor | Top | None, lm: float, kl: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the weighted sum and both losses, and keep the gradient of the sum for `backward`."""
         known = following != IGNORED
@@ -111,7 +146,7 @@ class _NextToken(torch.autograd.Function):
             sums[0] -= (student.gather(1, correct)[:, 0] * lm_weights[rows]).sum()
             wanted = None
             if teacher is not None:
-                log_wanted = functional.log_softmax(teacher[rows].float(), dim=-1)
+                log_wanted = _wanted(teacher, rows, student)
                 wanted = log_wanted.exp()
                 sums[1] += kl_weight * log_wanted.sub_(student).mul_(wanted).sum()
             if gradient is not None:
@@ -134,6 +169,13 @@ class _NextToken(torch.autograd.Function):
         """Return the kept gradient times that of the sum."""
         (gradient,) = ctx.saved_tensors
         return gradient * upstream.to(gradient.dtype), None, None, None, None
+
+
+def _wanted(teacher: Tensor | Top, rows: slice, student: Tensor) -> Tensor:
+    """Return the teacher's log probabilities of some rows, a new tensor; `student` has the student's."""
+    if isinstance(teacher, Top):
+        return Top(teacher.tokens[rows], teacher.logs[rows]).filled(student)
+    return functional.log_softmax(teacher[rows].float(), dim=-1)
 
 
 def relative_distance(state: Tensor, target: Tensor) -> Tensor:

@@ -200,6 +200,17 @@ def share(rows: Tensor) -> Tensor:
     return rows[index() :: count()]
 
 
+def share_here(rows: int) -> range:
+    """Return this process's part of so many rows that the processes of its machine divide.
+
+    All have parts of the same size, since processes that divide the weights wait for each other in every pass: some rows are then in two parts.
+    """
+    own, here = (0, 1) if count() == 1 else (_local("RANK"), _local("WORLD_SIZE"))
+    size = -(-rows // here)
+    first = min(own * size, rows - size)
+    return range(first, first + size)
+
+
 def summed(tensor: Tensor) -> Tensor:
     """Return the sum over all processes, the same bits in each of them."""
     if count() > 1:

@@ -19,6 +19,7 @@ from components.lib.recipe.training import Regularize
 from components.lib.training import loop, lora, objective, penalty, ranks
 from components.lib.training.journal import Checkpoints, Journal, NoCheckpoints, Silent
 from components.lib.training.schedule import annealed_part
+from components.lib.training.teacher import Kept, Numbered
 from components.lib.training.windows import Windows
 from components.lib.transformer.device import computable
 from components.lib.transformer.gates import final_state, text_config, thawed, watched
@@ -29,16 +30,26 @@ from components.lib.transformer.selection import NO_CHANNELS, Selection
 def needs_teacher(settings: Regularize, already_cut: bool = False) -> bool:
     """Return True if `regularize` needs the dense model as a second model.
 
-    It is not needed if the objective does not use it, nor if adapters are trained on the dense model: with its adapters off the
+    It is not needed if the objective does not use it, nor if its outputs are kept, nor if adapters are trained on the dense model: with its adapters off the
     model is its own teacher. After a transfer it no longer is the dense model.
     """
     own = settings.trainable == "lora" and not already_cut and settings.transfer.chosen is None
-    return settings.schedule != "none" and objective.uses_teacher(settings.objective) and not own
+    return compares(settings) and settings.teacher_top is None and not own
+
+
+def keeps_teacher(settings: Regularize) -> bool:
+    """Return True if the dense model's outputs are to be kept (`components.lib.training.teacher.keep`) and given to `regularize`."""
+    return compares(settings) and settings.teacher_top is not None
+
+
+def compares(settings: Regularize) -> bool:
+    """Return True if the training compares with the dense model."""
+    return settings.schedule != "none" and objective.uses_teacher(settings.objective)
 
 
 def regularize(
     model: PreTrainedModel,
-    teacher: PreTrainedModel | None,
+    teacher: PreTrainedModel | Kept | None,
     windows: Tensor | Windows,
     selection: Selection,
     settings: Regularize,
@@ -52,7 +63,7 @@ def regularize(
 
     Args:
         model: the model to train.
-        teacher: the dense model, frozen; None if `needs_teacher` is False.
+        teacher: the dense model, frozen; what is kept of it if `keeps_teacher`; None if `needs_teacher` is False too.
         windows: token ids (windows, length).
         selection: the layers and channels to remove; `NOTHING` for the dense model's own training.
         settings: schedule, objective and optimisation.
@@ -67,7 +78,7 @@ def regularize(
     """
     if settings.schedule == "none":
         return model
-    if teacher is None and needs_teacher(settings, already_cut):
+    if teacher is None and (needs_teacher(settings, already_cut) or keeps_teacher(settings)):
         raise ValueError("the objective compares with the dense model: give it as the teacher")
     trained: PreTrainedModel | PeftModel = (
         lora.adapted(model, settings.lora, settings.seed) if settings.trainable == "lora" else thawed(model)
@@ -76,11 +87,14 @@ def regularize(
     width = text_config(model).hidden_size + (len(selection.channels.hidden) if already_cut else 0)
     settings = loop.with_learning_rate(settings, None if settings.trainable == "lora" else width)
     device = ranks.join()
-    divided = ranks.must_divide(trained, teacher, settings.precision)
-    if teacher is not None:
+    beside = None if isinstance(teacher, Kept) else teacher
+    divided = ranks.must_divide(trained, beside, settings.precision)
+    if isinstance(teacher, Kept):
+        windows = Numbered(windows, teacher)
+    elif teacher is not None:
         teacher.eval().requires_grad_(False)
-        teacher = ranks.divided(teacher, device) if divided else teacher.to(device)
-    with computable(teacher):
+        teacher = beside = ranks.divided(teacher, device) if divided else teacher.to(device)
+    with computable(beside):
         loop.train(
             trained,
             windows,
@@ -100,7 +114,7 @@ class _Loss:
     def __init__(
         self,
         trained: PreTrainedModel | PeftModel,
-        teacher: PreTrainedModel | None,
+        teacher: PreTrainedModel | Kept | None,
         selection: Selection,
         already_cut: bool,
         settings: Regularize,
@@ -114,9 +128,14 @@ class _Loss:
 
     @contextmanager
     def __call__(self, wrapped: nn.Module, batch: Tensor, step: int) -> Iterator[Mapping[str, Tensor]]:
-        """Yield the parts of the loss on a batch (batch, length) while the step's gates hold."""
+        """Yield the parts of the loss on a batch (batch, length) while the step's gates hold; numbered windows if outputs are kept."""
         settings = self.settings
-        target = self._targets(wrapped, batch)  # before the gates, which must not change the teacher
+        if isinstance(self.teacher, Kept):
+            rows, batch = batch[:, 0], batch[:, 1:]
+            target = self.teacher.targets(rows)
+        else:
+            target = self._targets(wrapped, batch)  # before the gates, which must not change the teacher
+        target = target._replace(state=_without(target.state, self.hidden))
         penalised = settings.schedule == "penalty"
         gate = 1.0 if penalised else penalty.annealed(step, settings.steps, annealed_part(settings, bool(self.layers)))
         with (
@@ -141,14 +160,12 @@ class _Loss:
             yield parts
 
     def _targets(self, wrapped: nn.Module, batch: Tensor) -> objective.Targets:
-        """Return the teacher's outputs; with its adapters off, the trained model is the teacher. Removed channels of the state are left out."""
-        target, adapted = objective.Targets(None, None), ranks.inner(wrapped)
-        if self.teacher is not None:
-            target = objective.targets(self.teacher, batch, self.settings.objective)
-        elif isinstance(adapted, PeftModel) and objective.uses_teacher(self.settings.objective):
+        """Return the teacher's outputs; with its adapters off, the trained model is the teacher."""
+        adapted = ranks.inner(wrapped)
+        if self.teacher is None and isinstance(adapted, PeftModel) and objective.uses_teacher(self.settings.objective):
             with adapted.disable_adapter():
-                target = objective.targets(adapted, batch, self.settings.objective)
-        return target._replace(state=_without(target.state, self.hidden))
+                return objective.targets(adapted, batch, self.settings.objective)
+        return objective.targets(self.teacher, batch, self.settings.objective)
 
     def _staying(self, state: Tensor | None) -> Tensor | None:
         return state if self.already_cut else _without(state, self.hidden)

@@ -57,7 +57,7 @@ def test_pruned_first_has_the_candidates_layers_and_its_training(given: Given, t
     assert len(journal.curve("loss")) == TRAINING["steps"]
 
 
-@pytest.mark.parametrize("settings", [{}, ADAPTERS])
+@pytest.mark.parametrize("settings", [{}, ADAPTERS, {"teacher_top": 8}])
 def test_pruned_first_has_the_candidates_channels_and_its_training(
     narrowing: Given, settings: dict[str, Any], tmp_path: Path
 ) -> None:

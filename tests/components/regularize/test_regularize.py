@@ -34,7 +34,9 @@ def work(given: Given, out: Path, journal: Written | None = None, **settings: An
     return out
 
 
-@pytest.mark.parametrize("settings", [{}, {"schedule": "penalty"}, {"trainable": "lora"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"schedule": "penalty"}, {"trainable": "lora"}, {"teacher_top": 8, "transfer": "ridge"}]
+)
 def test_the_model_is_a_plain_checkpoint_that_does_better_without_the_chosen_layer(
     settings: dict[str, Any], given: Given, tmp_path: Path
 ) -> None:

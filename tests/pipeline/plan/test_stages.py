@@ -48,6 +48,15 @@ def test_every_transfer_can_be_planned(name: str) -> None:
     assert need.peak.total > SHAPE.bytes
 
 
+def test_the_kept_teacher_is_counted_on_the_disk() -> None:
+    (beside,) = needs(recipe(), SHAPE, "cpu", only=["regularize"])
+    (kept,) = needs(recipe("regularize.teacher_top=16"), SHAPE, "cpu", only=["regularize"])
+    tokens = min(recipe().calibration.samples, 100 * 8) * 128
+    assert kept.scratch - beside.scratch == tokens * (16 * 8 + 4 + 64 * 2)
+    assert kept.moved == beside.moved
+    assert kept.peak.teacher == 0
+
+
 def test_checkpoints_are_counted_in_disk_and_traffic() -> None:
     (few,) = needs(recipe("regularize.steps=10"), SHAPE, "cpu", only=["regularize"])
     (many,) = needs(recipe("regularize.steps=201"), SHAPE, "cpu", only=["regularize"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch.nn import functional
@@ -9,6 +11,7 @@ from torch.nn import functional
 from components.lib.recipe.training import Objective
 from components.lib.training.objective import (
     Targets,
+    Top,
     lm_loss,
     next_token_losses,
     relative_distance,
@@ -74,6 +77,57 @@ def test_gradient_of_bf16_logits_is_rounded_only_once() -> None:
     assert half.grad is not None
     assert exact.grad is not None
     assert torch.equal(half.grad, exact.grad.bfloat16())
+
+
+class TestTop:
+    """A teacher of which the largest probabilities and the mass of the rest are known."""
+
+    @staticmethod
+    def known(k: int, seed: int = 1) -> Top:
+        top = Top.of(logits(seed).flatten(0, 1), k)
+        return Top(*(part.view(2, 5, -1) for part in top))
+
+    @staticmethod
+    def losses(teacher: torch.Tensor | Top) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the divergence and its gradient."""
+        student = logits(0).requires_grad_()
+        loss, _, kl = next_token_losses(student, BATCH, teacher, lm=0.0, kl=1.0)
+        loss.backward()
+        assert student.grad is not None
+        return kl, student.grad
+
+    def test_is_the_divergence_of_k_events_and_one_more(self) -> None:
+        student, teacher = (torch.softmax(logits(seed), dim=-1) for seed in (0, 1))
+        largest, tokens = teacher.topk(3)
+        p = torch.cat([largest, 1 - largest.sum(-1, keepdim=True)], dim=-1)
+        q = student.gather(-1, tokens)
+        q = torch.cat([q, 1 - q.sum(-1, keepdim=True)], dim=-1)
+        expected = (p * (p / q).log()).sum(-1).mean()
+        assert self.losses(self.known(3))[0].item() == pytest.approx(expected.item(), rel=1e-5)
+
+    def test_its_gradient_is_that_of_the_divergence_written_out(self) -> None:
+        student = logits(0).requires_grad_()
+        known = self.known(3)
+        log = student.log_softmax(-1).gather(-1, known.tokens)
+        rest = torch.log1p(-log.exp().sum(-1, keepdim=True))
+        mine = torch.cat([log, rest], dim=-1)
+        (known.logs.exp() * (known.logs - mine)).sum(-1).mean().backward()
+        torch.testing.assert_close(self.losses(known)[1], student.grad)
+
+    def test_grows_with_k_to_the_whole_divergence(self) -> None:
+        found = [self.losses(self.known(k)) for k in range(1, 8)]
+        kl, gradient = self.losses(logits(1))
+        assert all(few[0] <= more[0] + 1e-6 for few, more in itertools.pairwise(found))
+        assert found[0][0] < 0.9 * kl
+        torch.testing.assert_close(found[-1], (kl, gradient))
+
+    def test_is_0_for_the_teacher_itself_and_for_one_that_is_sure(self) -> None:
+        assert self.losses(self.known(2, seed=0))[0].item() == pytest.approx(0, abs=1e-6)
+        sure = logits(1)
+        sure[..., 3] += 1e4
+        kl, gradient = self.losses(Top(*(part.view(2, 5, -1) for part in Top.of(sure.flatten(0, 1), 2))))
+        assert kl.isfinite()
+        assert gradient.isfinite().all()
 
 
 def test_distance_is_relative_to_each_token_s_target() -> None:

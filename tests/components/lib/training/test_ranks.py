@@ -23,6 +23,7 @@ from components.lib.training.loop import train
 from components.lib.training.objective import lm_loss
 from components.lib.training.recover import recover
 from components.lib.training.regularize import regularize
+from components.lib.training.teacher import keep
 from components.lib.transfers.ridge import Ridge
 from components.lib.transformer.selection import NO_CHANNELS
 from tests.components.given import CHANNELS
@@ -35,6 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "autocast": {"anneal": 0.5, "precision": "auto"},
     "penalty": {"schedule": "penalty", "gradient_checkpointing": True},
     "adapters": {"trainable": "lora", "gradient_checkpointing": True, "micro_batch_size": "auto"},
+    "kept teacher": {"teacher_top": 8},
     "rounded": {"precision": "bf16", "offload_optimizer": True},
 }
 
@@ -43,9 +45,11 @@ def regularized(folder: Path) -> None:
     """Train every case in this process or its group, and leave the weights and the curves in `folder`."""
     for name, settings in CASES.items():
         model, journal = llama(), Written()
-        teacher = None if name == "adapters" else llama()
+        asked = Regularize(**SETTINGS | settings)
         selection = chosen(1, channels=NO_CHANNELS if name == "adapters" else CHANNELS)
-        regularize(model, teacher, counting(), selection, Regularize(**SETTINGS | settings), journal=journal)
+        with ranks.shared_folder() as scratch:
+            kept = keep(llama(), counting(), asked, scratch) if asked.teacher_top else llama()
+            regularize(model, None if name == "adapters" else kept, counting(), selection, asked, journal=journal)
         leave(folder, name, model, journal)
     model, journal = llama(), Written()
     Ridge(windows=9).apply(model, counting(), chosen(1, 2), journal=journal)
@@ -281,5 +285,6 @@ def test_a_process_alone_is_the_first_of_one() -> None:
     rows = torch.arange(3)
     assert (ranks.count(), ranks.index(), ranks.first()) == (1, 0, True)
     assert torch.equal(ranks.share(rows), rows)
+    assert ranks.share_here(3) == range(3)
     assert ranks.summed(rows) is rows
     assert ranks.told("word") == "word"

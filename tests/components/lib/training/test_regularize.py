@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import LlamaForCausalLM, PreTrainedModel
 
+from components.lib.errors import Refusal
 from components.lib.recipe.training import Lora, Objective, Regularize
-from components.lib.training.regularize import needs_teacher, regularize
+from components.lib.training.regularize import keeps_teacher, needs_teacher, regularize
+from components.lib.training.teacher import keep, size
+from components.lib.training.windows import Windows, training_file, training_windows
 from components.lib.transformer.checkpoint import load_model
 from components.lib.transformer.gates import final_state, skipped, watched
 from components.lib.transformer.narrow import narrowed
 from components.lib.transformer.perplexity import perplexity
 from components.lib.transformer.selection import AXES, NOTHING, Channels
 from components.lib.transformer.surgery import cut_checkpoint, drop_layers
-from tests.components.lib.training.tiny import Kept, Killed, Written, chosen, counting, llama, same, weights
+from tests.components.lib.training.tiny import VOCABULARY, Kept, Killed, Written, chosen, counting, llama, same, weights
 from tests.components.lib.transformer.zoo import SPECIMENS, draw_channels
 
 LM = Objective(lm=1, kl=0, state=0)
@@ -144,6 +150,110 @@ def test_killed_and_taken_up_it_ends_with_the_very_weights(
         )
     resumed = regularize(copy.deepcopy(taught), taught, counting(), chosen(1, 2), asked, checkpoints=checkpoints)
     assert same(weights(resumed), weights(uninterrupted))
+
+
+class TestKeptTeacher:
+    """The dense model's outputs come from files instead of a second model."""
+
+    @pytest.mark.parametrize("trainable", ["all", "lora"])
+    def test_with_the_whole_vocabulary_the_curves_are_those_beside_the_model(
+        self, taught: LlamaForCausalLM, trainable: str, tmp_path: Path
+    ) -> None:
+        asked = settings(steps=8, trainable=trainable, lora=Lora(rank=4))
+        beside, kept = Written(), Written()
+        regularize(copy.deepcopy(taught), taught, counting(), chosen(1), asked, journal=beside)
+        asked = asked.model_copy(update={"teacher_top": VOCABULARY})
+        assert keeps_teacher(asked)
+        assert not needs_teacher(asked)
+        outputs = keep(taught, counting(), asked, tmp_path)
+        regularize(copy.deepcopy(taught), outputs, counting(), chosen(1), asked, journal=kept)
+        for part in ("loss", "kl", "state"):
+            assert kept.curve(part) == pytest.approx(beside.curve(part), rel=1e-3, abs=1e-6)
+
+    def test_a_few_probabilities_give_nearly_the_same(self, taught: LlamaForCausalLM, tmp_path: Path) -> None:
+        asked = settings(steps=8)
+        beside, kept = Written(), Written()
+        regularize(copy.deepcopy(taught), taught, counting(), chosen(1), asked, journal=beside)
+        asked = asked.model_copy(update={"teacher_top": 8})
+        regularize(
+            copy.deepcopy(taught), keep(taught, counting(), asked, tmp_path), counting(), chosen(1), asked, journal=kept
+        )
+        assert kept.curve("lm") == pytest.approx(beside.curve("lm"), rel=0.02)
+        assert all(few <= whole + 1e-6 for few, whole in zip(kept.curve("kl")[:1], beside.curve("kl")[:1], strict=True))
+
+    def test_only_what_is_compared_of_windows_that_are_seen_is_kept(
+        self, taught: LlamaForCausalLM, tmp_path: Path
+    ) -> None:
+        asked = settings(steps=1, batch_size=3, teacher_top=4, objective=Objective(lm=1, kl=1, state=0))
+        keep(taught, counting(windows=24, length=16), asked, tmp_path)
+        assert {file.name: file.stat().st_size for file in tmp_path.iterdir()} == {
+            "tokens": 3 * 16 * 4 * 4,
+            "logs": 3 * 16 * 5 * 4,
+        }
+        assert sum(file.stat().st_size for file in tmp_path.iterdir()) == size(24, 16, 32, 4, asked)
+
+    def test_removed_channels_of_the_state_are_left_out(
+        self, taught: LlamaForCausalLM, channels: Channels, tmp_path: Path
+    ) -> None:
+        asked = settings(steps=3, teacher_top=VOCABULARY)
+        beside, kept = Written(), Written()
+        regularize(
+            copy.deepcopy(taught),
+            taught,
+            counting(),
+            chosen(channels=channels),
+            asked.model_copy(update={"teacher_top": None}),
+            journal=beside,
+        )
+        outputs = keep(taught, counting(), asked, tmp_path)
+        regularize(copy.deepcopy(taught), outputs, counting(), chosen(channels=channels), asked, journal=kept)
+        assert kept.curve("state") == pytest.approx(beside.curve("state"), rel=1e-3)
+
+    def test_killed_and_taken_up_with_outputs_kept_anew_it_ends_with_the_very_weights(
+        self, taught: LlamaForCausalLM, tmp_path: Path
+    ) -> None:
+        asked = settings(steps=6, teacher_top=8, checkpoint_every=2, precision="auto")
+        ends = []
+        checkpoints = Kept(tmp_path / "kept")
+        for number, killed_at in enumerate((None, 3, None)):
+            (folder := tmp_path / str(number)).mkdir()
+            outputs, model = keep(taught, counting(), asked, folder), copy.deepcopy(taught)
+            told: dict[str, Any] = {"checkpoints": checkpoints} if number else {}
+            with contextlib.suppress(Killed):
+                regularize(model, outputs, counting(), chosen(1), asked, journal=Written(killed_at=killed_at), **told)
+            ends.append(weights(model))
+        assert same(ends[2], ends[0])
+
+    def test_windows_in_files_are_those_in_memory(self, taught: LlamaForCausalLM, tmp_path: Path) -> None:
+        save_file({"windows": counting()[:16].int()}, tmp_path / training_file(0))
+        save_file({"windows": counting()[16:].int()}, tmp_path / training_file(1))
+        (tmp_path / "training.json").write_text('{"windows": 24, "per_file": 16}')
+        asked = settings(steps=6, teacher_top=VOCABULARY)
+        files = training_windows(tmp_path, counting())
+        assert isinstance(files, Windows)
+        beside, kept = Written(), Written()
+        plain = asked.model_copy(update={"teacher_top": None})
+        regularize(copy.deepcopy(taught), taught, files, chosen(1), plain, journal=beside)
+        regularize(copy.deepcopy(taught), keep(taught, files, asked, tmp_path), files, chosen(1), asked, journal=kept)
+        assert kept.curve("loss") == pytest.approx(beside.curve("loss"), rel=1e-3)
+
+    def test_a_disk_without_room_is_refused_before_the_work(
+        self, taught: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+        with pytest.raises(
+            Refusal, match=r"regularize.teacher_top keeps .* GB of the dense model's outputs in .*: lower it"
+        ):
+            keep(taught, counting(), settings(teacher_top=8), tmp_path)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_they_are_missed_by_name(self, taught: LlamaForCausalLM) -> None:
+        with pytest.raises(ValueError, match="give it as the teacher"):
+            regularize(copy.deepcopy(taught), None, counting(), chosen(1), settings(teacher_top=8))
+
+    def test_there_is_nothing_to_keep_of_a_teacher_without_weight(self) -> None:
+        with pytest.raises(ValueError, match=r"teacher_top is 8, but objective.kl and objective.state are 0"):
+            settings(teacher_top=8, objective=LM)
 
 
 def test_no_schedule_leaves_the_model_alone(taught: LlamaForCausalLM) -> None:
