@@ -32,6 +32,8 @@ DIVIDING = ("auto", "fsdp")
 CURES: tuple[tuple[str, Any], ...] = (
     ("micro_batch_size", 1),
     ("gradient_checkpointing", True),
+    ("offload_optimizer", True),
+    ("teacher_top", 1024),
     ("precision", "bf16"),
     ("optimizer", "adamw-8bit"),
     ("trainable", "lora"),
@@ -185,17 +187,21 @@ def cure(recipe: Recipe, shape: Shape, need: Need, device: Device) -> str:
     if need.section not in ("regularize", "recover"):
         return "name a larger device"
     tried: list[str] = []
+    least = device.takes(need)
     for field, value in CURES:
         section = getattr(recipe, need.section)
         if field not in type(section).model_fields or getattr(section, field) == value:
             continue
-        recipe = recipe.model_copy(update={need.section: section.model_copy(update={field: value})})
+        cured = recipe.model_copy(update={need.section: section.model_copy(update={field: value})})
+        takes = max(map(device.takes, needs(cured, shape, device.kind, only=(need.stage,))))  # type: ignore[arg-type]
+        if takes >= least:
+            continue
+        recipe, least = cured, takes
         tried.append(f"--set {need.section}.{field}={str(value).lower()}")
-        takes = max(map(device.takes, needs(recipe, shape, device.kind, only=(need.stage,))))  # type: ignore[arg-type]
         if device.size and takes <= device.size:
             return f"it takes {takes / 1e9:.3g} GB with {' '.join(tried)}"
     return f"{_all(tried)}, and a larger device or a smaller release is needed"
 
 
 def _all(tried: Sequence[str]) -> str:
-    return f"{' '.join(tried)} is not enough" if tried else "every field that saves memory is set"
+    return f"{' '.join(tried)} is not enough" if tried else "no field saves memory"

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from components.lib.errors import Refusal
+from components.lib.recipe.training import Objective
 from components.lib.store.store import Store
 from pipeline.kubeflow.profile import Profile
 from pipeline.plan import plan
+from pipeline.plan.fake import Kind
 from pipeline.plan.plan import Device, device_of, require_memory, rough, shape_of
 from pipeline.plan.stages import Shape, needs
 from tests.components.lib.transformer.test_gguf import specimen, write_gguf
@@ -44,6 +47,25 @@ def test_several_gpus_divide_a_training_and_nothing_else() -> None:
     assert several.takes(found["evaluate"]) == found["evaluate"].peak.total
     whole = profile(gpu={"count": 4}).model_copy(update={"environment": {"ESPALIER_PARALLEL": "ddp"}})
     assert device_of(whole, "regularize").takes(found["regularize"]) == found["regularize"].peak.total
+
+
+def test_the_gpus_of_all_nodes_divide_a_training() -> None:
+    asked, shape = recipe("regularize.batch_size=16"), Shape(TINY, "bfloat16")
+    (need,) = needs(asked, shape, "cuda", only=["regularize"])
+    one, two = (device_of(profile(gpu={"count": 4}, nodes=nodes), "regularize") for nodes in (1, 2))
+    assert (one.count, two.count) == (4, 8)
+    (trained,) = need.trained
+    held = trained.weights + trained.gradients + trained.optimizer + trained.teacher
+    # A block is gathered whole on each, beside the one before it, and 16 windows become 2.
+    assert two.takes(need) == round(held / 8 + (trained.logits + trained.activations) / 8 + 2 * need.block)
+    assert two.takes(need) < one.takes(need)
+    assert device_of(profile(gpu={}, nodes=3), "regularize").count == 3
+    assert device_of(profile(gpu={"count": 4}, nodes=2), "learn-gates").count == 1
+
+
+def test_states_of_8_bits_are_not_divided() -> None:
+    (need,) = needs(recipe("regularize.optimizer=adamw-8bit"), Shape(TINY, "bfloat16"), "cuda", only=["regularize"])
+    assert device_of(profile(gpu={"count": 4}), "regularize").takes(need) == need.peak.total
 
 
 def test_a_processor_has_the_stage_s_memory() -> None:
@@ -84,6 +106,29 @@ def test_a_device_that_is_too_small_is_refused_with_the_cure(tmp_path: Path, mon
     assert settings == ["regularize.micro_batch_size=1"]
     (cured,) = needs(recipe(*settings), shape, "cuda", only=["regularize"])
     assert cured.peak.total <= small
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "named"),
+    [
+        # States that are elsewhere need not be small.
+        ("cuda", {}, ["offload_optimizer=true", "teacher_top=1024", "precision=bf16"]),
+        # On a processor the states are not elsewhere; without a teacher nothing of it can be kept.
+        ("cpu", {"objective": Objective(lm=1, kl=0, state=0)}, ["precision=bf16", "optimizer=adamw-8bit"]),
+    ],
+    ids=["cuda", "cpu"],
+)
+def test_a_cure_names_only_settings_that_save_memory_there(
+    kind: Kind, fields: dict[str, Any], named: list[str]
+) -> None:
+    fields = {"micro_batch_size": 1, "gradient_checkpointing": True, **fields}
+    asked, shape = recipe("calibration.length=8"), Shape(TINY, "bfloat16")
+    asked = asked.model_copy(update={"regularize": asked.regularize.model_copy(update=fields)})
+    (need,) = needs(asked, shape, kind, only=["regularize"])
+    said = plan.cure(asked, shape, need, Device(kind, 1, "this machine"))
+    settings = [word.removeprefix("regularize.") for word in said.split() if word.startswith("regularize.")]
+    assert [one for one in named if one in settings] == named
+    assert set(settings) <= {*named, "trainable=lora"}
 
 
 def test_a_device_of_unknown_size_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
