@@ -4,7 +4,7 @@
         --layers 6 12 --seeds 0 --samples 320 --test-windows 48 --out choice.json
 
 All choices are made in one process on the same windows. A gates' run of the most layers holds those of fewer: its choices are nested.
-With `--gate-steps` below the recipe's, the time that the missing steps would take is added, by the median time of a step, and the
+`--measure fitted` measures the gates' shortlist behind the transfer. With `--gate-steps` below the recipe's, the time that the missing steps would take is added, by the median time of a step, and the
 figure says so. Every method's choice is measured cut as it is, and after the transfer ridge. To reach: choice and transfer of Seam together in
 0.15 of the time of the gates.
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 from benchmarks.common import Bench, Figures, parser
 from components.lib.methods import LayerMethod, known_methods
@@ -70,10 +70,12 @@ def choose(bench: Bench, method: str, count: int, seed: int) -> dict[str, Any]:
     return {"removed": list(chosen.removed), **times}
 
 
-def gates(bench: Bench, count: int, seed: int, steps: int | None) -> list[dict[str, Any]]:
+def gates(
+    bench: Bench, count: int, seed: int, steps: int | None, measure: Literal["cut", "fitted"]
+) -> list[dict[str, Any]]:
     """Return the layers and the time of the gates for 1 … `count` layers, from one run."""
     model, windows = bench.model(), bench.windows(seed)
-    default = Trsp(ratio=count / _layers(bench), seed=seed)
+    default = Trsp(ratio=count / _layers(bench), seed=seed, measure=measure)
     settings = default.model_copy(update={"steps": steps or default.steps})
     with reused_memory(model.device):
         clock = Clock()
@@ -125,13 +127,15 @@ def run(bench: Bench, figures: Figures, seed: int) -> None:
         for count in arguments.layers:
             rows[count, method] = figures.get(f"{method}/{count}/{seed}", choose, bench, method, count, seed)
     steps, most = arguments.gate_steps, max(arguments.layers)
-    learned = figures.get(f"gates/{most}/{steps or 'all'}/{seed}", gates, bench, most, seed, steps)
-    rows |= {(count, "gates"): learned[count - 1] for count in arguments.layers}
+    for measure in arguments.measure:
+        name = "gates" if measure == "cut" else f"gates {measure}"
+        learned = figures.get(f"{name}/{most}/{steps or 'all'}/{seed}", gates, bench, most, seed, steps, measure)
+        rows |= {(count, name): learned[count - 1] for count in arguments.layers}
     for (count, method), row in sorted(rows.items()):
         made = figures.get(f"ridge {row['removed']}/{seed}", after_ridge, bench, row["removed"], seed)
         shown = {text: f"{made['cut'][text]:.2f} → {made['ridge'][text]:.2f}" for text in bench.tests}
-        print(f"{count} layers, {method:8} {row['seconds']:8.1f} s  {row['removed']}  cut → ridge {shown}")
-    for count in arguments.layers:
+        print(f"{count} layers, {method:12} {row['seconds']:8.1f} s  {row['removed']}  cut → ridge {shown}")
+    for count in arguments.layers if (most, "gates") in rows else ():
         seam, other = rows[count, "seam"], rows[count, "gates"]
         moved = figures.figures[f"ridge {seam['removed']}/{seed}"]
         for kind in ("seconds", "cpu_seconds"):
@@ -148,6 +152,10 @@ def main() -> None:
     ]
     arguments.add_argument("--methods", nargs="*", choices=others, default=[], help="other methods to measure")
     arguments.add_argument("--gate-steps", type=int, help="steps a round of the gates, if fewer than the recipe's")
+    measures = get_args(Trsp.model_fields["measure"].annotation)
+    arguments.add_argument(
+        "--measure", nargs="*", choices=measures, default=["cut"], help="how the gates' shortlist is measured"
+    )
     bench = Bench(arguments.parse_args())
     figures = Figures(bench.arguments.out, bench.conditions())
     for seed in bench.arguments.seeds:

@@ -52,6 +52,8 @@ APART = 1 / 3
 """The part of its layers in which a set of the shortlist differs at least from every one before it."""
 CORRUPTED = 0.3
 """The part of the tokens that is replaced in the windows that stand for other texts."""
+FIT_TOKENS, MEASURE_TOKENS = 4096, 2048
+"""How many tokens a set of runs is fitted on, and on how many others its divergence is measured."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def runs_with_costs(
 
 def _from_below(model: PreTrainedModel, dense: Recorded, layer: int) -> AbstractContextManager[None]:
     """Let the forward passes on the recorded windows begin with a layer, below which nothing was changed."""
-    return resumed(model, layer - 1, dense.windows, dense.states[layer - 1]) if layer else nullcontext()
+    return resumed(model, layer - 1, dense.windows, dense.states[layer - 1]) if layer > 0 else nullcontext()
 
 
 def _divergence(dense: Recorded, logits: Tensor) -> float:
@@ -233,13 +235,13 @@ def divergence_after_fit(
     Args:
         model: the dense model.
         dense: what it computes.
-        removed: layers to remove, without layer 0.
+        removed: layers to remove; nothing is fitted before a run that begins with layer 0.
         strength: λ of the fit, relative to the mean diagonal.
         batch_size: windows a forward pass.
     """
     fitted, probed = dense.windows[: dense.fitted], dense.windows[dense.fitted :]
     targets = {last: dense.states[last][: dense.fitted] for _, last in runs_of(removed)}
-    seams = [writer_of(model, first - 1, "ffn") for first, _ in runs_of(removed)]
+    seams = [writer_of(model, first - 1, "ffn") for first, _ in runs_of(removed) if first]
     kept = [(seam, seam.weight.clone(), None if seam.bias is None else seam.bias.clone()) for seam in seams]
     selection = Selection(method="seam", removed=tuple(removed))
     try:
@@ -263,8 +265,8 @@ def choose_runs(
     strength: float = 0.1,
     longest: int = 8,
     shortlist: int = 6,
-    fit_tokens: int = 4096,
-    measure_tokens: int = 2048,
+    fit_tokens: int = FIT_TOKENS,
+    measure_tokens: int = MEASURE_TOKENS,
     batch_size: int = BATCH,
 ) -> tuple[tuple[int, ...], list[Run]]:
     """Return the `count` layers to remove, ascending, and the costs of all runs that were compared.
@@ -292,7 +294,7 @@ def choose_runs(
     fixed = {*range(layers)} - {*removable(model)}
     if fixed:  # they may stand where such runs would be
         longest = max(longest, count)
-    dense = record(model, *_parted(windows, fit_tokens, measure_tokens), batch_size)
+    dense = record(model, *parted(windows, fit_tokens, measure_tokens), batch_size)
     runs = runs_with_costs(
         model, dense, min(longest, count), strength, lambda number, _: journal.progress(number, total)
     )
@@ -310,7 +312,9 @@ def choose_runs(
     return sets[measured.index(min(measured))], runs
 
 
-def _parted(windows: Tensor, fit_tokens: int, measure_tokens: int) -> tuple[Tensor, Tensor]:
+def parted(
+    windows: Tensor, fit_tokens: int = FIT_TOKENS, measure_tokens: int = MEASURE_TOKENS
+) -> tuple[Tensor, Tensor]:
     """Return the windows to fit on and others to measure on, a quarter of these corrupted.
 
     One window serves for all if there is no other. There are two to measure on at least.

@@ -12,6 +12,8 @@ from components.lib.methods import BatchSize, LayerMethod
 from components.lib.recipe.section import Count, Rate, Weight
 from components.lib.report_parts import Part
 from components.lib.training.journal import Journal
+from components.lib.transfers import check_writers
+from components.lib.transformer.checkpoint import PrunableCheckpoint
 from components.lib.transformer.selection import Selection
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ class Trsp(LayerMethod):
     scores = {  # noqa: RUF012  # a class variable of the base
         "gate": "the layer's gate, when the layer was removed or at the end",
         "perplexity": "perplexity on the calibration text without the layer, when last measured",
+        "divergence": "divergence from the dense model, nats a token, without the layer and re-fitted, when last measured",
     }
 
     strategy: Literal["iterative", "one-shot"] = Field(
@@ -45,7 +48,17 @@ class Trsp(LayerMethod):
         4,
         description="How many layers of the smallest gates are measured without each; the cheapest is removed. 0 uses the gates alone, as the paper does.",
     )
+    measure: Literal["cut", "fitted"] = Field(
+        "cut",
+        description="Measure the shortlist by the perplexity of the plain cut, or, as seam does, by the divergence after the transfer ridge.",
+    )
     seed: int = Field(0, description="Seed of the batches' order.")
+
+    def check(self, checkpoint: PrunableCheckpoint) -> None:
+        """Refuse a ratio that leaves no layer, and families that no transfer can be fitted to if that is what is measured."""
+        super().check(checkpoint)
+        if self.measure == "fitted":
+            check_writers(checkpoint, f"methods.{self.name}.measure is fitted", "use cut")
 
     def parts(self, selection: Selection, folder: Path) -> Sequence[Part]:
         """Show the gates while they were learned."""

@@ -1,11 +1,13 @@
 """TRSP's choice of layers (arXiv 2505.18232): learn one gate a layer, and remove the layers of the smallest gates.
 
 A derivative near a gate of 1 does not show the cost of a removal, so the gates give a shortlist, and measuring each removal on it
-decides: a few forward passes a round, against one for every layer in a full greedy search.
+decides: a few forward passes a round, against one for every layer in a full greedy search. What is measured is the plain cut, or the
+cut behind the transfer ridge, which a layer that a linear map can stand for passes better (`measure: fitted`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,8 +33,8 @@ def choose(settings: Trsp, model: PreTrainedModel, windows: Tensor, *, journal: 
     Iterative: remove the least needed layer after each round, and continue to learn the gates of the others. One-shot: take all
     steps at once, and remove layers by their final gates.
 
-    `scores["gate"]` is each layer's gate at its removal, or at the end; `scores["perplexity"]` is the perplexity without it at its
-    last measurement, and 0 if it never was on a shortlist.
+    `scores["gate"]` is each layer's gate at its removal, or at the end; the other score is the perplexity without it, or the divergence
+    (`measure: fitted`), at its last measurement, and 0 if it never was on a shortlist.
     """
     count = settings.count(len(blocks(model)))
     search = _Search(model, windows, count, settings, journal)
@@ -43,7 +45,8 @@ def choose(settings: Trsp, model: PreTrainedModel, windows: Tensor, *, journal: 
     if out is not None:
         save(search.trajectory, out / "trajectory.jsonl")
         draw(search.trajectory, out / "gates.svg")
-    scores = {"gate": tuple(search.gates.tolist()), "perplexity": tuple(search.perplexity)}
+    measured = "divergence" if settings.measure == "fitted" else "perplexity"
+    scores = {"gate": tuple(search.gates.tolist()), measured: tuple(search.costs)}
     return Selection.of_layers(settings.name, search.order, scores)
 
 
@@ -52,11 +55,13 @@ class _Search:
 
     def __init__(self, model: PreTrainedModel, windows: Tensor, count: int, settings: Trsp, journal: Journal) -> None:
         self.model, self.windows, self.settings, self.journal = model, windows, settings, journal
-        self.measured = sample(windows)
+        self.measure = (
+            _fitted(model, windows, settings) if settings.measure == "fitted" else _cut(model, windows, settings)
+        )
         self.rounds = count if settings.strategy == "iterative" else 1
         self.steps = settings.steps * count
         self.gates = torch.ones(len(blocks(model)))
-        self.perplexity = [0.0] * len(self.gates)
+        self.costs = [0.0] * len(self.gates)
         self.order: list[int] = []
         self.trajectory: list[Step] = []
 
@@ -77,13 +82,35 @@ class _Search:
             self.journal.progress(step, self.steps, lm=loss)
 
     def remove(self) -> None:
-        """Remove the layer of the smallest gate, or the layer of the shortlist that costs the least perplexity."""
+        """Remove the layer of the smallest gate, or the layer of the shortlist that costs the least."""
         left = [layer for layer in removable(self.model) if layer not in self.order]
         smallest = sorted(left, key=lambda layer: self.gates[layer].item())
         listed = smallest[: max(1, self.settings.shortlist)]
         if self.settings.shortlist > 0:
-            found = perplexities_without(self.model, self.measured, self.order, listed, self.settings.batch_size)
-            for layer, value in found.items():
-                self.perplexity[layer] = value
-            listed.sort(key=self.perplexity.__getitem__)
+            for layer, cost in self.measure(self.order, listed).items():
+                self.costs[layer] = cost
+            listed.sort(key=self.costs.__getitem__)
         self.order.append(listed[0])
+
+
+Measure = Callable[[Sequence[int], Sequence[int]], Mapping[int, float]]
+"""Takes the layers that are removed and those that may be next; returns the cost of each of these."""
+
+
+def _cut(model: PreTrainedModel, windows: Tensor, settings: Trsp) -> Measure:
+    """Measure the perplexity of the plain cut."""
+    measured = sample(windows)
+    return lambda removed, listed: perplexities_without(model, measured, removed, listed, settings.batch_size)
+
+
+def _fitted(model: PreTrainedModel, windows: Tensor, settings: Trsp) -> Measure:
+    """Measure the divergence from the dense model after the transfer ridge, in nats a token, as the method seam does."""
+    from components.lib.training.seam import divergence_after_fit, parted, record
+    from components.lib.transfers.ridge import Ridge
+
+    dense, strength = record(model, *parted(windows), settings.batch_size), Ridge().strength
+
+    def without(layers: Sequence[int]) -> float:
+        return divergence_after_fit(model, dense, sorted(layers), strength, settings.batch_size)
+
+    return lambda removed, listed: {layer: without([*removed, layer]) for layer in listed}

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 from transformers import LlamaForCausalLM
 
+from components.lib.errors import Refusal
+from components.lib.methods.trsp import Trsp
+from components.lib.training.seam import divergence_after_fit, parted, record
+from components.lib.transformer.checkpoint import PrunableCheckpoint
 from tests.components.lib.methods.layers import LAYERS, choose, cost
+from tests.components.lib.training.tiny import counting
+from tests.components.lib.transformer.zoo import SPECIMENS, release
 
 
 class TestTrsp:
@@ -29,6 +35,27 @@ class TestTrsp:
         selection = choose(model, "trsp", 2, strategy="one-shot", shortlist=0)
         assert list(selection.order) == sorted(range(LAYERS), key=selection.scores["gate"].__getitem__)[:2]
         assert set(selection.scores["perplexity"]) == {0.0}
+
+    def test_fitted_measures_each_removal_behind_the_transfer(self, model: LlamaForCausalLM) -> None:
+        selection = choose(model, "trsp", 2, shortlist=LAYERS, steps=1, measure="fitted")
+        dense = record(model, *parted(counting()))
+
+        def divergence(*layers: int) -> float:
+            return divergence_after_fit(model, dense, sorted(layers), strength=0.1)
+
+        first, second = selection.order
+        assert first == min(range(LAYERS), key=divergence)
+        left = [layer for layer in range(LAYERS) if layer != first]
+        assert second == min(left, key=lambda layer: divergence(first, layer))
+        assert selection.scores["divergence"][second] == pytest.approx(divergence(first, second), rel=1e-3)
+        assert "perplexity" not in selection.scores
+
+    def test_fitted_refuses_a_family_that_no_transfer_can_be_fitted_to(self, tmp_path: Path) -> None:
+        gemma = next(specimen for specimen in SPECIMENS if specimen.model_type == "gemma2")
+        checkpoint = PrunableCheckpoint.open(release(gemma.model(4), tmp_path))
+        Trsp(ratio=0.25).check(checkpoint)
+        with pytest.raises(Refusal, match=r"methods.trsp.measure is fitted, but Gemma 2 has norms between .*: use cut"):
+            Trsp(ratio=0.25, measure="fitted").check(checkpoint)
 
     def test_leaves_where_the_gates_have_been(self, model: LlamaForCausalLM, tmp_path: Path) -> None:
         selection = choose(model, "trsp", 2, out=tmp_path, steps=3)
