@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from components.lib.recipe.training import Regularize
 from components.lib.training import regularize as training
 from components.lib.training.teacher import keep
+from components.lib.transformer.device import emulated_types
 from components.lib.transformer.selection import Selection
 from pipeline.plan.fake import Memory, counted
 from pipeline.plan.stages import Shape
@@ -65,7 +66,8 @@ def test_the_parts_are_told_apart() -> None:
     peak = memory.peak
     assert weights <= peak.weights < 1.1 * weights  # trained in fp32
     assert peak.optimizer == pytest.approx(2 * weights, rel=0.5)  # the removed layer has none
-    assert peak.teacher == pytest.approx(weights / 2, rel=0.1)
+    raised = torch.bfloat16 in emulated_types(torch.device("cpu"))  # it computes in fp32 on such a processor
+    assert peak.teacher == pytest.approx(weights if raised else weights / 2, rel=0.1)
     assert peak.logits > 0
     assert sum(peak.parts().values()) == peak.total
 
