@@ -84,7 +84,7 @@ class TestEveryMethodOfLayers:
         assert made.rounding(Removal("layers", 12, 8)) == "rounded to whole layers"
 
     def test_explains_the_scores_that_it_leaves(self, model: LlamaForCausalLM, method: str) -> None:
-        assert choose(model, method, 1, steps=2).scores.keys() == known_methods()[method].scores.keys()
+        assert choose(model, method, 1, steps=2).scores.keys() <= known_methods()[method].scores.keys()
 
 
 @pytest.fixture(scope="module")
