@@ -28,7 +28,7 @@ from components.lib.store.store import Reference, Store
 from components.lib.tracking import registry, runs, trail
 from components.watch.find import Watched
 from pipeline.runners import watch
-from tests.faults import forked
+from tests import forked
 from tests.faults.store_round import opened
 from tests.faults.whole_run import Bench
 

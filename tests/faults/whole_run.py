@@ -20,8 +20,8 @@ from mlflow import MlflowClient
 from components.lib.errors import Refusal
 from components.lib.store.artifacts import Manifest, Reference
 from pipeline.services.embedded import Services
+from tests import forked
 from tests.components.lib.transformer.zoo import VOCABULARY, Specimen, release
-from tests.faults import forked
 from tests.faults.proxy import MLFLOW_FAULTS, Proxy, Schedule
 from tests.faults.store_round import opened
 

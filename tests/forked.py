@@ -33,9 +33,19 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([__name__])
 
 
-def start(arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> ForkServerProcess:
-    """Start `espalier` with these arguments, its output in `log`."""
-    process = _CONTEXT.Process(target=_espalier, args=(list(arguments), dict(environment), str(log)))
+def start(
+    arguments: Sequence[str], environment: Mapping[str, str], log: Path, errors: Path | None = None
+) -> ForkServerProcess:
+    """Start `espalier` with these arguments and this environment beside the caller's.
+
+    Args:
+        arguments: of the command.
+        environment: variables that are set or changed.
+        log: the file of its output.
+        errors: the file of its standard error; None is `log`.
+    """
+    variables = {**os.environ, **environment}
+    process = _CONTEXT.Process(target=_espalier, args=(list(arguments), variables, str(log), str(errors or log)))
     process.start()
     return process
 
@@ -44,24 +54,31 @@ def call(
     work: Callable[..., None], arguments: Sequence[Any], environment: Mapping[str, str], log: Path
 ) -> ForkServerProcess:
     """Call a module's function in such a process, its output in `log`."""
-    process = _CONTEXT.Process(target=_called, args=(work, tuple(arguments), dict(environment), str(log)))
+    variables = {**os.environ, **environment}
+    process = _CONTEXT.Process(target=_called, args=(work, tuple(arguments), variables, str(log)))
     process.start()
     return process
 
 
 def _called(work: Callable[..., None], arguments: tuple[Any, ...], environment: dict[str, str], log: str) -> None:
-    os.environ.update(environment)
-    _write_to(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND))
+    _begin(environment, log, log)
     work(*arguments)
 
 
-def _espalier(arguments: list[str], environment: dict[str, str], log: str) -> None:
-    os.environ.update(environment)
+def _espalier(arguments: list[str], environment: dict[str, str], log: str, errors: str) -> None:
+    _begin(environment, log, errors)
     torch.set_num_threads(1)
-    _write_to(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND))
     subprocess_task_handler.run_local_subprocess = _run_stage
     sys.argv = ["espalier", *arguments]
     command_line.main()
+
+
+def _begin(environment: dict[str, str], log: str, errors: str) -> None:
+    """Take the caller's environment, not that of the fork server's start, and write to the files."""
+    os.environ.clear()
+    os.environ.update(environment)
+    for stream, path in ((1, log), (2, errors)):
+        _write_to(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
 
 
 def _run_stage(full_command: list[str], env_vars: dict[str, str] | None = None) -> int:
@@ -85,7 +102,7 @@ def _run_stage(full_command: list[str], env_vars: dict[str, str] | None = None) 
 def _stage(code: str, arguments: list[str], environment: dict[str, str], output: int) -> int:
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    _write_to(output)
+    _write_to(output, 1, 2)
     with tempfile.TemporaryDirectory() as folder:
         module = Path(folder) / "ephemeral_component.py"
         module.write_text(code)
@@ -101,8 +118,9 @@ def _stage(code: str, arguments: list[str], environment: dict[str, str], output:
     return 0
 
 
-def _write_to(output: int) -> None:
-    for stream in (1, 2):
+def _write_to(output: int, *streams: int) -> None:
+    """Send the streams, 1 and 2, to the open file `output`."""
+    for stream in streams:
         os.dup2(output, stream)
     os.close(output)
     sys.stdout = sys.__stdout__ = os.fdopen(1, "w", buffering=1, closefd=False)
