@@ -12,7 +12,8 @@ from components.lib.methods import Method
 from components.lib.training.journal import Journal
 from components.lib.transformer.checkpoint import load_model
 from components.lib.transformer.device import best_device, raise_weights, reused_memory
-from components.lib.transformer.families import check_attention
+from components.lib.transformer.families import check_attention, cut_config
+from components.lib.transformer.gates import family_in
 from components.lib.transformer.selection import NOTHING, Selection
 from components.lib.transformer.text import load_windows
 
@@ -45,12 +46,14 @@ def select(
         journal: takes the progress.
 
     Raises:
-        Refusal: no layer of attention would stay of a hybrid.
+        Refusal: no layer of attention would stay of a hybrid, or the config cannot say which layers stay.
     """
     selection = NOTHING
     with reused_memory(model.device):
         for method in methods:
             selection = method.choose(model, windows, selection, journal=journal, out=out)
-    check_attention(model.config.to_dict(), selection.removed)
+    config = model.config.to_dict()
+    check_attention(config, selection.removed)
+    cut_config(config, family_in(model), selection.removed)  # the training behind it would be lost
     selection.save(out)
     return selection

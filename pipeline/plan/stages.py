@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from components.evaluate.speed import time_generation
+from components.lib.errors import Refusal
 from components.lib.recipe.schema import Recipe
 from components.lib.recipe.training import Optimisation, Regularize
 from components.lib.training import regularize as training
@@ -126,13 +127,20 @@ class Shape:
         return family_of(self.config).layers(self.config)
 
     def selection(self, recipe: Recipe) -> Selection:
-        """Return a selection of the size that the recipe asks for: the layers before the last, the first channels."""
+        """Return a selection of the size that the recipe asks for: the layers before the last, the first channels.
+
+        The last layers, if the config can say which layers stay of no others.
+        """
         layers, selection = self.layers(), NOTHING
         for method in recipe.methods.chosen:
             if method.removes == "layers":
                 count = method.count(layers)  # type: ignore[attr-defined]
                 removed = range(layers - 1 - count, layers - 1) if count < layers - 1 else range(1, count + 1)
                 selection = Selection.of_layers(method.name, list(removed))
+                try:
+                    self.without(selection)
+                except Refusal:
+                    selection = Selection.of_layers(method.name, list(range(layers - count, layers)))
             else:
                 ratios, multiple = method.ratios, method.multiple  # type: ignore[attr-defined]
                 gone = channels_to_remove(family_of(self.config), self.config, ratios, multiple)

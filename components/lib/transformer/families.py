@@ -34,6 +34,7 @@ from components.lib.transformer.family import (
     no_heads,
     one_each,
     one_each_if_listed,
+    periodic,
     repeated,
     scaled_by_depth,
     spelled_out,
@@ -466,6 +467,13 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _hybrid("bamba", "Bamba", tuples=True, per_layer={"attn_layer_indices": indices}),
             _hybrid("falcon_h1", "Falcon-H1", tuples=True),
             _hybrid("granitemoehybrid", "Granite 4", experts=True, per_layer={**_TYPED, "layers_block_type": one_each}),
+            _hybrid(
+                "jamba",
+                "Jamba",
+                per_layer={
+                    f"{kind}_layer_{part}": periodic for kind in ("attn", "expert") for part in ("period", "offset")
+                },
+            ),
             _hybrid(
                 "kimi_linear",
                 "Kimi Linear",

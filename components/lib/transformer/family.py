@@ -95,6 +95,29 @@ def scaled_by_depth(config: Config, field: str, kept: Sequence[int]) -> float:
     return config[field] * sqrt(len(kept) / config["num_hidden_layers"])
 
 
+def periodic(config: Config, field: str, kept: Sequence[int]) -> int:
+    """A period or its offset, such as Jamba's `attn_layer_period` and `attn_layer_offset`, by which every n-th layer is of a kind.
+
+    Experts are on no layer if there is one alone.
+
+    Raises:
+        Refusal: the layers of that kind that stay are not every n-th.
+    """
+    kind, part = field.rsplit("_", 1)
+    period, offset = config[f"{kind}_period"], config[f"{kind}_offset"]
+    if kind == "expert_layer" and config.get("num_experts") == 1:
+        return config[field]
+    places = [new for new, old in enumerate(kept) if old % period == offset]
+    first, count = places[0] if places else len(kept), len(kept)
+    found = places[1] - first if len(places) > 1 else max(first + 1, count - first)
+    if first >= found or places != list(range(first, count, found)):
+        raise Refusal(
+            f"config.json's {kind}_period makes every {period}th layer of a kind, and of the layers that would stay none of that kind are so: "
+            f"remove the last layers (methods.last), or runs of {period} layers"
+        )
+    return {"period": found, "offset": first}[part]
+
+
 def no_heads(config: Config, field: str, kept: Sequence[int]) -> int:
     """The number of heads for multi-token prediction: 0, since their tensors are dropped."""
     return 0

@@ -19,7 +19,6 @@ _INDEXED = "computes numbers of a layer from the layer's index, and a cut renumb
 _SHARED = "shares weights, keys or values between layers, so that a layer cannot be removed alone"
 _CROSS = "has layers that read results of earlier layers beside the residual stream"
 _FIRST = "has a first layer of another shape than the others, which must stay first"
-_PERIOD = "places its kinds of layers by a period alone, and a cut leaves no period"
 _RECURRENT = "has recurrent blocks that are run otherwise than once one after the other"
 _OLD = "has blocks of its own that no row of the table describes"
 _NEW = "is new, and no row of the table describes its blocks yet"
@@ -48,7 +47,6 @@ _REASONS: Mapping[str, str] = {
     _SHARED: "gemma3n_text zamba zamba2",
     _CROSS: "glm_moe_dsa hy_v4 inkling2_text",
     _FIRST: "modernbert-decoder zaya",
-    _PERIOD: "jamba",
     _RECURRENT: "blt hrm_text reformer",
     _OLD: "cpmant ctrl dbrx gpt_neo longcat_flash openai-gpt rwkv xlnet xlstm",
     _NEW: """

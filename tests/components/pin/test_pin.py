@@ -172,8 +172,8 @@ class TestARefusal:
         return refused
 
     def test_of_a_family_that_is_not_known(self, edit: Callable[..., None], refused: Callable[..., str]) -> None:
-        edit(model_type="jamba")
-        assert "jamba" in refused()
+        edit(model_type="reformer")
+        assert "reformer" in refused()
 
     def test_of_a_field_that_speaks_of_layers_and_is_not_known(
         self, edit: Callable[..., None], refused: Callable[..., str]
@@ -276,9 +276,9 @@ class TestAReleaseElsewhere:
     def test_is_refused_before_it_is_stored(
         self, edit: Callable[..., None], store: Store, fetched: Callable[..., None]
     ) -> None:
-        edit(model_type="jamba")
+        edit(model_type="reformer")
         fetched()
-        with pytest.raises(Refusal, match="jamba"):
+        with pytest.raises(Refusal, match="reformer"):
             pin_release("owner/model", recipe(), store)
         assert stored(store) == []
 

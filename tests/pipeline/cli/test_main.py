@@ -129,8 +129,8 @@ class TestBadInput:
         assert "holds pickled weights only (pytorch_model.bin)" in refusal()
 
     def test_a_family_that_is_not_known(self, edit: Callable[..., None], refusal: Callable[..., str]) -> None:
-        edit(model_type="jamba")
-        assert "'jamba'" in refusal()
+        edit(model_type="reformer")
+        assert "'reformer'" in refusal()
 
     def test_a_field_that_speaks_of_layers_and_is_not_known(
         self, edit: Callable[..., None], refusal: Callable[..., str]

@@ -81,7 +81,7 @@ def test_impossible_cuts_are_refused(removed: list[int], said: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"model_type": "jamba"}, "'jamba' is not supported, since it places its kinds of layers by a period"),
+        ({"model_type": "reformer"}, "'reformer' is not supported, since it has recurrent blocks"),
         ({"model_type": "next-year"}, "'next-year' is not supported: supported are llama, .*docs/families.md"),
         ({"model_type": None}, "None is not supported"),
         ({"layer_types": ["full_attention"] * 4}, "layer_types .* as many entries as there are layers"),

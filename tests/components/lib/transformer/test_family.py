@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 
 from components.lib.errors import Refusal
-from components.lib.transformer.families import FAMILIES, cut_config, family_of
+from components.lib.transformer.families import FAMILIES, cut_config, family_of, kept_layers
 from components.lib.transformer.family import (
     Rule,
     counted_from_one,
@@ -104,6 +105,48 @@ def test_fields_that_releases_have_and_config_classes_do_not_are_known(model_typ
     config = {"model_type": model_type, "num_hidden_layers": 4} | fields
     cut = cut_config(config, family_of(config), (0,))
     assert family_of(cut).layers(cut) == 3
+
+
+class TestAPeriod:
+    """Jamba's config has a period and an offset alone: attention in layers 1, 4 and 7 of 9, experts in every second."""
+
+    CONFIG = {  # noqa: RUF012
+        "model_type": "jamba",
+        "num_hidden_layers": 9,
+        "num_experts": 4,
+        "attn_layer_period": 3,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+    }
+
+    def test_is_found_for_every_cut_that_leaves_one(self) -> None:
+        config, held = self.CONFIG, []
+        for removed in itertools.chain.from_iterable(itertools.combinations(range(9), n) for n in range(1, 9)):
+            try:
+                cut = cut_config(config, FAMILIES["jamba"], removed)
+            except Refusal:
+                continue
+            held.append(removed)
+            for kind in ("attn", "expert"):
+                period, offset = cut[f"{kind}_layer_period"], cut[f"{kind}_layer_offset"]
+                assert offset < period  # the config class asks for it
+                kinds = [old % config[f"{kind}_layer_period"] == config[f"{kind}_layer_offset"] for old in range(9)]
+                assert [new % period == offset for new in range(9 - len(removed))] == [
+                    kinds[old] for old in kept_layers(9, removed)
+                ]
+        assert {(8,), (7, 8), (6, 7, 8), (3, 4, 5, 6, 7, 8), (0, 1, 2, 3, 4, 5)} <= set(held)
+
+    def test_is_refused_if_there_is_none(self) -> None:
+        with pytest.raises(
+            Refusal, match=r"attn_layer_period makes every 3th .*remove the last layers \(methods.last\)"
+        ):
+            cut_config(self.CONFIG, FAMILIES["jamba"], (2,))
+
+    def test_of_experts_does_not_count_if_there_is_one_alone(self) -> None:
+        dense = self.CONFIG | {"num_experts": 1}
+        cut = cut_config(dense, FAMILIES["jamba"], (0, 3, 6))
+        assert (cut["attn_layer_period"], cut["attn_layer_offset"], cut["expert_layer_period"]) == (2, 0, 2)
 
 
 def test_nemotron_h_is_cut_by_its_pattern_and_by_its_list() -> None:

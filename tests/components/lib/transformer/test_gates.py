@@ -200,8 +200,8 @@ def test_blocks_may_take_names_and_return_tuples(model: PreTrainedModel, named: 
 
 
 def test_an_unknown_model_is_refused(model: PreTrainedModel) -> None:
-    model.config.model_type = "jamba"
-    with pytest.raises(Refusal, match="'jamba' is not supported"):
+    model.config.model_type = "reformer"
+    with pytest.raises(Refusal, match="'reformer' is not supported"):
         blocks(model)
 
 

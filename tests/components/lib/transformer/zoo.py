@@ -452,6 +452,21 @@ MODERN = (
     # transformers sets the padding token's embedding to 0 on loading, whatever the checkpoint holds.
     Specimen("youtu", "youtu", {**LATENT, "pad_token_id": None}),
     Specimen("bamba", "bamba", {**MAMBA, "attn_layer_indices": [1, 4]}),
+    # One layer of attention alone: whatever is removed, what stays has a period.
+    Specimen(
+        "jamba",
+        "jamba",
+        {
+            "attn_layer_period": 6,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 1,
+            "expert_layer_offset": 0,
+            "num_experts": 4,
+            "mamba_d_state": 8,
+            "mamba_d_conv": 4,
+            "mamba_dt_rank": 4,
+        },
+    ),
     Specimen("falcon_h1", "falcon_h1", {**MAMBA, "mamba_d_ssm": 64, "head_dim": 8}),
     Specimen(
         "granitemoehybrid",
