@@ -8,7 +8,6 @@ from components.lib.recipe.training import Regularize
 from components.lib.training import ranks
 from components.lib.training import regularize as training
 from components.lib.training.journal import Checkpoints, Journal
-from components.lib.training.loop import check_steps
 from components.lib.training.teacher import keep
 from components.lib.training.windows import Fetch, training_windows
 from components.lib.transformer.checkpoint import load_model
@@ -42,12 +41,9 @@ def regularize(
         fetch: gives a file of the calibration windows that is not in their folder; None if all are.
 
     Raises:
-        Refusal: the loss is not finite, or the optimizer cannot step weights that the processes divide.
+        Refusal: the loss is not finite.
     """
     model = load_model(release / "model")
-    if regularize.trainable == "all":  # before the transfer, which a refusal of the training would waste
-        beside = model if training.needs_teacher(regularize) else None
-        check_steps(regularize, "regularize", ranks.must_divide(model, beside, regularize))
     data, chosen = load_windows(windows), Selection.load(selection)
     read = training_windows(windows, data, fetch)
     with ranks.shared_folder(out.parent) as scratch:

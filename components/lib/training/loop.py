@@ -373,25 +373,11 @@ def _nested(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return nested
 
 
-def check_steps(settings: Optimisation, section: str, divided: bool) -> None:
-    """Check that the optimizer can step the weights.
-
-    Args:
-        settings: the recipe's section.
-        section: its name.
-        divided: whether the processes divide the weights.
-
-    Raises:
-        Refusal: it cannot.
-    """
-    if divided and settings.optimizer == "adamw-8bit":
+def _optimizer(weights: list[nn.Parameter], settings: Optimisation, section: str) -> torch.optim.Optimizer:
+    if settings.optimizer == "adamw-8bit" and isinstance(weights[0], DTensor):
         raise Refusal(
             f"{section}.optimizer is adamw-8bit, which cannot step weights that the processes divide: take adamw, or ESPALIER_PARALLEL=ddp"
         )
-
-
-def _optimizer(weights: list[nn.Parameter], settings: Optimisation, section: str) -> torch.optim.Optimizer:
-    check_steps(settings, section, isinstance(weights[0], DTensor))
     arguments: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
     if settings.optimizer == "adamw" and not settings.offload_optimizer and weights[0].dtype != torch.bfloat16:
         # On a GPU torch would else step all weights at once, with a temporary copy of a whole state: a quarter more memory.

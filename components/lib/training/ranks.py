@@ -32,7 +32,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from components.lib.errors import refusal_from
-from components.lib.recipe.training import Optimisation
 from components.lib.settings import NodeSettings, ProcessSettings
 from components.lib.transformer.device import best_device
 from components.lib.transformer.gates import blocks
@@ -324,30 +323,23 @@ def unaveraged(model: nn.Module) -> AbstractContextManager[Any]:
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
-def must_divide(model: nn.Module, teacher: nn.Module | None, training: Optimisation | None) -> bool:
+def must_divide(model: nn.Module, teacher: nn.Module | None, precision: str) -> bool:
     """Return True if the processes must divide the weights: as ESPALIER_PARALLEL says, or because a device has no room for all.
 
     Args:
         model: the model to train; its trained weights have gradients and two states each.
         teacher: a second model whose weights are fixed.
-        training: how it is trained; None if it is only read.
+        precision: of the training.
     """
     asked = ProcessSettings().parallel
     if count() == 1 or asked in ("ddp", "none") or (asked == "auto" and not torch.cuda.is_available()):
         return False
+    each = 8 if precision == "bf16" else 16  # bytes of a trained weight with its gradient and its states
     held = sum(
-        weight.numel() * (_bytes_trained(training) if training and weight.requires_grad else weight.element_size())
-        for weight in model.parameters()
+        weight.numel() * (each if weight.requires_grad else weight.element_size()) for weight in model.parameters()
     )
     held += sum(weight.numel() * weight.element_size() for weight in (teacher.parameters() if teacher else ()))
     return asked == "fsdp" or held > torch.cuda.get_device_properties(0).total_memory / 2
-
-
-def _bytes_trained(training: Optimisation) -> int:
-    """Return the bytes on a device of a trained weight, with its gradient and its two states."""
-    each = 2 if training.precision == "bf16" else 4
-    states = 0 if training.offload_optimizer else 1 if training.optimizer == "adamw-8bit" else each
-    return 2 * each + 2 * states
 
 
 def divided(model: nn.Module, device: torch.device, computed: torch.dtype | None = None) -> nn.Module:

@@ -88,7 +88,7 @@ def regularize(
     settings = loop.with_learning_rate(settings, None if settings.trainable == "lora" else width)
     device = ranks.join()
     beside = None if isinstance(teacher, Kept) else teacher
-    divided = ranks.must_divide(trained, beside, settings)
+    divided = ranks.must_divide(trained, beside, settings.precision)
     if isinstance(teacher, Kept):
         windows = Numbered(windows, teacher)
     elif teacher is not None:

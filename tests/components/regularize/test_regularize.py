@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 
-from components.lib.errors import Refusal
 from components.lib.recipe.training import Regularize
-from components.lib.training import ranks
 from components.lib.transformer.checkpoint import Checkpoint
 from components.lib.transformer.surgery import cut_checkpoint
 from components.regularize.regularize import regularize
@@ -50,16 +48,6 @@ def test_the_model_is_a_plain_checkpoint_that_does_better_without_the_chosen_lay
     for file in ("config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json", "LICENSE"):
         assert (out / "model" / file).read_bytes() == (given.release / "model" / file).read_bytes()
     assert digest(given.release) == before
-
-
-def test_an_optimizer_that_cannot_step_divided_weights_is_refused_before_the_transfer(
-    given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ranks, "must_divide", lambda *_: True)
-    journal = Written()
-    with pytest.raises(Refusal, match=r"regularize.optimizer is adamw-8bit, which cannot .*: take adamw"):
-        work(given, tmp_path / "out", journal, optimizer="adamw-8bit", transfer="ridge")
-    assert not journal.done
 
 
 def test_every_step_is_journalled(given: Given, tmp_path: Path) -> None:

