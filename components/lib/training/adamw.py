@@ -108,12 +108,17 @@ class AdamW(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the states and the groups' settings. Each state keeps its dtype and its device, unlike torch's, which follow the weight."""
+        """Take over the groups' settings and the states; a weight that is given none has none afterwards.
+
+        Each state keeps its dtype and its device, unlike torch's, which follow the weight.
+        """
+        made = dict(self.state)
+        self.state.clear()
         for own, given in zip(self.param_groups, state_dict["param_groups"], strict=True):
             own.update({name: value for name, value in given.items() if name != "params"})
             for weight, name in zip(own["params"], given["params"], strict=True):
                 if name in state_dict["state"]:
-                    state = self.state[weight] = self.state[weight] or self._made(weight)
+                    state = self.state[weight] = made.get(weight) or self._made(weight)
                     for key, value in state_dict["state"][name].items():
                         state[key].copy_(value)
 

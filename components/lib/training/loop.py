@@ -279,28 +279,43 @@ class _Loop:
             if ranks.first():
                 if self.callback:
                     save_file(self.callback.state(), folder / "callback.safetensors")
-                (folder / "state.json").write_text(json.dumps({"groups": groups}))
+                (folder / "state.json").write_text(json.dumps({"groups": groups, "optimizer": self.settings.optimizer}))
                 checkpoints.save(folder, step)
 
     def resume(self, checkpoints: Checkpoints) -> int:
         """Load the newest checkpoint, and return the number of its steps: 0 if there is none.
 
         Another number of processes may have written it.
+
+        Raises:
+            Refusal: another optimizer wrote it: its states are other numbers under the same names.
         """
         with ranks.shared_folder() as folder:
             step, held = ranks.told(self._fetch(checkpoints, folder) if ranks.first() else (None, {}))
             if step is None:
                 return 0
             ranks.spread_files(folder)
-            tensors, _ = self._state()
+            state = json.loads((folder / "state.json").read_text())
+            if state["optimizer"] != self.settings.optimizer:
+                raise Refusal(
+                    f"{self.section}.optimizer is {self.settings.optimizer}, and the checkpoint of step {step} was written by "
+                    f"{state['optimizer']}: set {self.section}.optimizer to {state['optimizer']}, or delete the checkpoint"
+                )
+            reader = HuggingFaceStorageReader(str(folder))
+            # A weight that never had a gradient has no state: those of layers that are skipped from the first step.
+            written = reader.read_metadata().state_dict_metadata
+            tensors = {
+                name: tensor
+                for name, tensor in self._state()[0].items()
+                if name in written or not name.startswith("optimizer:")
+            }
             with _quiet():
-                dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=ranks.count() == 1)
-            groups = json.loads((folder / "state.json").read_text())["groups"]
+                dcp.load(tensors, storage_reader=reader, no_dist=ranks.count() == 1)
         set_state_dict(
             self.model,
             self.optimizer,
             model_state_dict=_of("model", tensors),
-            optim_state_dict={"state": _nested(_of("optimizer", tensors)), "param_groups": groups},
+            optim_state_dict={"state": _nested(_of("optimizer", tensors)), "param_groups": state["groups"]},
             options=_options(),
         )
         if self.callback:

@@ -125,3 +125,14 @@ def test_states_that_are_loaded_keep_their_dtype(fields: dict[str, Any]) -> None
         assert torch.equal(other.state[weight][name], value)
         assert other.state[weight][name].dtype == value.dtype
         assert other.state[weight][name] is not value
+
+
+def test_a_weight_that_is_given_no_states_has_none_afterwards() -> None:
+    first, second = (nn.Parameter(torch.zeros(3)) for _ in range(2))
+    one, other = AdamW([first, second], lr=0.01), AdamW([first, second], lr=0.01)
+    first.grad = torch.ones(3)
+    one.step()
+    second.grad = torch.ones(3)
+    other.step()
+    other.load_state_dict(one.state_dict())
+    assert set(other.state) == {first}

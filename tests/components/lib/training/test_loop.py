@@ -178,6 +178,15 @@ class TestResuming:
         assert same(weights(resumed), weights(uninterrupted))
         assert rest.done[0] == (killed_at, 6)
 
+    @pytest.mark.parametrize(("wrote", "reads"), [("adamw", "adamw-8bit"), ("adamw-8bit", "adamw")])
+    def test_another_optimizer_does_not_take_up_its_states(self, tmp_path: Path, wrote: str, reads: str) -> None:
+        checkpoints = Kept(tmp_path / "kept")
+        fit(large(), checkpoint_every=4, checkpoints=checkpoints, optimizer=wrote)
+        with pytest.raises(
+            Refusal, match=f"^regularize.optimizer is {reads}, and the checkpoint of step 4 was written by {wrote}: set"
+        ):
+            fit(large(), checkpoints=checkpoints, optimizer=reads)
+
     def test_a_checkpoint_holds_trained_weights_only_and_nothing_pickled(self, tmp_path: Path) -> None:
         from safetensors.torch import load_file
 
