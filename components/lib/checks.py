@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from components.lib import vllm
 from components.lib.errors import Refusal
 from components.lib.recipe.schema import Recipe, Speed
+from components.lib.recipe.training import Optimisation
 from components.lib.transformer.checkpoint import Checkpoint, PrunableCheckpoint
+
+if TYPE_CHECKING:
+    from components.lib.stage.declaration import Stage
 
 _EXPONENTS = {
     "F64": ("<u8", 0x7FF0000000000000),
@@ -46,6 +52,30 @@ def check_finite(checkpoint: Checkpoint) -> None:
             raise Refusal(
                 f"{tensor.file} holds NaN or infinity in {name}, so that no figure of the model would count: get the release again, or "
                 "name an earlier one"
+            )
+
+
+def check_optimizers(stage: Stage[Any], recipe: Recipe, processes: int, parallel: str) -> None:
+    """Refuse a training whose weights are to be divided, and whose optimizer has states that cannot be.
+
+    Args:
+        stage: the stage that trains.
+        recipe: the recipe.
+        processes: how many share the training, on all machines together.
+        parallel: the value of ESPALIER_PARALLEL.
+
+    Raises:
+        Refusal: several processes are to divide the weights (fsdp), and the optimizer has states of 8 bits.
+    """
+    if processes == 1 or parallel != "fsdp" or not stage.shared:
+        return
+    scoped = stage.scope(recipe)
+    for section in stage.sections:
+        settings = getattr(scoped, section)
+        if isinstance(settings, Optimisation) and settings.trains and settings.optimizer == "adamw-8bit":
+            raise Refusal(
+                f"{section}.optimizer is adamw-8bit, and ESPALIER_PARALLEL is fsdp, which divides the states among the {processes} processes "
+                f"of {stage.name}; those of 8 bits cannot be divided: set {section}.optimizer to adamw, or ESPALIER_PARALLEL to ddp"
             )
 
 

@@ -35,7 +35,18 @@ class ProcessSettings(BaseSettings):
     """How many; one for each GPU if not set, and one on a machine without a GPU."""
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
     """ddp: every process holds the whole model; fsdp: each holds a part of the weights, gradients, optimizer and teacher; auto: ddp if they
-    take less than half of a GPU, else fsdp; none: one process."""
+    take less than half of a GPU or the optimizer is adamw-8bit, else fsdp; none: one process."""
+
+    @property
+    def count(self) -> int:
+        """How many processes a machine starts for a training; 1 if the stage's own does the work."""
+        if self.parallel == "none":
+            return 1
+        if self.processes:
+            return self.processes
+        import torch
+
+        return max(1, torch.cuda.device_count())
 
 
 class NodeSettings(BaseSettings):

@@ -255,6 +255,16 @@ class Profile(ProfileSection):
         own = self.stages.get(stage, Needs())
         return Needs.model_validate(self.defaults.model_dump(exclude_unset=True) | own.model_dump(exclude_unset=True))
 
+    def parallel(self) -> str:
+        """Return the value of ESPALIER_PARALLEL in the stages."""
+        return self.environment.get("ESPALIER_PARALLEL") or "auto"
+
+    def processes(self, stage: str) -> int:
+        """Return how many processes share a training, on all its nodes: one for each GPU unless ESPALIER_PROCESSES says otherwise."""
+        needs = self.needs(stage)
+        asked = self.environment.get("ESPALIER_PROCESSES") or (needs.gpu.count if needs.gpu else 1)
+        return int(asked) * needs.nodes if self.parallel() != "none" else 1
+
     def pinned_image(self, mutable: bool = False) -> str:
         """Return the image, which must have a digest.
 

@@ -10,14 +10,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from components.lib.checks import check_optimizers
 from components.lib.errors import Refusal, StageFailed, Unavailable
 from components.lib.given_yaml import short
 from components.lib.provenance.signature import check_signing
 from components.lib.recipe.schema import Recipe
-from components.lib.settings import MlflowSettings, StoreSettings
+from components.lib.settings import MlflowSettings, ProcessSettings, StoreSettings
 from components.lib.store.runs import item_of, leave_item
 from components.lib.store.store import Store, need_space
 from components.lib.tracking import client
@@ -30,6 +32,9 @@ from pipeline.recompress import recompress
 from pipeline.runners.graph import tasks_of
 from pipeline.runners.local import LocalRunner
 from pipeline.runners.runner import Runner
+
+if TYPE_CHECKING:
+    from pipeline.kubeflow.profile import Profile
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ def run(
         StageFailed: a stage broke; the outputs finished before it are kept.
     """
     check(recipe, release, name)
+    check_processes(recipe, getattr(on, "profile", None))
     if on.embeds:
         check_room([recipe], release, home)
         # Check external services before starting embedded ones.
@@ -129,6 +135,16 @@ def check(recipe: Recipe, release: str, name: str | None) -> None:
     for task in recipe.evaluate.task_files:
         if _is_here(task):
             check_task(task, recipe.evaluate.remote_code)
+
+
+def check_processes(recipe: Recipe, profile: Profile | None) -> None:
+    """Raise Refusal if the processes of a profile, or of this machine, cannot share a training of the recipe."""
+    parallel = profile.parallel() if profile else ProcessSettings().parallel
+    for task in tasks_of(recompress):
+        # The number of this machine's GPUs takes seconds to find.
+        if parallel == "fsdp" and task.stage and task.stage.shared and task.stage.asked(recipe, task.variant):
+            processes = profile.processes(task.stage.name) if profile else ProcessSettings().count
+            check_optimizers(task.stage, recipe, processes, parallel)
 
 
 def check_memory(recipe: Recipe, release: str, on: Runner, console: Console) -> None:

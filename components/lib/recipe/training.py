@@ -77,6 +77,21 @@ class Optimisation(Section):
         return self
 
     @property
+    def trains(self) -> bool:
+        """Whether the section asks for its training."""
+        return True
+
+    @property
+    def weight_size(self) -> int:
+        """Bytes of a number of the trained weights, and of their gradients."""
+        return 2 if self.precision == "bf16" else 4
+
+    @property
+    def states_size(self) -> int:
+        """Bytes of the optimizer's two states of a number of the trained weights, wherever they are kept."""
+        return 2 if self.optimizer == "adamw-8bit" else 2 * self.weight_size
+
+    @property
     def surely_fits(self) -> int:
         """The windows of a pass that needs no more memory than the training: for `auto` 1, which is the least that it finds."""
         return 1 if self.micro_batch_size == "auto" else self.micro_batch_size or self.batch_size
@@ -117,6 +132,11 @@ class Regularize(Optimisation):
     )
     lora: Lora = Field(Lora(), description="The adapters, if trainable is lora.")
 
+    @property
+    def trains(self) -> bool:
+        """Whether there is a schedule."""
+        return self.schedule != "none"
+
     @model_validator(mode="after")
     def _teacher_to_keep(self) -> Regularize:
         if self.teacher_top and self.objective.kl + self.objective.state == 0:
@@ -139,6 +159,11 @@ class Recover(Optimisation):
         False,
         description="Whether the best adapters are also kept in peft's form, for servers that load adapters; they belong to the pruned model before this training.",
     )
+
+    @property
+    def trains(self) -> bool:
+        """Whether it is enabled."""
+        return self.enabled
 
     @model_validator(mode="after")
     def _adapter_to_keep(self) -> Recover:

@@ -153,10 +153,19 @@ class Opened(Generic[I]):
         """Fetch the inputs, call the work, and store the folder `out` that it filled, the manifest last.
 
         On several nodes each calls this. The first one stores; the others return an empty reference.
+
+        Raises:
+            Refusal: the processes cannot share the work, which is said before anything is fetched.
         """
+        from components.lib.checks import check_optimizers
         from components.lib.tracking.runs import stage_run
 
         report.emit("started")
+        if self.stage.shared:
+            processes = ProcessSettings()
+            check_optimizers(
+                self.stage, self.recipe, processes.count * NodeSettings().nnodes, parallel=processes.parallel
+            )
         checkpoints = f"checkpoints/{self.key}"
         with tempfile.TemporaryDirectory(prefix="espalier-", dir=StoreSettings().scratch) as scratch:
             inputs = self._fetch(Path(scratch) / "inputs")
@@ -268,20 +277,10 @@ class Opened(Generic[I]):
 
 
 def _processes() -> int | None:
-    """Return how many processes to start on this machine: as many as it has GPUs, unless the environment says otherwise.
-
-    None if this one does the work itself: it is alone, or one of several already.
-    """
+    """Return how many processes to start on this machine, or None if this one does the work itself: it is alone, or one of several already."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         return None
-    settings = ProcessSettings()
-    count = settings.processes or 1
-    if settings.parallel == "none":
-        count = 1
-    elif settings.processes is None:
-        import torch
-
-        count = max(1, torch.cuda.device_count())
+    count = ProcessSettings().count
     return count if count > 1 or NodeSettings().nnodes > 1 else None
 
 

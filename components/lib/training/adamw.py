@@ -44,8 +44,11 @@ class AdamW(torch.optim.Optimizer):
         weights: the parameters to train, each with its numbers in order in memory.
         lr: the learning rate.
         weight_decay: the part of a weight that is subtracted, times the learning rate.
-        eight_bits: whether the states are kept in 8 bits; weights that processes divide cannot have them.
+        eight_bits: whether the states are kept in 8 bits.
         offload: whether the states are kept in the machine's memory.
+
+    Raises:
+        ValueError: processes divide the weights, and their states are to have 8 bits: 256 neighbours share a scale, and may be in two parts.
     """
 
     def __init__(
@@ -57,6 +60,10 @@ class AdamW(torch.optim.Optimizer):
         eight_bits: bool = False,
         offload: bool = False,
     ) -> None:
+        if eight_bits and any(isinstance(weight, DTensor) for weight in weights):
+            raise ValueError(
+                "weights that processes divide cannot have states of 8 bits: take others, or ESPALIER_PARALLEL=ddp"
+            )
         super().__init__(weights, {"lr": lr, "weight_decay": weight_decay, "betas": (0.9, 0.999), "eps": 1e-8})
         self.eight_bits, self.offload = eight_bits, offload
 

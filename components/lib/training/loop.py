@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -89,7 +89,8 @@ def train(
         divided: whether the processes divide the weights; the model must then be called through the loss's argument alone.
 
     Raises:
-        Refusal: the loss or its gradient is not finite, or the optimizer cannot step weights that the processes divide.
+        Refusal: the loss or its gradient is not finite, or another optimizer wrote the checkpoint.
+        ValueError: the processes divide the weights, and the optimizer has states of 8 bits.
     """
     types = [(weight, weight.dtype) for weight in model.parameters()]
     loop = _Loop(model, settings, section, callback, divided)
@@ -180,7 +181,7 @@ class _Loop:
         else:
             self.model = ranks.replicated(model, self.device)
         self.trained = [weight for weight in self.model.parameters() if weight.requires_grad]
-        self.optimizer = _optimizer(self.trained, settings, section)
+        self.optimizer = _optimizer(self.trained, settings)
         self.micro = settings.surely_fits
 
     def _set_precision(self, model: nn.Module) -> bool:
@@ -235,7 +236,7 @@ class _Loop:
                 parts["loss"].backward()
 
         elsewhere = self.optimizer.state or (self.settings.offload_optimizer and self.device.type == "cuda")
-        states = 0 if elsewhere else _bytes_of_states(self.trained, self.settings)
+        states = 0 if elsewhere else self.settings.states_size * sum(weight.numel() for weight in self.trained)
         found = most_windows(work, -(-len(batch) // ranks.count()), self.device, states)
         self.optimizer.zero_grad()
         self.micro = ranks.least(found)
@@ -337,12 +338,6 @@ class _Loop:
         return dict(_unshared(tensors)), state["param_groups"]
 
 
-def _bytes_of_states(weights: Sequence[Tensor], settings: Optimisation) -> int:
-    """Return the bytes of the optimizer's two states, which its first step makes."""
-    eighth = settings.optimizer == "adamw-8bit"
-    return sum(2 * weight.numel() * (1 if eighth else weight.element_size()) for weight in weights)
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Suppress torch's warning that a single process saves, which is intended."""
@@ -388,11 +383,7 @@ def _nested(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return nested
 
 
-def _optimizer(weights: list[nn.Parameter], settings: Optimisation, section: str) -> torch.optim.Optimizer:
-    if settings.optimizer == "adamw-8bit" and isinstance(weights[0], DTensor):
-        raise Refusal(
-            f"{section}.optimizer is adamw-8bit, which cannot step weights that the processes divide: take adamw, or ESPALIER_PARALLEL=ddp"
-        )
+def _optimizer(weights: list[nn.Parameter], settings: Optimisation) -> torch.optim.Optimizer:
     arguments: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
     if settings.optimizer == "adamw" and not settings.offload_optimizer and weights[0].dtype != torch.bfloat16:
         # On a GPU torch would else step all weights at once, with a temporary copy of a whole state: a quarter more memory.

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -35,6 +35,9 @@ from components.lib.errors import refusal_from
 from components.lib.settings import NodeSettings, ProcessSettings
 from components.lib.transformer.device import best_device
 from components.lib.transformer.gates import blocks
+
+if TYPE_CHECKING:
+    from components.lib.recipe.training import Optimisation
 
 Value = TypeVar("Value")
 
@@ -323,23 +326,29 @@ def unaveraged(model: nn.Module) -> AbstractContextManager[Any]:
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
-def must_divide(model: nn.Module, teacher: nn.Module | None, precision: str) -> bool:
+def must_divide(model: nn.Module | None, teacher: nn.Module | None, settings: Optimisation) -> bool:
     """Return True if the processes must divide the weights: as ESPALIER_PARALLEL says, or because a device has no room for all.
 
     Args:
         model: the model to train; its trained weights have gradients and two states each.
-        teacher: a second model whose weights are fixed.
-        precision: of the training.
+        teacher: a model whose weights are fixed.
+        settings: of the training: where its states are, and how small.
     """
     asked = ProcessSettings().parallel
-    if count() == 1 or asked in ("ddp", "none") or (asked == "auto" and not torch.cuda.is_available()):
+    if count() == 1 or asked in ("ddp", "none"):
         return False
-    each = 8 if precision == "bf16" else 16  # bytes of a trained weight with its gradient and its states
+    if asked == "fsdp":
+        return True
+    # States of 8 bits cannot be divided.
+    if not torch.cuda.is_available() or settings.optimizer == "adamw-8bit":
+        return False
+    each = 2 * settings.weight_size + (0 if settings.offload_optimizer else settings.states_size)
     held = sum(
-        weight.numel() * (each if weight.requires_grad else weight.element_size()) for weight in model.parameters()
+        weight.numel() * (each if weight.requires_grad else weight.element_size())
+        for weight in (model.parameters() if model else ())
     )
     held += sum(weight.numel() * weight.element_size() for weight in (teacher.parameters() if teacher else ()))
-    return asked == "fsdp" or held > torch.cuda.get_device_properties(0).total_memory / 2
+    return held > torch.cuda.get_device_properties(0).total_memory / 2
 
 
 def divided(model: nn.Module, device: torch.device, computed: torch.dtype | None = None) -> nn.Module:

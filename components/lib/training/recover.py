@@ -61,7 +61,7 @@ def recover(
         checkpoints=checkpoints or NoCheckpoints(),
         journal=journal,
         callback=stopping,
-        divided=ranks.must_divide(trained, None, settings.precision),
+        divided=ranks.must_divide(trained, None, settings),
     )
     stopping.put_back_best()
     if adapter and ranks.first():

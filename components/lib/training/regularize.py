@@ -44,7 +44,7 @@ def keeps_teacher(settings: Regularize) -> bool:
 
 def compares(settings: Regularize) -> bool:
     """Return True if the training compares with the dense model."""
-    return settings.schedule != "none" and objective.uses_teacher(settings.objective)
+    return settings.trains and objective.uses_teacher(settings.objective)
 
 
 def regularize(
@@ -73,10 +73,11 @@ def regularize(
         section: the recipe's section, named in a refusal.
 
     Raises:
-        Refusal: the loss is not finite, or the optimizer cannot step weights that the processes divide.
-        ValueError: the objective needs a teacher and there is none.
+        Refusal: the loss is not finite, or another optimizer wrote the checkpoint.
+        ValueError: the objective needs a teacher and there is none, what is kept of it is that of another training, or the processes divide
+            the weights of an optimizer of 8 bits.
     """
-    if settings.schedule == "none":
+    if not settings.trains:
         return model
     if teacher is None and (needs_teacher(settings, already_cut) or keeps_teacher(settings)):
         raise ValueError("the objective compares with the dense model: give it as the teacher")
@@ -88,7 +89,7 @@ def regularize(
     settings = loop.with_learning_rate(settings, None if settings.trainable == "lora" else width)
     device = ranks.join()
     beside = None if isinstance(teacher, Kept) else teacher
-    divided = ranks.must_divide(trained, beside, settings.precision)
+    divided = ranks.must_divide(trained, beside, settings)
     if isinstance(teacher, Kept):
         windows = Numbered(windows, teacher)
     elif teacher is not None:

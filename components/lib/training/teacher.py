@@ -101,7 +101,7 @@ def keep(
     length = windows[torch.tensor(seen[:1])].shape[1]
     _require_room(folder, size(len(seen), length, text_config(model).hidden_size, model.dtype.itemsize, settings))
     kept = Kept(folder, len(seen), length, model, settings, rows)
-    divided = ranks.must_divide(model, None, settings.precision)
+    divided = ranks.must_divide(None, model, settings)
     held, share = ranks.divided(model, device) if divided else model, ranks.share_here(len(seen))
     with (
         nullcontext() if divided else ranks.on_device(model),

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from components.lib.checks import check_finite, check_release, check_speed
+from components.lib.checks import check_finite, check_optimizers, check_release, check_speed
 from components.lib.errors import Refusal
 from components.lib.recipe.schema import Speed
+from components.lib.stage.declaration import declared_stages
 from components.lib.transformer.checkpoint import PrunableCheckpoint
 from tests.components.lib.recipe.smallest import recipe
 from tests.components.lib.transformer import zoo
@@ -90,3 +91,44 @@ def test_a_weight_that_is_not_finite_is_refused_by_its_name(dtype: torch.dtype, 
     folder = zoo.release(model, tmp_path / "broken")
     with pytest.raises(Refusal, match=r"holds NaN or infinity in model\.layers\.1\.mlp\.down_proj\.weight"):
         check_finite(PrunableCheckpoint.open(folder))
+
+
+EIGHT_BITS = {"regularize__optimizer": "adamw-8bit", "recover__optimizer": "adamw-8bit", "recover__enabled": True}
+
+
+@pytest.mark.parametrize(
+    ("stage", "changed", "field"),
+    [
+        ("regularize", {}, "regularize.optimizer"),
+        ("control", {"regularize__schedule": "none"}, "regularize.optimizer"),  # a control has a schedule of its own
+        ("control", {"regularize__optimizer": "adamw"}, "recover.optimizer"),
+        ("lora_rft", {}, "recover.optimizer"),
+    ],
+)
+def test_states_that_cannot_be_divided_are_refused_by_their_field(
+    stage: str, changed: dict[str, object], field: str
+) -> None:
+    with pytest.raises(Refusal) as refused:
+        check_optimizers(declared_stages()[stage], recipe(**EIGHT_BITS | changed), 4, "fsdp")
+    assert str(refused.value) == (
+        f"{field} is adamw-8bit, and ESPALIER_PARALLEL is fsdp, which divides the states among the 4 processes of {stage}; "
+        f"those of 8 bits cannot be divided: set {field} to adamw, or ESPALIER_PARALLEL to ddp"
+    )
+
+
+@pytest.mark.parametrize(
+    ("stage", "changed", "processes", "parallel"),
+    [
+        ("regularize", {}, 1, "fsdp"),
+        ("regularize", {}, 4, "ddp"),
+        ("regularize", {}, 4, "auto"),
+        ("regularize", {"regularize__schedule": "none"}, 4, "fsdp"),
+        ("regularize", {"regularize__optimizer": "adamw"}, 4, "fsdp"),
+        ("lora_rft", {"recover__enabled": False}, 4, "fsdp"),
+        ("prune", {}, 4, "fsdp"),
+    ],
+)
+def test_states_that_nobody_divides_may_have_8_bits(
+    stage: str, changed: dict[str, object], processes: int, parallel: str
+) -> None:
+    check_optimizers(declared_stages()[stage], recipe(**EIGHT_BITS | changed), processes, parallel)

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from components.lib.errors import Refusal
 from components.lib.recipe.loading import parse_recipe
 from components.lib.store.runs import item_of, leave_item
 from components.lib.store.store import Store
-from pipeline.runners.run import run
+from pipeline.kubeflow.profile import Profile
+from pipeline.runners.run import check_processes, run
 from tests.components.lib.transformer import zoo
 from tests.components.register.test_searched import SEARCH, reported
 
@@ -71,3 +73,34 @@ def test_a_comparison_makes_no_second_attempt(recipe_text: str, store: Store, tm
     runner = Confirming(tmp_path / "reports", 0.01)
     run(parse_recipe(recipe_text), str(release), None, tmp_path / "home", shown, "one", runner)
     assert len(runner.asked) == 1
+
+
+def test_an_optimizer_that_the_processes_cannot_share_is_refused_before_anything_starts(
+    recipe_text: str, tmp_path: Path, shown: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = zoo.release(zoo.SPECIMENS[0].model(layers=8), tmp_path / "release")
+    runner = Confirming(tmp_path / "reports", 0.25)
+    monkeypatch.setenv("ESPALIER_PARALLEL", "fsdp")
+    monkeypatch.setenv("ESPALIER_PROCESSES", "2")
+    asked = parse_recipe(recipe_text, ["regularize.optimizer=adamw-8bit"])
+    with pytest.raises(Refusal, match=r"^regularize.optimizer is adamw-8bit, .* among the 2 processes of regularize"):
+        run(asked, str(release), None, tmp_path / "home", shown, "one", runner)
+    assert runner.asked == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "processes"), [({}, 16), ({"ESPALIER_PROCESSES": "2"}, 4), ({"ESPALIER_PARALLEL": "none"}, 1)]
+)
+def test_a_profile_says_how_many_processes_there_are(
+    recipe_text: str, environment: dict[str, str], processes: int
+) -> None:
+    fields = {"ESPALIER_BUCKET": "b", "ESPALIER_PARALLEL": "fsdp"} | environment
+    stages = {"regularize": {"gpu": {"count": 8}, "nodes": 2}}
+    profile = Profile.model_validate({"environment": fields, "stages": stages})
+    assert profile.processes("regularize") == processes
+    asked = parse_recipe(recipe_text, ["regularize.optimizer=adamw-8bit"])
+    if processes > 1:
+        with pytest.raises(Refusal, match=f"among the {processes} processes of regularize"):
+            check_processes(asked, profile)
+    else:
+        check_processes(asked, profile)

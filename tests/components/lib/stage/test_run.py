@@ -341,6 +341,15 @@ class TestSeveralProcesses:
             run(model, replace(STAGE, work=refuse, shared=True))
         assert events(capsys.readouterr().out)[-1] == {"stage": "prune", "event": "refused", "message": "lower it"}
 
+    def test_are_refused_before_anything_is_fetched_if_they_cannot_step(
+        self, model: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("ESPALIER_PARALLEL", "fsdp")
+        monkeypatch.setattr(Store, "get", lambda *_: pytest.fail("fetched"))
+        trains = replace(STAGE, work=share_notes, shared=True, sections=("regularize",))
+        with pytest.raises(Refusal, match=r"^regularize.optimizer is adamw-8bit, and ESPALIER_PARALLEL is fsdp"):
+            trains.run("one", f"{recipe()}regularize: {{optimizer: adamw-8bit}}\n", model=model)
+
     def test_are_not_started_for_another_stage(self, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ranks, "launch", lambda *_: pytest.fail("launched"))
         assert run(model)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from components.lib.recipe.training import Optimisation, Recover, Regularize
 from components.lib.training import ranks
@@ -25,6 +26,7 @@ from components.lib.training.recover import recover
 from components.lib.training.regularize import regularize
 from components.lib.training.teacher import keep
 from components.lib.transfers.ridge import Ridge
+from components.lib.transformer.gates import skipped
 from components.lib.transformer.selection import NO_CHANNELS
 from tests.components.given import CHANNELS
 from tests.components.lib.training.tiny import Kept, Written, chosen, counting, llama, weights
@@ -122,15 +124,20 @@ class KilledAt:
 
 @contextmanager
 def lm(model: nn.Module, batch: Tensor, step: int) -> Iterator[Mapping[str, Tensor]]:
-    yield {"loss": lm_loss(model(input_ids=batch).logits, batch)}
+    """The LM loss without the second layer, whose weights have no gradient, and so no states."""
+    with skipped(model, [1]):
+        yield {"loss": lm_loss(model(input_ids=batch).logits, batch)}
 
 
-def trained(folder: Path, killed_at: int = 0) -> None:
+def trained(folder: Path, killed_at: int = 0, fields: Mapping[str, Any] | None = None) -> None:
     """Train for six steps, with a checkpoint every other step."""
-    model, journal = llama(), Written()
+    torch.manual_seed(0)
+    # Wide enough for states of 8 bits.
+    model = LlamaForCausalLM(LlamaConfig(**llama().config.to_dict() | {"intermediate_size": 144})).eval()
+    journal = Written()
     kept = Kept(folder / "kept")
     kept.steps = [2] if kept.folder.exists() else []
-    settings = Optimisation(**SETTINGS | {"steps": 6, "checkpoint_every": 2})
+    settings = Optimisation(**SETTINGS | {"steps": 6, "checkpoint_every": 2} | (fields or {}))
     callback = KilledAt(killed_at)
     train(
         model,
@@ -141,28 +148,37 @@ def trained(folder: Path, killed_at: int = 0) -> None:
         checkpoints=kept,
         journal=journal,
         callback=callback,
-        divided=ranks.must_divide(model, None, "fp32"),
+        divided=ranks.must_divide(model, None, settings),
     )
     leave(folder, "trained", model, journal)
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("parallel", "fields", "far"),
+    [
+        ("fsdp", {}, {"rtol": 1e-4, "atol": 1e-5}),
+        ("fsdp", {"precision": "bf16", "offload_optimizer": True}, {"rtol": 0.05, "atol": 0.01}),
+        ("ddp", {"optimizer": "adamw-8bit"}, {"rtol": 0.05, "atol": 0.005}),
+    ],
+    ids=["adamw", "bf16 elsewhere", "8 bits"],
+)
 def test_a_killed_process_is_named_and_another_number_of_processes_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parallel: str, fields: dict[str, Any], far: dict[str, float]
 ) -> None:
-    monkeypatch.setenv("ESPALIER_PARALLEL", "fsdp")
+    monkeypatch.setenv("ESPALIER_PARALLEL", parallel)
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     alone.mkdir()
     shared.mkdir()
     with pytest.raises(ranks.ProcessFailed, match=r"^process 2 of 2 was killed by SIGKILL.* from the last checkpoint$"):
-        ranks.launch(2, trained, shared, 3)
-    ranks.launch(4, trained, shared)  # six windows a step: two processes have two, two have one
-    trained(alone)
+        ranks.launch(2, trained, shared, 3, fields)
+    ranks.launch(4, trained, shared, 0, fields)  # six windows a step: two processes have two, two have one
+    trained(alone, 0, fields)
     one, four = (load_file(folder / "trained-0.safetensors") for folder in (alone, shared))
     assert len(one["curve.loss"]) == 6
-    torch.testing.assert_close(four.pop("curve.loss"), one.pop("curve.loss")[2:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(four.pop("curve.loss"), one.pop("curve.loss")[2:], **far)
     for name in (name for name in one if not name.startswith("curve")):
-        torch.testing.assert_close(four[name], one[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(four[name], one[name], **far)
 
 
 def fail() -> None:
@@ -279,6 +295,38 @@ def test_a_model_is_put_on_the_device_and_back_unless_it_leaves_no_room(
     with ranks.on_device(model):
         assert model.places == places[:1]
     assert model.places == places
+
+
+@pytest.mark.parametrize(
+    ("fields", "each"),
+    [
+        ({}, 16),
+        ({"precision": "bf16"}, 8),
+        ({"offload_optimizer": True}, 8),
+        ({"offload_optimizer": True, "precision": "bf16"}, 4),
+    ],
+    ids=str,
+)
+def test_the_weights_are_divided_if_a_training_takes_half_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], each: int
+) -> None:
+    settings = Optimisation(**SETTINGS | {"precision": "auto"} | fields)
+    model, teacher = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)  # of 64 numbers
+    needed = 64 * each + 64 * 4
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def divides(memory: int, trained: nn.Module | None, settings: Optimisation = settings) -> bool:
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory))
+        return ranks.must_divide(trained, teacher, settings)
+
+    assert not divides(2 * needed, model)
+    assert divides(2 * needed - 1, model)
+    assert not divides(2 * 64 * 4, None)  # the teacher alone
+    # States of 8 bits cannot be divided.
+    assert not divides(1, model, settings.model_copy(update={"optimizer": "adamw-8bit"}))
+    monkeypatch.setenv("ESPALIER_PARALLEL", "fsdp")
+    assert divides(2 * needed, model)
 
 
 def test_a_process_alone_is_the_first_of_one() -> None:
